@@ -1,0 +1,39 @@
+"""gdx: the gradient descent family for JAX, where an optimizer is a value.
+
+Optimizers: gradient_descent, sgd, momentum, nesterov, adam, adamw.
+Links:      scale_by_learning_rate, scale_by_momentum, scale_by_adam, add_decoupled_weight_decay.
+Composing:  chain, lift, Composed.
+Your own:   Transform, hyperparameter, static, Scalar, ScheduledState.
+"""
+
+from gdx.compose import Composed, chain, lift
+from gdx.fields import Scalar, hyperparameter, static
+from gdx.links.adam import scale_by_adam
+from gdx.links.decay import add_decoupled_weight_decay
+from gdx.links.learning_rate import scale_by_learning_rate
+from gdx.links.momentum import scale_by_momentum
+from gdx.optimizers import adam, adamw, gradient_descent, momentum, nesterov, sgd
+from gdx.transform import ScheduledState, Transform
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Composed",
+    "Scalar",
+    "ScheduledState",
+    "Transform",
+    "adam",
+    "adamw",
+    "add_decoupled_weight_decay",
+    "chain",
+    "gradient_descent",
+    "hyperparameter",
+    "lift",
+    "momentum",
+    "nesterov",
+    "scale_by_adam",
+    "scale_by_learning_rate",
+    "scale_by_momentum",
+    "sgd",
+    "static",
+]

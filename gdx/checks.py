@@ -1,0 +1,135 @@
+"""What is checked before a step: gradients, parameters and state. Every error names the leaf and the mend."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+def check_params(tx: Any, params: optax.Params) -> None:
+    """Raises unless every leaf is a floating-point array."""
+    _check_leaves(tx, "parameter", params)
+
+
+def check_gradients(tx: Any, updates: optax.Updates, params: optax.Params | None) -> None:
+    """Raises unless the gradients are floating-point arrays shaped like the parameters, if those are given."""
+    _check_leaves(tx, "gradient", updates)
+    if params is not None:
+        _check_leaves(tx, "parameter", params)
+        check_like(tx, updates, "params", params)
+
+
+def check_state(tx: Any, state: Any, kind: type) -> None:
+    """Raises unless the state is of this kind and its count, if it has one, an integer scalar."""
+    if not isinstance(state, kind):
+        fields = ", ".join(getattr(kind, "_fields", ()))
+        raise TypeError(
+            f"{_name(tx)}: the state is {_kind(state)}, expected {kind.__name__}({fields}). {_STATE_MEND}"
+        )
+    # a NamedTuple without the field has the tuple's method of that name
+    count = state.count if "count" in getattr(kind, "_fields", ()) else 0
+    if not (jnp.issubdtype(jnp.result_type(count), np.integer) and jnp.shape(count) == ()):
+        raise TypeError(
+            f"{_name(tx)}: state.count is {_array(count)}, expected an integer scalar. "
+            f"If it was restored from a file, cast it back: state._replace(count=state.count.astype('int32'))"
+        )
+
+
+def check_chain_state(tx: Any, state: Any, length: int) -> None:
+    """Raises unless the state is a tuple with one state for each link."""
+    if type(state) is not tuple or len(state) != length:
+        raise TypeError(
+            f"{_name(tx)}: the state is {_kind(state)}, expected a tuple of {length}, one state for each link. "
+            f"{_STATE_MEND}"
+        )
+
+
+def check_like(tx: Any, updates: optax.Updates, name: str, tree: Any) -> None:
+    """Raises unless `tree` (the parameters, a moment in the state) has the gradients' structure and shapes."""
+    leaves, structure = jax.tree.flatten(updates)
+    others, other_structure = jax.tree.flatten(tree)
+    if structure != other_structure:
+        raise ValueError(f"{_name(tx)}: the gradients' tree differs from that of {name}: {_difference(updates, tree, name)}")
+    for i, (leaf, other) in enumerate(zip(leaves, others)):
+        if np.shape(leaf) != np.shape(other):
+            raise ValueError(
+                f"{_name(tx)}: the gradient at {_path(updates, i)} has shape {np.shape(leaf)}, but {name} there has "
+                f"{np.shape(other)}; pass gradients with respect to the parameters that init was called with"
+            )
+        if jnp.iscomplexobj(leaf) and not jnp.iscomplexobj(other):
+            raise TypeError(
+                f"{_name(tx)}: the gradient at {_path(updates, i)} is complex, but {name} there is real; "
+                f"take the real part of the gradient, or make the parameter complex"
+            )
+
+
+def require_params(tx: Any, params: optax.Params | None) -> None:
+    """Raises if the parameters were not passed."""
+    if params is None:
+        raise ValueError(f"{_name(tx)}: update needs the parameters; call update(gradients, state, params)")
+
+
+_STATE_MEND = (
+    "Pass the state that this transform's init or its last update returned, as update(gradients, state, params); "
+    "restore a saved one with init(params) as the target."
+)
+
+
+def _check_leaves(tx: Any, what: str, tree: Any) -> None:
+    for i, leaf in enumerate(jax.tree.leaves(tree)):
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None and isinstance(leaf, float | complex):
+            continue
+        if dtype is None or not jnp.issubdtype(dtype, np.inexact):
+            mend = {
+                "parameter": "Train only floating-point leaves: filter or partition the others out (optax.masked, "
+                "equinox.partition), or cast them",
+                "gradient": "Differentiate with respect to floating-point parameters only",
+            }[what]
+            raise TypeError(
+                f"{_name(tx)}: the {what} at {_path(tree, i)} is {_array(leaf)}, expected a floating-point array. {mend}."
+            )
+
+
+def _difference(updates: Any, tree: Any, name: str) -> str:
+    """The paths that only one of two trees has."""
+    ours, theirs = (dict.fromkeys(_paths(t)) for t in (updates, tree))
+    missing = [path for path in theirs if path not in ours]
+    extra = [path for path in ours if path not in theirs]
+    said = [
+        f"{word} {', '.join(paths[:3])}{' and others' if len(paths) > 3 else ''}"
+        for word, paths in (("no gradient for", missing), (f"nothing in {name} for the gradient at", extra))
+        if paths
+    ]
+    types = f"{jax.tree.structure(updates)} and {jax.tree.structure(tree)} (same paths, other containers)"
+    return f"{'; '.join(said) or types}. Take the gradients of the parameters that init was called with."
+
+
+def _paths(tree: Any) -> Iterator[str]:
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree):
+        yield jax.tree_util.keystr(path) or "the root"
+
+
+def _path(tree: Any, index: int) -> str:
+    return list(_paths(tree))[index]
+
+
+def _array(leaf: Any) -> str:
+    if hasattr(leaf, "dtype"):
+        return f"{leaf.dtype if leaf.dtype != jax.dtypes.float0 else 'float0'}[{','.join(map(str, leaf.shape))}]"
+    return f"{type(leaf).__name__} {leaf!r}"
+
+
+def _kind(state: Any) -> str:
+    if isinstance(state, dict):
+        return f"a dict with keys {sorted(map(str, state))}"
+    if type(state) is tuple:
+        return f"a tuple of {len(state)}: ({', '.join(type(s).__name__ for s in state)})"
+    return f"a {type(state).__name__}"
+
+
+def _name(tx: Any) -> str:
+    return type(tx).__name__

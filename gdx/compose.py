@@ -1,0 +1,136 @@
+"""Transforms made of other transforms: `chain`, `lift`, and the base of the ready-made optimizers."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from gdx.checks import check_chain_state
+from gdx.fields import static
+from gdx.leafwise import Leafwise, update_leaves
+from gdx.transform import Transform
+
+
+class Composed(Transform):
+    """A transform that applies its `links` one after the other, as `optax.chain` does.
+
+    A subclass gives its hyperparameters as fields and `links` as a property made of them. The state
+    is the tuple of the links' states.
+    """
+
+    @property
+    def links(self) -> tuple[optax.GradientTransformation, ...]:
+        """The transforms that this one applies, first to last."""
+        raise NotImplementedError(f"{type(self).__name__} defines no links")
+
+    def init(self, params: optax.Params) -> optax.OptState:
+        return optax.chain(*self.links).init(params)
+
+    def update(
+        self, updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        links = self.links
+        check_chain_state(self, state, len(links))
+        if all(isinstance(link, Leafwise) and not link.has_schedule for link in links):
+            return update_leaves(tuple(link.at(None) for link in links), updates, state, params)
+        return optax.chain(*links).update(updates, state, params, **extra_args)
+
+
+class _Foreign(Transform):
+    """A transform of optax or of the user's own, which is functions: compared by identity, without leaves."""
+
+    transform: optax.GradientTransformation = static()
+
+    def init(self, params: optax.Params) -> optax.OptState:
+        return self.transform.init(params)
+
+    def update(
+        self, updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        return optax.with_extra_args_support(self.transform).update(updates, state, params, **extra_args)
+
+    def __repr__(self) -> str:
+        return f"<optax {self.transform.update.__qualname__.split('.')[0]}>"
+
+
+def _to_transforms(label: str, value: Any) -> tuple[Transform, ...]:
+    for i, link in enumerate(value):
+        if not isinstance(link, optax.GradientTransformation):
+            raise TypeError(
+                f"{label}[{i}] is {link!r}; expected a transform, a pair (init, update) such as gdx.scale_by_adam()"
+            )
+    return tuple(link if isinstance(link, Transform) else _Foreign(link) for link in value)
+
+
+class chain(Composed):
+    """Applies transforms one after the other: the updates of each are the gradients of the next.
+
+    Like `optax.chain`, which it uses, but a value whose leaves are the hyperparameters of its links.
+    optax's transforms can be links too.
+
+    Args:
+      *transforms: at least one transform, first to last.
+
+    Raises:
+      TypeError: a link is not a transform.
+      ValueError: there is no link.
+
+    >>> import gdx
+    >>> tx = gdx.chain(gdx.scale_by_adam(b1=0.8), gdx.scale_by_learning_rate(0.1))
+    >>> tx
+    chain(scale_by_adam(b1=0.8), scale_by_learning_rate(learning_rate=0.1))
+    >>> tx.replace(b1=0.9).hyperparams["b1"]
+    0.9
+    """
+
+    transforms: tuple[Transform, ...] = dataclasses.field(metadata={"convert": _to_transforms})
+
+    def __init__(self, *transforms: optax.GradientTransformation):
+        vars(self)["transforms"] = transforms
+        self.__post_init__()
+
+    def validate(self) -> None:
+        if not self.transforms:
+            raise ValueError("chain: got no transforms; expected at least one, such as gdx.sgd(0.1)")
+
+    @property
+    def links(self) -> tuple[Transform, ...]:
+        return self.transforms
+
+    def __repr__(self) -> str:
+        return f"chain({', '.join(map(repr, self.transforms))})"
+
+
+class lift(Transform):
+    """Keeps transforms a value inside a wrapper that returns functions, such as `optax.MultiSteps`.
+
+    The wrapper is called with the transforms whenever `init` or `update` is, so that their
+    hyperparameters stay leaves of the whole.
+
+    Args:
+      transforms: a tuple of transforms.
+      wrap: `wrap(*transforms)` returns an object with `init` and `update`. Lifts are equal when
+        they hold the same function, so define it once rather than as a lambda on each call.
+
+    >>> import gdx, optax
+    >>> def every_fourth(tx):
+    ...     return optax.MultiSteps(tx, 4)
+    >>> tx = gdx.lift((gdx.sgd(0.1),), every_fourth)
+    >>> tx.replace(learning_rate=0.2)
+    lift(transforms=(sgd(learning_rate=0.2),), wrap=<every_fourth>)
+    """
+
+    transforms: tuple[Transform, ...] = dataclasses.field(metadata={"convert": _to_transforms})
+    wrap: Callable[..., Any] = static()
+
+    def init(self, params: optax.Params) -> optax.OptState:
+        return self.wrap(*self.transforms).init(params)
+
+    def update(
+        self, updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        wrapped = self.wrap(*self.transforms)
+        if isinstance(wrapped, optax.GradientTransformation):
+            wrapped = optax.with_extra_args_support(wrapped)
+        return wrapped.update(updates, state, params, **extra_args)

@@ -1,0 +1,152 @@
+"""The fields of a transform: hyperparameters (leaves) and static settings, and what a value of one is."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+Scalar = float | np.ndarray | jax.Array | optax.Schedule
+"""A hyperparameter: a number, an array of shape (), or a schedule (a function of the step count)."""
+
+
+def hyperparameter(
+    default: Any = dataclasses.MISSING,
+    *,
+    minimum: float = -np.inf,
+    below: float = np.inf,
+    optional: bool = False,
+    kw_only: bool = False,
+) -> Any:
+    """A field that is a leaf: a real number in [minimum, below), checked when its value is concrete.
+
+    Args:
+      default: the field's default; without one the argument is required.
+      minimum: the smallest valid value.
+      below: every valid value is strictly smaller, also once it is rounded to float32.
+      optional: whether None (then not a leaf) is valid too.
+      kw_only: whether it can be passed by keyword only.
+    """
+    convert = functools.partial(to_scalar, minimum=minimum, below=below, optional=optional)
+    return dataclasses.field(default=default, kw_only=kw_only, metadata={"convert": convert})
+
+
+def static(
+    default: Any = dataclasses.MISSING,
+    *,
+    convert: Callable[[str, Any], Any] = lambda label, value: value,
+    kw_only: bool = False,
+) -> Any:
+    """A field that decides the program (`nesterov`, a dtype, a mask): part of the tree structure.
+
+    Args:
+      default: the field's default; without one the argument is required.
+      convert: `convert(label, value)` returns the value in its canonical form, or raises an error
+        that starts with the label ("scale_by_adam: mu_dtype").
+      kw_only: whether it can be passed by keyword only.
+    """
+    return dataclasses.field(default=default, kw_only=kw_only, metadata={"convert": convert, "static": True})
+
+
+def to_scalar(
+    label: str, value: Any, *, minimum: float = -np.inf, below: float = np.inf, optional: bool = False
+) -> Any:
+    """`value` as a field holds it: np.float64, a scalar array of the default float dtype, a schedule, or None."""
+    if callable(value) or (optional and value is None):
+        return value
+    expected = f"expected a finite number{_interval(minimum, below)}, an array of shape () or a schedule"
+    if not isinstance(value, int | float | np.generic | np.ndarray | jax.Array) or not _is_real(value):
+        raise TypeError(f"{label} is {value!r}; {expected}")
+    if np.shape(value) != ():
+        raise ValueError(f"{label} has shape {np.shape(value)}; {expected}. Build a batch of optimizers with jax.vmap")
+    if is_concrete(value):
+        with np.errstate(over="ignore"):
+            rounded = float(np.float32(value))
+        if not (minimum <= float(value) < below and minimum <= rounded < below):
+            in_float32 = "" if rounded == float(value) else f" ({rounded!r} in float32)"
+            raise ValueError(f"{label} is {float(value)!r}{in_float32}; {expected}")
+    return value.astype(jnp.result_type(float)) if isinstance(value, jax.Array) else np.float64(value)
+
+
+def to_floating_dtype(label: str, value: Any) -> np.dtype | None:
+    """Converts the static field that says in which dtype a moment is kept."""
+    if value is None:
+        return None
+    dtype = jnp.dtype(value)
+    if not jnp.issubdtype(dtype, np.inexact):
+        raise ValueError(
+            f"{label} is {dtype.name!r}, in which a moment would be rounded to zero; "
+            f"expected a floating-point dtype such as 'bfloat16', or None"
+        )
+    return dtype
+
+
+def _is_real(value: Any) -> bool:
+    dtype = getattr(value, "dtype", np.dtype(type(value)))
+    return bool(jnp.issubdtype(dtype, np.floating) or jnp.issubdtype(dtype, np.integer))
+
+
+def _interval(minimum: float, below: float) -> str:
+    if below < np.inf:
+        return f" in [{minimum:g}, {below:g})"
+    return f" >= {minimum:g}" if minimum > -np.inf else ""
+
+
+def is_concrete(value: Any) -> bool:
+    """Whether the value of an array can be read here: it is no tracer, and this process holds it."""
+    return not isinstance(value, jax.core.Tracer) and getattr(value, "is_fully_addressable", True)
+
+
+def is_opaque(value: Any) -> bool:
+    """Whether a field's value is a function that no pytree has taken apart, so that JAX cannot carry it."""
+    return callable(value) and jax.tree_util.all_leaves([value])
+
+
+class Static:
+    """A static field's value, hashable and comparable also where it is a tree of booleans or names."""
+
+    def __init__(self, value: Any):
+        self.value = value
+        leaves, structure = jax.tree.flatten(value)
+        self._key = (structure, tuple(leaves))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Static) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two leaves are the same value; tracers are the same only if they are the same object."""
+    if a is b:
+        return True
+    if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+        return False
+    if isinstance(a, int | float | np.generic | np.ndarray | jax.Array):
+        return np.shape(a) == np.shape(b) and bool(np.all(np.asarray(a) == np.asarray(b)))
+    return bool(a == b)
+
+
+def hashable(leaf: Any) -> Any:
+    """A key that is equal for leaves that are the `same`."""
+    if isinstance(leaf, np.ndarray | jax.Array):
+        return float(leaf) if leaf.ndim == 0 else tuple(np.ravel(leaf).tolist())
+    return leaf
+
+
+def text(value: Any) -> str:
+    """A field's value as Python text that evaluates to it, where it has one."""
+    if isinstance(value, jax.core.Tracer) or (isinstance(value, jax.Array | np.ndarray) and value.ndim > 0):
+        return f"<{value.dtype}[{','.join(map(str, value.shape))}]>"
+    if isinstance(value, jax.Array | np.ndarray | np.floating):
+        return repr(float(value))
+    if isinstance(value, np.dtype):
+        return repr(value.name)
+    if is_opaque(value):
+        return f"<{getattr(value, '__name__', type(value).__name__)}>"
+    return repr(value)

@@ -1,0 +1,147 @@
+"""Transforms that treat every leaf by itself: the formula for one leaf here, the trees there."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gdx.checks import check_like, check_state
+from gdx.transform import Transform
+
+
+class Leafwise(Transform):
+    """A transform that treats every leaf by itself: a subclass gives `step`, and `start` if it keeps moments.
+
+    A step is computed in the dtype of the gradient, parameter and moments together, but at least
+    float32, and its hyperparameters come in that dtype too (the real one for complex leaves). The
+    update is returned in the gradient's dtype and each moment in its own: no dtype changes from
+    one step to the next.
+
+    Attributes:
+      State: the state's NamedTuple. A field `count` is the number of updates so far; every other
+        field is one moment, a tree shaped like the parameters.
+    """
+
+    State: ClassVar[Any] = optax.EmptyState
+
+    def start(self, p: jax.Array) -> tuple[jax.Array, ...]:
+        """The moments of one parameter before the first step, in the order of the state's fields."""
+        return ()
+
+    def step(
+        self, count: jax.Array | None, g: jax.Array, p: jax.Array | None, *moments: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        """One leaf's update, followed by its new moments; `count` is 1 in the first step."""
+        raise NotImplementedError(f"{type(self).__name__} defines no step")
+
+    def acts_on(self, params: optax.Params | None) -> Any:
+        """True, or a tree like the parameters that is True where this transform acts; other leaves pass unchanged."""
+        return True
+
+    def init(self, params: optax.Params) -> Any:
+        self.acts_on(params)
+        leaves, structure = jax.tree.flatten(params)
+        names = _moments_of(self)
+        moments = map(structure.unflatten, _columns(map(self.start, leaves), len(names)))
+        count = {"count": jnp.zeros([], jnp.int32)} if "count" in self.State._fields else {}
+        return self.State(**count, **dict(zip(names, moments)))
+
+    def update(
+        self, updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        updates, (state,) = update_leaves((self,), updates, (state,), params)
+        return updates, state
+
+
+def update_leaves(
+    links: tuple[Leafwise, ...], updates: optax.Updates, states: tuple, params: optax.Params | None
+) -> tuple[optax.Updates, tuple]:
+    """Applies leafwise links one after the other, in one call per leaf."""
+    gradients, structure = jax.tree.flatten(updates)
+    size = len(gradients)
+    acting, counts, moments = [], [], []
+    for link, state in zip(links, states):
+        check_state(link, state, link.State)
+        trees = {name: getattr(state, name) for name in _moments_of(link)}
+        for name, tree in trees.items():
+            check_like(link, updates, f"state.{name}", tree)
+        mask = link.acts_on(params)
+        acting.append([mask] * size if isinstance(mask, bool) else jax.tree.leaves(mask))
+        counts.append(optax.safe_increment(state.count) if "count" in link.State._fields else None)
+        moments.append(_columns(map(jax.tree.leaves, trees.values()), size))
+
+    hyperparameters, kinds = jax.tree.flatten(links)
+    parameters = [None] * size if params is None else jax.tree.leaves(params)
+    step = _stepper(kinds)
+    stepped = [
+        step(on, hyperparameters, counts, g, p, m)
+        for on, g, p, m in zip(zip(*acting), gradients, parameters, zip(*moments))
+    ]
+
+    new_updates, new_moments = _columns(stepped, 2)
+    new_states = []
+    for link, count, rows in zip(links, counts, _columns(new_moments, len(links))):
+        names = _moments_of(link)
+        trees = map(structure.unflatten, _columns(rows, len(names)))
+        new_states.append(link.State(**({} if count is None else {"count": count}), **dict(zip(names, trees))))
+    return structure.unflatten(new_updates), tuple(new_states)
+
+
+@functools.lru_cache(maxsize=256)
+def _stepper(kinds: Any) -> Callable:
+    """The jitted step of one leaf through links of these kinds: each shape and dtype is traced once."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(acting: tuple, hyperparameters: list, counts: list, g: Any, p: Any, moments: tuple) -> tuple:
+        new_moments = []
+        for link, acts, count, kept in zip(jax.tree.unflatten(kinds, hyperparameters), acting, counts, moments):
+            if acts:
+                g, *kept = _step_one(link, count, g, p, kept)
+            new_moments.append(tuple(kept))
+        return g, tuple(new_moments)
+
+    return step
+
+
+def _step_one(link: Leafwise, count: Any, g: Any, p: Any, moments: Iterable) -> Iterable[jax.Array]:
+    arrays = [x for x in (g, p, *moments) if x is not None]
+    dtype = compute_dtype(*arrays)
+    real = jnp.finfo(dtype).dtype
+
+    def cast(x: Any) -> Any:
+        return None if x is None else x.astype(dtype if jnp.iscomplexobj(x) else real)
+
+    # only a real hyperparameter and a complex leaf of its precision are left to promote
+    with jax.numpy_dtype_promotion("standard"):
+        stepped = jax.tree.map(cast, link).step(cast(count), *map(cast, (g, p, *moments)))
+    return [new.astype(old.dtype) for new, old in zip(stepped, (g, *moments), strict=True)]
+
+
+def compute_dtype(*arrays: Any) -> np.dtype:
+    """The dtype to compute a leaf's step in: that of the arrays together, but at least float32."""
+    return functools.reduce(np.promote_types, (jnp.result_type(x) for x in arrays), np.dtype(np.float32))
+
+
+def moment_like(p: jax.Array, dtype: Any = None, *, real: bool = False) -> jax.Array:
+    """Zeros shaped and sharded like a parameter.
+
+    Args:
+      p: the parameter.
+      dtype: the moment's dtype; None for the parameter's, but at least float32.
+      real: whether the moment is real also where the parameter is complex.
+    """
+    dtype = compute_dtype(p) if dtype is None else dtype
+    return jnp.zeros_like(p, dtype=jnp.finfo(dtype).dtype if real else dtype)
+
+
+def _moments_of(link: Leafwise) -> list[str]:
+    return [name for name in link.State._fields if name != "count"]
+
+
+def _columns(rows: Iterable[Iterable], width: int) -> list[tuple]:
+    """Rows turned into `width` columns, also where there are no rows."""
+    return list(zip(*rows, strict=True)) or [()] * width

@@ -1,0 +1,106 @@
+"""Adam: steps of about one learning rate per parameter, whatever the scale of the gradient."""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gdx.fields import Scalar, hyperparameter, static, to_floating_dtype
+from gdx.leafwise import Leafwise, moment_like
+
+
+class scale_by_adam(Leafwise):
+    r"""Adam: divides the mean of past gradients by the root of their mean square.
+
+    $$ \begin{aligned}
+       m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t, & \hat m_t &= m_t / (1 - \beta_1^t), \\
+       v_t &= \beta_2 v_{t-1} + (1 - \beta_2) |g_t|^2, & \hat v_t &= v_t / (1 - \beta_2^t), \\
+       u_t &= \hat m_t / \left( \sqrt{\hat v_t + \bar\varepsilon} + \varepsilon \right)
+       \end{aligned} $$
+
+    With Nesterov, $\hat m_t = \beta_1 m_t / (1 - \beta_1^{t+1}) + (1 - \beta_1) g_t / (1 - \beta_1^t)$.
+
+    State: `optax.ScaleByAdamState(count, mu, nu)`: the int32 step count $t$, the first moment
+    shaped like the parameters, and the second, real also for complex parameters. Computed in at
+    least float32; updates are returned in the gradient's dtype.
+
+    Args:
+      b1: $\beta_1$ in [0, 1), the decay of the first moment. The correction uses the current
+        $\beta$ where it is scheduled, as optax and torch do.
+      b2: $\beta_2$ in [0, 1), the decay of the second moment.
+      eps: $\varepsilon \ge 0$, outside the square root.
+      eps_root: $\bar\varepsilon \ge 0$, inside it.
+      mu_dtype: dtype of the first moment; None keeps it in the parameter's dtype, but at least
+        float32, like the second moment (optax: both in the parameter's dtype).
+      nesterov: whether the first moment looks ahead.
+
+    Raises:
+      ValueError: b1 or b2 is outside [0, 1), also once rounded to float32; eps or eps_root is
+        negative; mu_dtype is no floating-point dtype.
+
+    Sources: Kingma & Ba, Adam: A Method for Stochastic Optimization (2014), algorithm 1; Dozat,
+    Incorporating Nesterov Momentum into Adam (2016), algorithm 2 as optax and torch read it.
+
+    >>> import gdx, jax.numpy as jnp
+    >>> tx = gdx.scale_by_adam()
+    >>> updates, state = tx.update(jnp.array([1e-3, -50.0]), tx.init(jnp.zeros(2)))
+    >>> updates.round(3).tolist()
+    [1.0, -1.0]
+    """
+
+    State: ClassVar = optax.ScaleByAdamState
+
+    b1: Scalar = hyperparameter(0.9, minimum=0, below=1)
+    b2: Scalar = hyperparameter(0.999, minimum=0, below=1)
+    eps: Scalar = hyperparameter(1e-8, minimum=0)
+    eps_root: Scalar = hyperparameter(0.0, minimum=0)
+    mu_dtype: np.dtype | None = static(None, convert=to_floating_dtype)
+    nesterov: bool = static(False, kw_only=True)
+
+    def start(self, p: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return moment_like(p, self.mu_dtype), moment_like(p, real=True)
+
+    def step(
+        self, count: jax.Array, g: jax.Array, p: jax.Array | None, mu: jax.Array, nu: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        mu = self.b1 * mu + (1 - self.b1) * g
+        nu = self.b2 * nu + (1 - self.b2) * _square(g)
+        # reciprocals of scalars, multiplied: XLA rewrites a division by a scalar case by case
+        if self.nesterov:
+            mu_hat = mu * (self.b1 / _correction(self.b1, count + 1)) + g * ((1 - self.b1) / _correction(self.b1, count))
+        else:
+            mu_hat = mu * (1 / _correction(self.b1, count))
+        nu_hat = nu * (1 / _correction(self.b2, count))
+        return mu_hat / (_sqrt(nu_hat + self.eps_root) + self.eps), mu, nu
+
+
+def _square(x: jax.Array) -> jax.Array:
+    """|x|^2, real also where x is complex."""
+    return x.real * x.real + x.imag * x.imag if jnp.iscomplexobj(x) else x * x
+
+
+@jax.custom_jvp
+def _sqrt(x: jax.Array) -> jax.Array:
+    """The square root, with derivative 0 at 0: there the second moment does not depend on b2."""
+    return jnp.sqrt(x)
+
+
+@_sqrt.defjvp
+def _sqrt_jvp(primals: tuple, tangents: tuple) -> tuple:
+    root = _sqrt(*primals)
+    return root, tangents[0] * 0.5 / jnp.where(root > 0, root, jnp.inf)
+
+
+@jax.custom_jvp
+def _correction(b: jax.Array, t: jax.Array) -> jax.Array:
+    """1 - b^t without cancellation, from the same rounded b as the weight 1 - b."""
+    return -jnp.expm1(t * jnp.log1p(b - 1))
+
+
+@_correction.defjvp
+def _correction_jvp(primals: tuple, tangents: tuple) -> tuple:
+    b, t = primals
+    # through log1p the derivative at b = 0 would be 0 * inf; the step count is not differentiated
+    return _correction(b, t), -t * b ** (t - 1) * tangents[0]

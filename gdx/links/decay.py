@@ -1,0 +1,67 @@
+"""Weight decay that does not pass through the gradient."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from gdx.checks import require_params
+from gdx.fields import Scalar, hyperparameter, static
+from gdx.leafwise import Leafwise
+
+
+class add_decoupled_weight_decay(Leafwise):
+    r"""Adds a multiple of the parameters to the updates.
+
+    $$ u_t = g_t + \lambda_t \, \theta_t $$
+
+    Behind an adaptive link this is *decoupled* decay: it is not divided by the gradient's size, as
+    the gradient of an L2 penalty would be. Put before the learning rate, it is multiplied by it.
+
+    Computed in at least float32 and returned in the gradient's dtype. Without state.
+
+    Args:
+      weight_decay: $\lambda \ge 0$.
+      mask: which leaves decay: a tree of booleans that is a prefix of the parameters' tree, or a
+        function of the parameters that returns one; None for all.
+
+    Raises:
+      ValueError: weight_decay is negative; update is called without parameters; the mask is not a
+        prefix of the parameters' tree.
+      TypeError: a leaf of the mask is not a boolean.
+
+    Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization (2019), algorithm 2, line 12.
+
+    >>> import gdx, jax.numpy as jnp
+    >>> tx = gdx.add_decoupled_weight_decay(0.5, mask={"w": True, "b": False})
+    >>> params, zeros = {"w": jnp.ones(2), "b": jnp.ones(1)}, {"w": jnp.zeros(2), "b": jnp.zeros(1)}
+    >>> updates, state = tx.update(zeros, tx.init(params), params)
+    >>> updates["w"].tolist(), updates["b"].tolist()
+    ([0.5, 0.5], [0.0])
+    """
+
+    weight_decay: Scalar = hyperparameter(1e-4, minimum=0)
+    mask: Any | Callable[[optax.Params], Any] = static(None)
+
+    def acts_on(self, params: optax.Params | None) -> Any:
+        require_params(self, params)
+        if self.mask is None:
+            return True
+        mask = self.mask(params) if callable(self.mask) else self.mask
+        for path, leaf in jax.tree_util.tree_leaves_with_path(mask):
+            if not isinstance(leaf, bool):
+                raise TypeError(
+                    f"{type(self).__name__}: the mask at {jax.tree_util.keystr(path) or 'the root'} is {leaf!r}, "
+                    f"expected True (decays) or False"
+                )
+        try:
+            return jax.tree.broadcast(mask, params)
+        except ValueError as error:
+            raise ValueError(
+                f"{type(self).__name__}: the mask's tree is no prefix of the parameters' tree; give a boolean for "
+                f"each leaf or subtree, or a function of the parameters. {error}"
+            ) from error
+
+    def step(self, count: None, g: jax.Array, p: jax.Array) -> tuple[jax.Array]:
+        return (g + self.weight_decay * p,)

@@ -1,0 +1,59 @@
+"""Momentum: heavy ball and Nesterov."""
+
+from typing import ClassVar
+
+import jax
+import numpy as np
+import optax
+
+from gdx.fields import Scalar, hyperparameter, static, to_floating_dtype
+from gdx.leafwise import Leafwise, moment_like
+
+
+class scale_by_momentum(Leafwise):
+    r"""Accumulates a velocity: heavy ball, or Nesterov's accelerated gradient.
+
+    $$ v_t = \mu v_{t-1} + g_t, \qquad
+       u_t = \begin{cases} v_t & \text{heavy ball} \\ g_t + \mu v_t & \text{Nesterov} \end{cases} $$
+
+    With Nesterov the parameters are the *look-ahead* point, where the gradient is taken. In the
+    textbook's variables, $\theta$ and the same $v$ (times $-\eta$), they are $\theta + \mu v$.
+
+    State: `optax.TraceState(trace)`, the velocity, shaped like the parameters. Computed in at least
+    float32; updates are returned in the gradient's dtype.
+
+    Args:
+      momentum: $\mu$ in [0, 1).
+      nesterov: whether to look ahead.
+      accumulator_dtype: dtype of the velocity; None keeps it in the parameter's dtype, but at
+        least float32 (optax: in the parameter's dtype).
+
+    Raises:
+      ValueError: momentum is outside [0, 1), or accumulator_dtype is no floating-point dtype.
+
+    Sources: Polyak, Some methods of speeding up the convergence of iteration methods (1964);
+    Nesterov, A method of solving a convex programming problem with convergence rate O(1/k^2)
+    (1983), in the form of Sutskever et al., On the importance of initialization and momentum in
+    deep learning (2013), eq. 3-4.
+
+    >>> import gdx, jax.numpy as jnp
+    >>> tx = gdx.scale_by_momentum(0.5)
+    >>> state = tx.init(jnp.zeros(1))
+    >>> for _ in range(3):
+    ...     updates, state = tx.update(jnp.ones(1), state)
+    >>> updates.tolist()
+    [1.75]
+    """
+
+    State: ClassVar = optax.TraceState
+
+    momentum: Scalar = hyperparameter(0.9, minimum=0, below=1)
+    nesterov: bool = static(False)
+    accumulator_dtype: np.dtype | None = static(None, convert=to_floating_dtype)
+
+    def start(self, p: jax.Array) -> tuple[jax.Array]:
+        return (moment_like(p, self.accumulator_dtype),)
+
+    def step(self, count: None, g: jax.Array, p: jax.Array | None, trace: jax.Array) -> tuple[jax.Array, jax.Array]:
+        trace = self.momentum * trace + g
+        return g + self.momentum * trace if self.nesterov else trace, trace
