@@ -1,5 +1,6 @@
 """What is checked before a step: gradients, parameters and state. Every error names the leaf and the mend."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,15 +21,14 @@ def check_gradients(tx: Any, updates: optax.Updates, params: optax.Params | None
     if params is not None:
         _check_leaves(tx, "parameter", params)
         check_like(tx, updates, "params", params)
+        check_complex(tx, updates, [params])
 
 
-def check_state(tx: Any, state: Any, kind: type) -> None:
+def check_state(tx: Any, state: Any, kind: Any) -> None:
     """Raises unless the state is of this kind and its count, if it has one, an integer scalar."""
     if not isinstance(state, kind):
         fields = ", ".join(getattr(kind, "_fields", ()))
-        raise TypeError(
-            f"{_name(tx)}: the state is {_kind(state)}, expected {kind.__name__}({fields}). {_STATE_MEND}"
-        )
+        raise TypeError(f"{_name(tx)}: the state is {_kind(state)}, expected {kind.__name__}({fields}). {_STATE_MEND}")
     # a NamedTuple without the field has the tuple's method of that name
     count = state.count if "count" in getattr(kind, "_fields", ()) else 0
     if not (jnp.issubdtype(jnp.result_type(count), np.integer) and jnp.shape(count) == ()):
@@ -49,20 +49,26 @@ def check_chain_state(tx: Any, state: Any, length: int) -> None:
 
 def check_like(tx: Any, updates: optax.Updates, name: str, tree: Any) -> None:
     """Raises unless `tree` (the parameters, a moment in the state) has the gradients' structure and shapes."""
-    leaves, structure = jax.tree.flatten(updates)
-    others, other_structure = jax.tree.flatten(tree)
-    if structure != other_structure:
-        raise ValueError(f"{_name(tx)}: the gradients' tree differs from that of {name}: {_difference(updates, tree, name)}")
-    for i, (leaf, other) in enumerate(zip(leaves, others)):
+    structure: Any = jax.tree.structure(updates)
+    if structure != jax.tree.structure(tree):
+        raise ValueError(
+            f"{_name(tx)}: the gradients' tree differs from that of {name}: {_difference(updates, tree, name)}"
+        )
+    for i, (leaf, other) in enumerate(zip(jax.tree.leaves(updates), jax.tree.leaves(tree))):
         if np.shape(leaf) != np.shape(other):
             raise ValueError(
                 f"{_name(tx)}: the gradient at {_path(updates, i)} has shape {np.shape(leaf)}, but {name} there has "
                 f"{np.shape(other)}; pass gradients with respect to the parameters that init was called with"
             )
-        if jnp.iscomplexobj(leaf) and not jnp.iscomplexobj(other):
+
+
+def check_complex(tx: Any, updates: optax.Updates, trees: list[Any]) -> None:
+    """Raises where a gradient is complex, but in none of `trees` (the parameters, all moments) is the leaf."""
+    for i, (leaf, *others) in enumerate(zip(jax.tree.leaves(updates), *map(jax.tree.leaves, trees))):
+        if jnp.iscomplexobj(leaf) and others and not any(map(jnp.iscomplexobj, others)):
             raise TypeError(
-                f"{_name(tx)}: the gradient at {_path(updates, i)} is complex, but {name} there is real; "
-                f"take the real part of the gradient, or make the parameter complex"
+                f"{_name(tx)}: the gradient at {_path(updates, i)} is complex, but the parameter is real; "
+                f"take the gradient's real part, or make the parameter complex"
             )
 
 
@@ -72,10 +78,20 @@ def require_params(tx: Any, params: optax.Params | None) -> None:
         raise ValueError(f"{_name(tx)}: update needs the parameters; call update(gradients, state, params)")
 
 
+_LEAF_MENDS = {
+    "parameter": "Train only such leaves: filter the others out (optax.masked, equinox.partition) or cast them.",
+    "gradient": "Differentiate with respect to floating-point parameters only.",
+}
+
 _STATE_MEND = (
     "Pass the state that this transform's init or its last update returned, as update(gradients, state, params); "
     "restore a saved one with init(params) as the target."
 )
+
+
+@functools.cache
+def _is_inexact(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, np.inexact))
 
 
 def _check_leaves(tx: Any, what: str, tree: Any) -> None:
@@ -83,14 +99,10 @@ def _check_leaves(tx: Any, what: str, tree: Any) -> None:
         dtype = getattr(leaf, "dtype", None)
         if dtype is None and isinstance(leaf, float | complex):
             continue
-        if dtype is None or not jnp.issubdtype(dtype, np.inexact):
-            mend = {
-                "parameter": "Train only floating-point leaves: filter or partition the others out (optax.masked, "
-                "equinox.partition), or cast them",
-                "gradient": "Differentiate with respect to floating-point parameters only",
-            }[what]
+        if dtype is None or not _is_inexact(dtype):
             raise TypeError(
-                f"{_name(tx)}: the {what} at {_path(tree, i)} is {_array(leaf)}, expected a floating-point array. {mend}."
+                f"{_name(tx)}: the {what} at {_path(tree, i)} is {_array(leaf)}, expected a floating-point array. "
+                + _LEAF_MENDS[what]
             )
 
 

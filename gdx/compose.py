@@ -87,7 +87,7 @@ class chain(Composed):
     transforms: tuple[Transform, ...] = dataclasses.field(metadata={"convert": _to_transforms})
 
     def __init__(self, *transforms: optax.GradientTransformation):
-        vars(self)["transforms"] = transforms
+        object.__setattr__(self, "transforms", transforms)
         self.__post_init__()
 
     def validate(self) -> None:

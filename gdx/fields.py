@@ -15,8 +15,8 @@ Scalar = float | np.ndarray | jax.Array | optax.Schedule
 
 
 def hyperparameter(
-    default: Any = dataclasses.MISSING,
     *,
+    default: Any = dataclasses.MISSING,
     minimum: float = -np.inf,
     below: float = np.inf,
     optional: bool = False,
@@ -36,8 +36,8 @@ def hyperparameter(
 
 
 def static(
-    default: Any = dataclasses.MISSING,
     *,
+    default: Any = dataclasses.MISSING,
     convert: Callable[[str, Any], Any] = lambda label, value: value,
     kw_only: bool = False,
 ) -> Any:
@@ -67,7 +67,7 @@ def to_scalar(
         with np.errstate(over="ignore"):
             rounded = float(np.float32(value))
         if not (minimum <= float(value) < below and minimum <= rounded < below):
-            in_float32 = "" if rounded == float(value) else f" ({rounded!r} in float32)"
+            in_float32 = f" ({rounded!r} in float32)" if minimum <= float(value) < below else ""
             raise ValueError(f"{label} is {float(value)!r}{in_float32}; {expected}")
     return value.astype(jnp.result_type(float)) if isinstance(value, jax.Array) else np.float64(value)
 
@@ -76,12 +76,13 @@ def to_floating_dtype(label: str, value: Any) -> np.dtype | None:
     """Converts the static field that says in which dtype a moment is kept."""
     if value is None:
         return None
-    dtype = jnp.dtype(value)
-    if not jnp.issubdtype(dtype, np.inexact):
-        raise ValueError(
-            f"{label} is {dtype.name!r}, in which a moment would be rounded to zero; "
-            f"expected a floating-point dtype such as 'bfloat16', or None"
-        )
+    expected = "expected a floating-point dtype such as 'bfloat16', or None"
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        raise TypeError(f"{label} is {value!r}; {expected}") from None
+    if not jnp.issubdtype(dtype, np.floating):
+        raise ValueError(f"{label} is {dtype.name!r}, in which a moment would be rounded away; {expected}")
     return dtype
 
 
@@ -148,5 +149,6 @@ def text(value: Any) -> str:
     if isinstance(value, np.dtype):
         return repr(value.name)
     if is_opaque(value):
-        return f"<{getattr(value, '__name__', type(value).__name__)}>"
+        name = getattr(value, "__qualname__", type(value).__name__)
+        return f"<{name.replace('<locals>.', '').replace('<lambda>', 'lambda')}>"
     return repr(value)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdx.checks import check_like, check_state
+from gdx.checks import check_complex, check_like, check_state
 from gdx.transform import Transform
 
 
@@ -32,10 +32,15 @@ class Leafwise(Transform):
         """The moments of one parameter before the first step, in the order of the state's fields."""
         return ()
 
-    def step(
-        self, count: jax.Array | None, g: jax.Array, p: jax.Array | None, *moments: jax.Array
-    ) -> tuple[jax.Array, ...]:
-        """One leaf's update, followed by its new moments; `count` is 1 in the first step."""
+    def step(self, *args: Any, **kwargs: Any) -> tuple[jax.Array, ...]:
+        """`step(count, g, p, *moments)`: one leaf's update, followed by its new moments.
+
+        Args:
+          count: 1 in the first step; None if the state has no count.
+          g: the gradient.
+          p: the parameter; None if update was called without parameters.
+          *moments: in the order of the state's fields.
+        """
         raise NotImplementedError(f"{type(self).__name__} defines no step")
 
     def acts_on(self, params: optax.Params | None) -> Any:
@@ -46,7 +51,7 @@ class Leafwise(Transform):
         self.acts_on(params)
         leaves, structure = jax.tree.flatten(params)
         names = _moments_of(self)
-        moments = map(structure.unflatten, _columns(map(self.start, leaves), len(names)))
+        moments = (jax.tree.unflatten(structure, m) for m in _columns(map(self.start, leaves), len(names)))
         count = {"count": jnp.zeros([], jnp.int32)} if "count" in self.State._fields else {}
         return self.State(**count, **dict(zip(names, moments)))
 
@@ -67,8 +72,9 @@ def update_leaves(
     for link, state in zip(links, states):
         check_state(link, state, link.State)
         trees = {name: getattr(state, name) for name in _moments_of(link)}
-        for name, tree in trees.items():
-            check_like(link, updates, f"state.{name}", tree)
+        for name, moment in trees.items():
+            check_like(link, updates, f"state.{name}", moment)
+        check_complex(link, updates, list(trees.values()))
         mask = link.acts_on(params)
         acting.append([mask] * size if isinstance(mask, bool) else jax.tree.leaves(mask))
         counts.append(optax.safe_increment(state.count) if "count" in link.State._fields else None)
@@ -86,9 +92,9 @@ def update_leaves(
     new_states = []
     for link, count, rows in zip(links, counts, _columns(new_moments, len(links))):
         names = _moments_of(link)
-        trees = map(structure.unflatten, _columns(rows, len(names)))
-        new_states.append(link.State(**({} if count is None else {"count": count}), **dict(zip(names, trees))))
-    return structure.unflatten(new_updates), tuple(new_states)
+        fields = {name: jax.tree.unflatten(structure, m) for name, m in zip(names, _columns(rows, len(names)))}
+        new_states.append(link.State(**fields) if count is None else link.State(count=count, **fields))
+    return jax.tree.unflatten(structure, new_updates), tuple(new_states)
 
 
 @functools.lru_cache(maxsize=256)
@@ -131,11 +137,15 @@ def moment_like(p: jax.Array, dtype: Any = None, *, real: bool = False) -> jax.A
 
     Args:
       p: the parameter.
-      dtype: the moment's dtype; None for the parameter's, but at least float32.
+      dtype: the moment's dtype; None for the parameter's, but at least float32. Where a complex
+        parameter needs a complex moment, the complex dtype of that precision.
       real: whether the moment is real also where the parameter is complex.
     """
-    dtype = compute_dtype(p) if dtype is None else dtype
-    return jnp.zeros_like(p, dtype=jnp.finfo(dtype).dtype if real else dtype)
+    if dtype is None:
+        dtype = jnp.finfo(compute_dtype(p)).dtype
+    if jnp.iscomplexobj(p) and not real:
+        dtype = np.promote_types(dtype, np.complex64)
+    return jnp.zeros_like(p, dtype=dtype)
 
 
 def _moments_of(link: Leafwise) -> list[str]:

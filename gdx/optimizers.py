@@ -68,13 +68,15 @@ class sgd(Composed):
     """
 
     learning_rate: Scalar = hyperparameter(minimum=0)
-    momentum: Scalar | None = hyperparameter(None, minimum=0, below=1, optional=True)
-    nesterov: bool = static(False)
-    accumulator_dtype: np.dtype | None = static(None, convert=to_floating_dtype)
+    momentum: Scalar | None = hyperparameter(default=None, minimum=0, below=1, optional=True)
+    nesterov: bool = static(default=False)
+    accumulator_dtype: np.dtype | None = static(default=None, convert=to_floating_dtype)
 
     def validate(self) -> None:
         if self.nesterov and self.momentum is None:
-            raise ValueError("sgd: nesterov=True needs momentum; give it too, as in sgd(0.1, momentum=0.9, nesterov=True)")
+            raise ValueError(
+                "sgd: nesterov=True needs momentum; give it too, as in sgd(0.1, momentum=0.9, nesterov=True)"
+            )
 
     @property
     def links(self) -> tuple[Transform, ...]:
@@ -109,8 +111,8 @@ class momentum(Composed):
     """
 
     learning_rate: Scalar = hyperparameter(minimum=0)
-    momentum: Scalar = hyperparameter(0.9, minimum=0, below=1)
-    accumulator_dtype: np.dtype | None = static(None, convert=to_floating_dtype)
+    momentum: Scalar = hyperparameter(default=0.9, minimum=0, below=1)
+    accumulator_dtype: np.dtype | None = static(default=None, convert=to_floating_dtype)
 
     @property
     def links(self) -> tuple[Transform, ...]:
@@ -145,12 +147,14 @@ class nesterov(Composed):
     """
 
     learning_rate: Scalar = hyperparameter(minimum=0)
-    momentum: Scalar = hyperparameter(0.9, minimum=0, below=1)
-    accumulator_dtype: np.dtype | None = static(None, convert=to_floating_dtype)
+    momentum: Scalar = hyperparameter(default=0.9, minimum=0, below=1)
+    accumulator_dtype: np.dtype | None = static(default=None, convert=to_floating_dtype)
 
     @property
     def links(self) -> tuple[Transform, ...]:
-        return scale_by_learning_rate(self.learning_rate), scale_by_momentum(self.momentum, True, self.accumulator_dtype)
+        return scale_by_learning_rate(self.learning_rate), scale_by_momentum(
+            self.momentum, True, self.accumulator_dtype
+        )
 
 
 class adam(Composed):
@@ -175,12 +179,12 @@ class adam(Composed):
     """
 
     learning_rate: Scalar = hyperparameter(minimum=0)
-    b1: Scalar = hyperparameter(0.9, minimum=0, below=1)
-    b2: Scalar = hyperparameter(0.999, minimum=0, below=1)
-    eps: Scalar = hyperparameter(1e-8, minimum=0)
-    eps_root: Scalar = hyperparameter(0.0, minimum=0)
-    mu_dtype: np.dtype | None = static(None, convert=to_floating_dtype)
-    nesterov: bool = static(False, kw_only=True)
+    b1: Scalar = hyperparameter(default=0.9, minimum=0, below=1)
+    b2: Scalar = hyperparameter(default=0.999, minimum=0, below=1)
+    eps: Scalar = hyperparameter(default=1e-8, minimum=0)
+    eps_root: Scalar = hyperparameter(default=0.0, minimum=0)
+    mu_dtype: np.dtype | None = static(default=None, convert=to_floating_dtype)
+    nesterov: bool = static(default=False, kw_only=True)
 
     @property
     def links(self) -> tuple[Transform, ...]:
@@ -197,8 +201,8 @@ class adamw(Composed):
     as in torch and optax, where the learning rate, scheduled or not, multiplies the decay. With a
     `schedule_multiplier` $s_t$, Loshchilov & Hutter's own form, in which the base rate does not:
 
-    $$ \theta_{t+1} = \theta_t - s_t \left( \eta \, \hat m_t / \left( \sqrt{\hat v_t + \bar\varepsilon} + \varepsilon \right)
-       + \lambda \theta_t \right) $$
+    $$ \theta_{t+1} = \theta_t - s_t \left( \eta \, \hat m_t
+       / \left( \sqrt{\hat v_t + \bar\varepsilon} + \varepsilon \right) + \lambda \theta_t \right) $$
 
     Args:
       learning_rate: $\eta \ge 0$, about the length of a step in each parameter.
@@ -219,15 +223,15 @@ class adamw(Composed):
     """
 
     learning_rate: Scalar = hyperparameter(minimum=0)
-    b1: Scalar = hyperparameter(0.9, minimum=0, below=1)
-    b2: Scalar = hyperparameter(0.999, minimum=0, below=1)
-    eps: Scalar = hyperparameter(1e-8, minimum=0)
-    eps_root: Scalar = hyperparameter(0.0, minimum=0)
-    mu_dtype: np.dtype | None = static(None, convert=to_floating_dtype)
-    weight_decay: Scalar = hyperparameter(1e-4, minimum=0)
-    mask: Any | Callable[[optax.Params], Any] = static(None)
-    nesterov: bool = static(False, kw_only=True)
-    schedule_multiplier: Scalar | None = hyperparameter(None, minimum=0, optional=True, kw_only=True)
+    b1: Scalar = hyperparameter(default=0.9, minimum=0, below=1)
+    b2: Scalar = hyperparameter(default=0.999, minimum=0, below=1)
+    eps: Scalar = hyperparameter(default=1e-8, minimum=0)
+    eps_root: Scalar = hyperparameter(default=0.0, minimum=0)
+    mu_dtype: np.dtype | None = static(default=None, convert=to_floating_dtype)
+    weight_decay: Scalar = hyperparameter(default=1e-4, minimum=0)
+    mask: Any | Callable[[optax.Params], Any] = static(default=None)
+    nesterov: bool = static(default=False, kw_only=True)
+    schedule_multiplier: Scalar | None = hyperparameter(default=None, minimum=0, optional=True, kw_only=True)
 
     @property
     def links(self) -> tuple[Transform, ...]:

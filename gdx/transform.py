@@ -41,11 +41,13 @@ class ScheduledState(NamedTuple):
       inner_state: the state that the transform has without schedules.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]
     inner_state: Any
 
 
-@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(hyperparameter, static))
+@dataclass_transform(
+    frozen_default=True, eq_default=False, field_specifiers=(hyperparameter, static, dataclasses.field)
+)
 class Transform(optax.GradientTransformationExtraArgs):
     """Base class: an optax transform that is also a pytree of its hyperparameters and a value.
 
@@ -78,21 +80,19 @@ class Transform(optax.GradientTransformationExtraArgs):
         dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
         # inspect would otherwise show __new__, and optax.inject_hyperparams reads the signature
         parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-        cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        jax.tree_util.register_pytree_with_keys(
-            cls, _flatten_with_keys, functools.partial(_unflatten, cls), _flatten
-        )
+        cls.__signature__ = inspect.Signature(parameters)
+        jax.tree_util.register_pytree_with_keys(cls, _flatten_with_keys, functools.partial(_unflatten, cls), _flatten)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         return tuple.__new__(cls, (None, None))
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            vars(self)[field.name] = self._convert(field, getattr(self, field.name))
+            object.__setattr__(self, field.name, self._convert(field, getattr(self, field.name)))
         self.validate()
 
     def _convert(self, field: dataclasses.Field, value: Any, source: str = "") -> Any:
-        convert = field.metadata.get("convert", to_scalar)
+        convert = field.metadata.get("convert", _to_transform_or_scalar)
         return convert(f"{type(self).__name__}: {field.name}{source}", value)
 
     def validate(self) -> None:
@@ -127,9 +127,8 @@ class Transform(optax.GradientTransformationExtraArgs):
             return True
         if type(self) is not type(other):
             return False
-        leaves, structure = jax.tree.flatten(self)
-        other_leaves, other_structure = jax.tree.flatten(other)
-        return structure == other_structure and all(map(same, leaves, other_leaves))
+        structure: Any = jax.tree.structure(self)
+        return structure == jax.tree.structure(other) and all(map(same, jax.tree.leaves(self), jax.tree.leaves(other)))
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -143,7 +142,7 @@ class Transform(optax.GradientTransformationExtraArgs):
 
     # tuple's own would compare or join the two placeholders that a transform is made of
     __lt__ = __le__ = __gt__ = __ge__ = __add__ = __mul__ = __rmul__ = _refuse
-    __contains__ = None  # type: ignore[assignment]
+    __contains__ = None
 
     def __reduce__(self) -> Any:
         return _unflatten_fields, (type(self), dict(vars(self)))
@@ -187,8 +186,7 @@ class Transform(optax.GradientTransformationExtraArgs):
                 choices = [known for known in names if known.endswith(f".{name}")]
                 problem = "is ambiguous" if choices else "is unknown"
                 raise ValueError(
-                    f"{type(self).__name__}.replace: {name!r} {problem}; "
-                    f"choose from {', '.join(choices or names)}"
+                    f"{type(self).__name__}.replace: {name!r} {problem}; choose from {', '.join(choices or names)}"
                 )
             changed = changed._put(names[name][0], value)
         return changed
@@ -221,7 +219,7 @@ class Transform(optax.GradientTransformationExtraArgs):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Transform):
-                children = [(field.name, None, value)]
+                children: list[tuple[str, int | None, Transform]] = [(field.name, None, value)]
             elif isinstance(value, tuple) and all(isinstance(v, Transform) for v in value):
                 kinds = [type(v).__name__ for v in value]
                 labels = [k if kinds.count(k) == 1 else f"{k}[{kinds[:i].count(k)}]" for i, k in enumerate(kinds)]
@@ -250,7 +248,10 @@ class Transform(optax.GradientTransformationExtraArgs):
         values = dict(vars(self))
         for field, value in self._scalars():
             if callable(value):
-                value = self._convert(field, value(count), source=f", as returned by the schedule {text(value)},")
+                # schedules compute with an integer count, which strict promotion would refuse
+                with jax.numpy_dtype_promotion("standard"):
+                    scheduled = value(count)
+                value = self._convert(field, scheduled, source=f", as returned by the schedule {text(value)},")
             if np.shape(value) != ():
                 raise ValueError(
                     f"{type(self).__name__}: {field.name} has shape {np.shape(value)}: this is a batch of "
@@ -260,6 +261,11 @@ class Transform(optax.GradientTransformationExtraArgs):
                 value = jax.lax.full((), float(value), dtype)
             values[field.name] = value.astype(dtype)
         return _unflatten_fields(type(self), values)
+
+
+def _to_transform_or_scalar(label: str, value: Any) -> Any:
+    """Converts a field that was declared without `hyperparameter` or `static`."""
+    return value if isinstance(value, Transform) else to_scalar(label, value)
 
 
 def _guard_init(init: Callable) -> Callable:
@@ -323,9 +329,9 @@ def _unflatten(cls: type[Transform], aux: tuple, children: Any) -> Transform:
     return _unflatten_fields(cls, {**dict(zip(names, children)), **{name: kept.value for name, kept in rest}})
 
 
-def _unflatten_fields(cls: type, values: Mapping[str, Any]) -> Any:
+def _unflatten_fields(cls: type[Transform], values: Mapping[str, Any]) -> Any:
     """The transform with these field values, unchecked."""
-    tx = cls.__new__(cls)
+    tx: Any = cls.__new__(cls)
     vars(tx).update(values)
     return tx
 

@@ -52,12 +52,12 @@ class scale_by_adam(Leafwise):
 
     State: ClassVar = optax.ScaleByAdamState
 
-    b1: Scalar = hyperparameter(0.9, minimum=0, below=1)
-    b2: Scalar = hyperparameter(0.999, minimum=0, below=1)
-    eps: Scalar = hyperparameter(1e-8, minimum=0)
-    eps_root: Scalar = hyperparameter(0.0, minimum=0)
-    mu_dtype: np.dtype | None = static(None, convert=to_floating_dtype)
-    nesterov: bool = static(False, kw_only=True)
+    b1: Scalar = hyperparameter(default=0.9, minimum=0, below=1)
+    b2: Scalar = hyperparameter(default=0.999, minimum=0, below=1)
+    eps: Scalar = hyperparameter(default=1e-8, minimum=0)
+    eps_root: Scalar = hyperparameter(default=0.0, minimum=0)
+    mu_dtype: np.dtype | None = static(default=None, convert=to_floating_dtype)
+    nesterov: bool = static(default=False, kw_only=True)
 
     def start(self, p: jax.Array) -> tuple[jax.Array, jax.Array]:
         return moment_like(p, self.mu_dtype), moment_like(p, real=True)
@@ -69,7 +69,9 @@ class scale_by_adam(Leafwise):
         nu = self.b2 * nu + (1 - self.b2) * _square(g)
         # reciprocals of scalars, multiplied: XLA rewrites a division by a scalar case by case
         if self.nesterov:
-            mu_hat = mu * (self.b1 / _correction(self.b1, count + 1)) + g * ((1 - self.b1) / _correction(self.b1, count))
+            mu_hat = mu * (self.b1 / _correction(self.b1, count + 1)) + g * (
+                (1 - self.b1) / _correction(self.b1, count)
+            )
         else:
             mu_hat = mu * (1 / _correction(self.b1, count))
         nu_hat = nu * (1 / _correction(self.b2, count))

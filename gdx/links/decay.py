@@ -41,8 +41,8 @@ class add_decoupled_weight_decay(Leafwise):
     ([0.5, 0.5], [0.0])
     """
 
-    weight_decay: Scalar = hyperparameter(1e-4, minimum=0)
-    mask: Any | Callable[[optax.Params], Any] = static(None)
+    weight_decay: Scalar = hyperparameter(default=1e-4, minimum=0)
+    mask: Any | Callable[[optax.Params], Any] = static(default=None)
 
     def acts_on(self, params: optax.Params | None) -> Any:
         require_params(self, params)
@@ -59,9 +59,13 @@ class add_decoupled_weight_decay(Leafwise):
             return jax.tree.broadcast(mask, params)
         except ValueError as error:
             raise ValueError(
-                f"{type(self).__name__}: the mask's tree is no prefix of the parameters' tree; give a boolean for "
-                f"each leaf or subtree, or a function of the parameters. {error}"
+                f"{type(self).__name__}: the mask has leaves at {_paths(mask)}, the parameters at {_paths(params)}; "
+                f"expected one boolean for each parameter or for a whole subtree, or a function of the parameters"
             ) from error
 
     def step(self, count: None, g: jax.Array, p: jax.Array) -> tuple[jax.Array]:
         return (g + self.weight_decay * p,)
+
+
+def _paths(tree: Any) -> str:
+    return ", ".join(jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree))

@@ -47,9 +47,9 @@ class scale_by_momentum(Leafwise):
 
     State: ClassVar = optax.TraceState
 
-    momentum: Scalar = hyperparameter(0.9, minimum=0, below=1)
-    nesterov: bool = static(False)
-    accumulator_dtype: np.dtype | None = static(None, convert=to_floating_dtype)
+    momentum: Scalar = hyperparameter(default=0.9, minimum=0, below=1)
+    nesterov: bool = static(default=False)
+    accumulator_dtype: np.dtype | None = static(default=None, convert=to_floating_dtype)
 
     def start(self, p: jax.Array) -> tuple[jax.Array]:
         return (moment_like(p, self.accumulator_dtype),)

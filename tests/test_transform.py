@@ -1,0 +1,206 @@
+"""A transform is a value: text, comparison, hash, pickle, copy, replace, hyperparams, pytree."""
+
+import copy
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gdx
+from gdx import *  # noqa: F403  (what repr evaluates in)
+
+
+class scale_by_sign(gdx.Transform):
+    """The example of the module docstring, with a nested transform and a static field besides."""
+
+    strength: gdx.Scalar = gdx.hyperparameter(default=1.0)
+    inner: gdx.Transform = gdx.scale_by_learning_rate(0.5)  # noqa: RUF009
+    name: str = gdx.static(default="sign")
+
+    def init(self, params):
+        return self.inner.init(params)
+
+    def update(self, updates, state, params=None, **extra_args):
+        signs = jax.tree.map(lambda g: self.strength.astype(g.dtype) * jnp.sign(g), updates)
+        return self.inner.update(signs, state, params)
+
+
+NESTED = gdx.chain(
+    gdx.scale_by_adam(b1=0.8),
+    gdx.chain(gdx.scale_by_adam(), gdx.scale_by_adam(b2=0.9)),
+    gdx.add_decoupled_weight_decay(0.1, mask={"w": True, "b": [False, True]}),
+    gdx.sgd(0.1, momentum=0.5, accumulator_dtype=jnp.bfloat16),
+)
+
+
+def test_text_is_the_call():
+    assert repr(gdx.adamw(1e-3)) == "adamw(learning_rate=0.001)"
+    assert repr(gdx.sgd(1, momentum=np.float32(0.5))) == "sgd(learning_rate=1.0, momentum=0.5)"
+    assert repr(gdx.adam(0.1, mu_dtype=jnp.bfloat16)) == "adam(learning_rate=0.1, mu_dtype='bfloat16')"
+    assert repr(gdx.sgd(optax.constant_schedule(0.1))) == "sgd(learning_rate=<constant_schedule.lambda>)"
+    assert repr(jax.vmap(gdx.sgd)(jnp.ones(3))) == "sgd(learning_rate=<float32[3]>)"
+    assert repr(gdx.chain(optax.clip(1.0), gdx.sgd(0.1))) == "chain(<optax clip>, sgd(learning_rate=0.1))"
+    assert eval(repr(NESTED)) == NESTED  # noqa: S307
+
+
+def test_equal_values_are_equal_and_hash_alike():
+    assert gdx.adam(0.5) == gdx.adam(jnp.float32(0.5)) == gdx.adam(np.float16(0.5))
+    assert hash(gdx.adam(0.5)) == hash(gdx.adam(jnp.float32(0.5))) == hash(gdx.adam(np.float16(0.5)))
+    assert not gdx.adam(0.5) != gdx.adam(0.5)  # noqa: SIM202  (tuple has its own !=)
+    different = [
+        gdx.adam(0.5),
+        gdx.adam(0.25),
+        gdx.adam(0.5, nesterov=True),
+        gdx.adam(0.5, mu_dtype="bfloat16"),
+        gdx.adamw(0.5),
+        gdx.sgd(0.5),
+        gdx.sgd(0.5, momentum=0.0),
+        gdx.sgd(lambda count: 0.5),
+        gdx.adamw(0.5, mask={"w": True}),
+        gdx.adamw(0.5, mask={"w": False}),
+        gdx.chain(gdx.adam(0.5)),
+        jax.vmap(gdx.adam)(jnp.array([0.5])),
+    ]
+    assert len(set(different)) == len(different)
+    assert all((a == b) == (a is b) for a in different for b in different)
+    assert gdx.adam(0.5) != (None, None)
+    assert gdx.adam(0.5) != "adam"
+
+
+def test_comparing_tracers_does_not_crash():
+    @jax.jit
+    def compare(tx):
+        assert tx == tx  # noqa: PLR0124
+        assert tx != tx.replace(learning_rate=0.5)
+        return tx.learning_rate
+
+    compare(gdx.sgd(0.1))
+
+
+def test_what_tuple_would_do_is_refused():
+    tx = gdx.sgd(0.1)
+    for operation in (lambda: tx < tx, lambda: tx + tx, lambda: tx + (1,), lambda: 2 * tx, lambda: None in tx):
+        with pytest.raises(TypeError):
+            operation()
+    assert isinstance(tx._replace(init=lambda params: ()), optax.GradientTransformationExtraArgs)
+
+
+def test_unpacks_as_the_pair():
+    init, update = gdx.sgd(0.5)
+    updates, _ = update(jnp.ones(2), init(jnp.ones(2)))
+    np.testing.assert_array_equal(updates, -0.5)
+    assert isinstance(gdx.sgd(0.5), optax.GradientTransformationExtraArgs)
+    assert len(gdx.sgd(0.5)) == 2
+    assert gdx.sgd(0.5)[0](jnp.ones(2)) == init(jnp.ones(2))
+
+
+@pytest.mark.parametrize("tx", [gdx.adamw(1e-3), NESTED, gdx.sgd(optax.constant_schedule, momentum=0.9)])
+def test_copies_are_equal(tx):
+    assert pickle.loads(pickle.dumps(tx)) == tx
+    assert copy.copy(tx) == tx
+    assert copy.deepcopy(tx) == tx
+    assert jax.tree.map(lambda x: x, tx) == tx
+
+
+def test_fields_cannot_be_set():
+    tx = gdx.sgd(0.1)
+    with pytest.raises(AttributeError, match="learning_rate"):
+        tx.learning_rate = 0.2
+    with pytest.raises(TypeError):
+        tx.hyperparams["learning_rate"] = 0.2
+
+
+def test_names_are_the_shortest_that_tell_apart():
+    assert dict(gdx.adam(0.1).hyperparams) == {
+        "learning_rate": 0.1,
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-8,
+        "eps_root": 0.0,
+    }
+    assert "momentum" not in gdx.sgd(0.1).hyperparams
+    assert [name for name in NESTED.hyperparams if "b1" in name] == [
+        "scale_by_adam.b1",
+        "scale_by_adam[0].b1",
+        "scale_by_adam[1].b1",
+    ]
+    assert NESTED.hyperparams["momentum"] == 0.5
+    assert NESTED.hyperparams["weight_decay"] == 0.1
+    assert dict(scale_by_sign().hyperparams) == {"strength": 1.0, "learning_rate": 0.5}
+
+
+def test_replace_reaches_any_field():
+    assert gdx.adam(0.1).replace(learning_rate=0.2, nesterov=True) == gdx.adam(0.2, nesterov=True)
+    assert NESTED.replace(momentum=None).hyperparams.get("momentum") is None
+    changed = NESTED.replace(**{"scale_by_adam[1].b1": 0.7})
+    assert changed.hyperparams["scale_by_adam[1].b1"] == 0.7
+    assert changed.replace(**{"scale_by_adam[1].b1": 0.9}) == NESTED
+    assert scale_by_sign().replace(learning_rate=0.1).inner == gdx.scale_by_learning_rate(0.1)
+
+
+def test_replace_refuses_names_and_values():
+    with pytest.raises(ValueError, match=r"chain\.replace: 'b1' is ambiguous; choose from scale_by_adam\.b1, scale_by_adam\[0\]"):
+        NESTED.replace(b1=0.5)
+    with pytest.raises(ValueError, match=r"sgd\.replace: 'lr' is unknown; choose from learning_rate, momentum, nesterov"):
+        gdx.sgd(0.1).replace(lr=0.5)
+    with pytest.raises(ValueError, match=r"sgd: momentum is 1\.0; expected a finite number in \[0, 1\)"):
+        NESTED.replace(momentum=1.0)
+
+
+def test_leaves_are_the_hyperparameters_with_keys():
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(gdx.adamw(0.1))]
+    assert paths == [".learning_rate", ".b1", ".b2", ".eps", ".eps_root", ".weight_decay"]
+    assert jax.tree_util.keystr(jax.tree_util.tree_leaves_with_path(NESTED)[-1][0]) == ".transforms[3].momentum"
+    assert jax.tree.leaves(gdx.sgd(optax.constant_schedule(0.1))) == []
+    partial = jax.tree_util.Partial(lambda rate, count: rate, 0.5)
+    assert jax.tree.leaves(gdx.sgd(partial)) == [0.5]
+
+
+def test_a_transformation_may_put_anything_in_the_leaves():
+    axes = jax.tree.map(lambda _: 0, gdx.sgd(0.1))
+    rates = jax.vmap(gdx.sgd)(jnp.arange(3.0))
+    updates = jax.vmap(lambda tx: tx.update(jnp.ones(()), tx.init(jnp.ones(())))[0], in_axes=(axes,))(rates)
+    np.testing.assert_array_equal(updates, [0, -1, -2])
+    structs = jax.eval_shape(lambda tx: tx, gdx.sgd(0.1))
+    assert structs.learning_rate == jax.ShapeDtypeStruct((), np.float32)
+
+
+def test_building_an_optimizer_makes_no_array():
+    assert all(type(leaf) is np.float64 for leaf in jax.tree.leaves(gdx.adamw(1, b1=np.float32(0.5))))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int32"])
+def test_arrays_are_cast_to_the_default_dtype(dtype):
+    assert gdx.sgd(jnp.ones((), dtype)).learning_rate.dtype == np.float32
+    assert not gdx.sgd(jnp.asarray(1.0)).learning_rate.weak_type
+    with jax.enable_x64(True):
+        assert gdx.sgd(jnp.ones((), dtype)).learning_rate.dtype == np.float64
+
+
+def test_float64_mode_keeps_float64_hyperparameters():
+    with jax.enable_x64(True):
+        updates, _ = gdx.sgd(0.1).update(jnp.ones(()), (optax.EmptyState(),))
+        assert float(updates) == -0.1
+
+
+def test_an_outside_class_gets_every_view():
+    tx = scale_by_sign(2.0)
+    assert eval(repr(tx), {"scale_by_sign": scale_by_sign}) == tx  # noqa: S307
+    updates, _ = jax.jit(lambda tx, g: tx.update(g, tx.init(g)))(tx, jnp.array([-3.0, 5.0]))
+    np.testing.assert_array_equal(updates, [1.0, -1.0])
+    scheduled = scale_by_sign(lambda count: 1 / (1 + count))
+    state = scheduled.init(jnp.ones(1))
+    for expected in (-0.5, -0.25):
+        updates, state = scheduled.update(jnp.ones(1), state)
+        assert updates == expected
+    assert isinstance(state, gdx.ScheduledState)
+    assert state.count == 2
+
+
+def test_a_batch_outside_vmap_is_refused():
+    batch = jax.vmap(gdx.sgd)(jnp.ones(3))
+    with pytest.raises(ValueError, match=r"sgd: learning_rate has shape \(3,\): this is a batch of optimizers"):
+        batch.init(jnp.ones(2))
