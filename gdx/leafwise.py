@@ -48,8 +48,9 @@ class Leafwise(Transform):
         return True
 
     def init(self, params: optax.Params) -> Any:
-        self.acts_on(params)
         leaves, structure = jax.tree.flatten(params)
+        if leaves:
+            self.acts_on(params)
         names = _moments_of(self)
         moments = (jax.tree.unflatten(structure, m) for m in _columns(map(self.start, leaves), len(names)))
         count = {"count": jnp.zeros([], jnp.int32)} if "count" in self.State._fields else {}
@@ -75,7 +76,7 @@ def update_leaves(
         for name, moment in trees.items():
             check_like(link, updates, f"state.{name}", moment)
         check_complex(link, updates, list(trees.values()))
-        mask = link.acts_on(params)
+        mask = link.acts_on(params) if gradients else True
         acting.append([mask] * size if isinstance(mask, bool) else jax.tree.leaves(mask))
         counts.append(optax.safe_increment(state.count) if "count" in link.State._fields else None)
         moments.append(_columns(map(jax.tree.leaves, trees.values()), size))
@@ -125,6 +126,16 @@ def _step_one(link: Leafwise, count: Any, g: Any, p: Any, moments: Iterable) -> 
     with jax.numpy_dtype_promotion("standard"):
         stepped = jax.tree.map(cast, link).step(cast(count), *map(cast, (g, p, *moments)))
     return [new.astype(old.dtype) for new, old in zip(stepped, (g, *moments), strict=True)]
+
+
+def uncontracted(product: jax.Array) -> jax.Array:
+    """A product that is rounded by itself, never as part of a fused multiply-add.
+
+    In a sum of two products a compiler may fuse either, and chooses by the program around them:
+    with this around one of them, a step has the same bits in every program. It costs a comparison.
+    """
+    # the identity, which only the compiler does not see: barriers and reduce_precision are removed too early
+    return jnp.where(product <= jnp.inf, product, jnp.nan) if jnp.isrealobj(product) else product
 
 
 def compute_dtype(*arrays: Any) -> np.dtype:

@@ -90,7 +90,9 @@ def trajectory(step: Callable, theta: Any, gradients: Any, kind: Callable = exac
     """The parameters after each step of an optimizer on given gradients."""
     theta, memory = kind(theta), {}
     for t, g in enumerate(gradients, start=1):
-        now = {name: h if isinstance(h, bool) else at(h, t, kind) for name, h in hyperparameters.items() if h is not None}
+        now = {
+            name: h if isinstance(h, bool) else at(h, t, kind) for name, h in hyperparameters.items() if h is not None
+        }
         theta = theta + step(t, kind(g), theta, memory, **now)
         yield theta
 

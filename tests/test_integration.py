@@ -54,7 +54,11 @@ def test_optax_wrappers(tx):
     assert_same(run(optax.partition({"x": tx, "y": tx}, {"w": "x", "b": "y"})), alone)
     # a conditional keeps the parameters from being updated in one fused multiply-add with the step
     np.testing.assert_allclose(run(optax.apply_if_finite(tx, 3))["w"], alone["w"], rtol=1e-5)
-    masked = run(optax.chain(optax.masked(tx, {"w": True, "b": False}), optax.masked(optax.set_to_zero(), {"w": False, "b": True})))
+    masked = run(
+        optax.chain(
+            optax.masked(tx, {"w": True, "b": False}), optax.masked(optax.set_to_zero(), {"w": False, "b": True})
+        )
+    )
     assert_same(masked["w"], alone["w"])
     assert_same(masked["b"], jnp.asarray(PARAMS["b"]))
     with jax.numpy_dtype_promotion("standard"):  # MultiSteps divides by its integer count
@@ -64,7 +68,9 @@ def test_optax_wrappers(tx):
 
 @every
 def test_inject_hyperparams_changes_no_bit(tx):
-    injected = optax.inject_hyperparams(type(tx))(**tx.hyperparams, **({"nesterov": True} if type(tx) is gdx.sgd else {}))
+    injected = optax.inject_hyperparams(type(tx))(
+        **tx.hyperparams, **({"nesterov": True} if type(tx) is gdx.sgd else {})
+    )
     state = injected.init(PARAMS)
     assert set(tx.hyperparams) == set(state.hyperparams)
     assert_same(run(injected), run(tx))

@@ -1,5 +1,6 @@
 """The six optimizers against their formulas, their own other forms, and torch."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -72,7 +73,9 @@ def test_float32_stays_within_the_rounding_bound(factory, settings):
     assert np.median(bound / travelled) < 2e-3
 
 
-@pytest.mark.parametrize("kind", ["learning_rate", "momentum", "weight_decay", "b1", "b2", "eps", "schedule_multiplier"])
+@pytest.mark.parametrize(
+    "kind", ["learning_rate", "momentum", "weight_decay", "b1", "b2", "eps", "schedule_multiplier"]
+)
 def test_schedules_match_the_oracle(kind):
     factory, settings = {
         "momentum": (gdx.momentum, {"learning_rate": 0.1, "momentum": 0.9}),
@@ -148,3 +151,24 @@ def test_sgd_refuses_nesterov_without_momentum():
         gdx.sgd(0.1, nesterov=True)
     with pytest.raises(ValueError, match=r"sgd: nesterov=True needs momentum"):
         gdx.sgd(0.1).replace(nesterov=True)
+
+
+TORCH = np.load(Path(__file__).parent / "golden" / "torch.npz", allow_pickle=False)
+
+
+@pytest.mark.parametrize("case", json.loads(str(TORCH["cases"])), ids=lambda case: case["name"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 5e-5)])
+def test_matches_torch(case, dtype, tolerance):
+    """tests/golden/make_torch.py wrote these trajectories; torch's own 1 - b^t loses digits, hence the tolerances."""
+    options = dict(case["arguments"])
+    settings = {"learning_rate": options.pop("lr")}
+    if "betas" in options:
+        settings["b1"], settings["b2"] = options.pop("betas")
+    if case["optimizer"] == "AdamW":
+        settings["weight_decay"] = 0.01
+    factory = {"SGD": gdx.sgd, "Adam": gdx.adam, "AdamW": gdx.adamw}[case["optimizer"]]
+    with jax.enable_x64(dtype == "float64"):
+        start, gradients = (jnp.asarray(TORCH[key].astype(dtype)) for key in ("start", "gradients"))
+        found = np.asarray(train(factory(**{**settings, **options}), start, gradients))
+    expected = TORCH[f"{case['name']}/{dtype}"]
+    np.testing.assert_allclose(found[TORCH["steps"] - 1], expected, rtol=tolerance, atol=tolerance)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from gdx.fields import Scalar, hyperparameter, static, to_floating_dtype
-from gdx.leafwise import Leafwise, moment_like
+from gdx.leafwise import Leafwise, moment_like, uncontracted
 
 
 class scale_by_adam(Leafwise):
@@ -25,6 +25,10 @@ class scale_by_adam(Leafwise):
     State: `optax.ScaleByAdamState(count, mu, nu)`: the int32 step count $t$, the first moment
     shaped like the parameters, and the second, real also for complex parameters. Computed in at
     least float32; updates are returned in the gradient's dtype.
+
+    Range: every finite gradient makes a finite step. Squares overflow float32 beyond 1.8e19: real
+    gradients beyond 9.2e18 count as that (complex ones must stay below). Below 1e-19 squares vanish
+    and eps alone divides, which matters only for eps < 1e-15.
 
     Args:
       b1: $\beta_1$ in [0, 1), the decay of the first moment. The correction uses the current
@@ -65,8 +69,9 @@ class scale_by_adam(Leafwise):
     def step(
         self, count: jax.Array, g: jax.Array, p: jax.Array | None, mu: jax.Array, nu: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        mu = self.b1 * mu + (1 - self.b1) * g
-        nu = self.b2 * nu + (1 - self.b2) * _square(g)
+        g = _bounded(g)
+        mu = self.b1 * mu + uncontracted((1 - self.b1) * g)
+        nu = self.b2 * nu + uncontracted((1 - self.b2) * _square(g))
         # reciprocals of scalars, multiplied: XLA rewrites a division by a scalar case by case
         if self.nesterov:
             mu_hat = mu * (self.b1 / _correction(self.b1, count + 1)) + g * (
@@ -75,7 +80,17 @@ class scale_by_adam(Leafwise):
         else:
             mu_hat = mu * (1 / _correction(self.b1, count))
         nu_hat = nu * (1 / _correction(self.b2, count))
-        return mu_hat / (_sqrt(nu_hat + self.eps_root) + self.eps), mu, nu
+        # with eps = 0, a gradient that is still zero makes no step rather than 0 / 0
+        denominator = jnp.maximum(_sqrt(nu_hat + self.eps_root) + self.eps, jnp.finfo(nu.dtype).tiny)
+        return mu_hat / denominator, mu, nu
+
+
+def _bounded(g: jax.Array) -> jax.Array:
+    """Keeps the square of a finite gradient finite; infinities stay, to be seen."""
+    if jnp.iscomplexobj(g):
+        return g
+    bound = float(jnp.finfo(g.dtype).max) ** 0.5 / 2
+    return jnp.where(jnp.isinf(g), g, jnp.clip(g, -bound, bound))
 
 
 def _square(x: jax.Array) -> jax.Array:

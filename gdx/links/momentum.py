@@ -7,7 +7,7 @@ import numpy as np
 import optax
 
 from gdx.fields import Scalar, hyperparameter, static, to_floating_dtype
-from gdx.leafwise import Leafwise, moment_like
+from gdx.leafwise import Leafwise, moment_like, uncontracted
 
 
 class scale_by_momentum(Leafwise):
@@ -18,6 +18,8 @@ class scale_by_momentum(Leafwise):
 
     With Nesterov the parameters are the *look-ahead* point, where the gradient is taken. In the
     textbook's variables, $\theta$ and the same $v$ (times $-\eta$), they are $\theta + \mu v$.
+
+    Range: the velocity of a float32 leaf is finite while gradients stay below (1 - momentum) 3.4e38.
 
     State: `optax.TraceState(trace)`, the velocity, shaped like the parameters. Computed in at least
     float32; updates are returned in the gradient's dtype.
@@ -55,5 +57,6 @@ class scale_by_momentum(Leafwise):
         return (moment_like(p, self.accumulator_dtype),)
 
     def step(self, count: None, g: jax.Array, p: jax.Array | None, trace: jax.Array) -> tuple[jax.Array, jax.Array]:
+        g = uncontracted(g)
         trace = self.momentum * trace + g
         return g + self.momentum * trace if self.nesterov else trace, trace

@@ -1,0 +1,64 @@
+"""`python -m gdx`: the commands of the library; without a command's name, the demo."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from gdx.extra import MissingExtra
+
+# A command is a module with EXAMPLES, add_arguments(parser), plan(arguments) and run(plan). What plan
+# raises as ValueError or TypeError is a wrong option; run returns the exit code.
+COMMANDS = {
+    "demo": "gdx.demo.command",
+}
+DEFAULT = "demo"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+      argv: the arguments after the program's name; None for those of this process.
+
+    Returns:
+      The exit code: 0, 1 where the demo extra is missing or a file cannot be written, 130 after Ctrl-C.
+
+    Raises:
+      SystemExit: 2 for a wrong option, 0 after --help.
+    """
+    name, options = _split(list(sys.argv[1:] if argv is None else argv))
+    try:
+        command = importlib.import_module(COMMANDS.get(name, COMMANDS[DEFAULT]))
+        parser = argparse.ArgumentParser(
+            prog="python -m gdx" if name == DEFAULT else f"python -m gdx {name}",
+            usage=f"%(prog)s{' [command]' if name == DEFAULT else ''} [options]",
+            description=f"{command.__doc__}\ncommands: {', '.join(COMMANDS)}; without one, {DEFAULT}",
+            epilog=command.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if name not in COMMANDS:
+            parser.error(f"{name!r} is no command; choose from {', '.join(COMMANDS)}")
+        command.add_arguments(parser)
+        try:
+            plan = command.plan(parser.parse_args(options))
+        except (ValueError, TypeError) as error:
+            parser.error(str(error))
+        return command.run(plan)
+    except KeyboardInterrupt:
+        return 130
+    except (MissingExtra, OSError) as error:
+        print(f"python -m gdx: {error}", file=sys.stderr)
+        return 1
+
+
+def _split(argv: list[str]) -> tuple[str, list[str]]:
+    """The command's name and its options."""
+    if argv and not argv[0].startswith("-"):
+        return argv[0], argv[1:]
+    return DEFAULT, argv
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The jobs of `python -m gdx`; they need the extra `gdx-jax[demo]`."""

@@ -1,0 +1,164 @@
+"""Trains with each optimizer of the gradient descent family, and compares them in a table and a picture."""
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import gdx
+from gdx.demo import show
+from gdx.demo.problems import BATCH_SIZE, OPTIMIZERS, STEPS, SURFACES, TRAINING_IMAGES, load
+from gdx.demo.train import Report, train
+from gdx.extra import demo_extra
+
+EXAMPLES = """\
+examples:
+  python -m gdx
+  python -m gdx --optimizers sgd,adam --batch-size 32 --steps 500
+  python -m gdx --optimizers adamw --learning-rate 3e-3 --weight-decay 0.5 --output adamw.png
+  python -m gdx --data rosenbrock --momentum 0.95
+"""
+HYPERPARAMETERS = ("learning_rate", "momentum", "b1", "b2", "weight_decay")
+SUFFIXES = (".png", ".pdf", ".svg")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The checked options: what is trained, how long, and where the picture goes."""
+
+    data: str
+    optimizers: dict[str, gdx.Transform]
+    batch_size: int
+    steps: int
+    seed: int
+    output: Path
+
+    def batch_size_of(self, name: str) -> int:
+        """Gradient descent takes all data in each step, and a function of the plane has none."""
+        if self.data != "digits":
+            return 0
+        return TRAINING_IMAGES if name == "gradient_descent" else self.batch_size
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the demo's options."""
+    steps = ", ".join(f"{count} for {data}" for data, count in STEPS.items())
+    add = parser.add_argument
+    add("--data", choices=STEPS, default="digits", help="what is minimised (default: %(default)s)")
+    names = ",".join(OPTIMIZERS["digits"])
+    add("--optimizers", action="append", metavar="NAMES", help=f"comma separated, from {names} (default: all)")
+    for name in HYPERPARAMETERS:
+        having = [key for key, tx in OPTIMIZERS["digits"].items() if name in tx.hyperparams]
+        users = "all" if len(having) == len(OPTIMIZERS["digits"]) else ", ".join(having)
+        add(f"--{name.replace('_', '-')}", type=float, metavar="X", help=f"of {users}")
+    add("--batch-size", type=int, metavar="N", help=f"images per step, 1 to {TRAINING_IMAGES} (default: {BATCH_SIZE})")
+    add("--steps", type=int, metavar="N", help=f"at least 1 (default: {steps})")
+    add("--seed", type=int, default=0, metavar="N", help="of the initial parameters and the batches (default: 0)")
+    add(
+        "--output",
+        type=Path,
+        default=Path("gdx-demo.png"),
+        metavar="FILE",
+        help=f"the picture, {_either(SUFFIXES)} (default: %(default)s)",
+    )
+
+
+def plan(arguments: argparse.Namespace) -> Plan:
+    """Checks the options.
+
+    Raises:
+      ValueError: an option is wrong; the message says what is allowed.
+    """
+    optimizers = _optimizers(arguments)
+    steps = STEPS[arguments.data] if arguments.steps is None else arguments.steps
+    if steps < 1:
+        raise ValueError(f"--steps is {steps}; expected at least 1")
+    if not 0 <= arguments.seed < 2**32:
+        raise ValueError(f"--seed is {arguments.seed}; expected 0 to {2**32 - 1}")
+    batch_size = _batch_size(arguments, optimizers)
+    return Plan(arguments.data, optimizers, batch_size, steps, arguments.seed, _output(arguments.output))
+
+
+def _optimizers(arguments: argparse.Namespace) -> dict[str, gdx.Transform]:
+    known = OPTIMIZERS[arguments.data]
+    names = [name.strip() for names in arguments.optimizers or [",".join(known)] for name in names.split(",")]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--optimizers has {name!r}; choose from {', '.join(known)}")
+    chosen = {name: known[name] for name in names}
+    for field in HYPERPARAMETERS:
+        value = getattr(arguments, field)
+        having = [name for name in chosen if field in chosen[name].hyperparams]
+        if value is None:
+            continue
+        if not having:
+            users = [name for name in known if field in known[name].hyperparams]
+            raise ValueError(f"--{field.replace('_', '-')} applies to none of the optimizers; add {_either(users)}")
+        chosen |= {name: chosen[name].replace(**{field: value}) for name in having}
+    return chosen
+
+
+def _batch_size(arguments: argparse.Namespace, optimizers: dict[str, gdx.Transform]) -> int:
+    size = arguments.batch_size
+    if size is None:
+        return BATCH_SIZE
+    if arguments.data != "digits":
+        raise ValueError(f"--batch-size does not apply to {arguments.data}, which has no data; use it with digits")
+    if not 1 <= size <= TRAINING_IMAGES:
+        raise ValueError(f"--batch-size is {size}; expected 1 to {TRAINING_IMAGES}, the number of training images")
+    if set(optimizers) == {"gradient_descent"}:
+        raise ValueError("--batch-size does not apply to gradient_descent, which takes all data; add sgd")
+    return size
+
+
+def _output(output: Path) -> Path:
+    if output.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"--output is {str(output)!r}; expected a file that ends in {_either(SUFFIXES)}")
+    if not output.parent.is_dir():
+        raise ValueError(f"--output is {str(output)!r}, but there is no folder {str(output.parent)!r}; create it first")
+    if output.is_dir() or not os.access(output if output.exists() else output.parent, os.W_OK):
+        raise ValueError(f"--output is {str(output)!r}, which cannot be written; expected a file in a writable folder")
+    return output
+
+
+def _either(names: list[str] | tuple[str, ...]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def run(plan: Plan) -> int:
+    """Trains with each optimizer, prints the table and writes the picture; after Ctrl-C, of what there is.
+
+    Returns:
+      The exit code: 0, or 130 after Ctrl-C.
+
+    Raises:
+      MissingExtra: the demo extra is not installed.
+    """
+    with demo_extra():
+        import matplotlib.figure  # noqa: F401 - before the work rather than after it
+    console = show.console()
+    problem = load(plan.data)
+    landscape = plan.data if plan.data in SURFACES else "quadratic"
+    valley = load(landscape)
+    runs: dict[str, list[Report]] = {name: [] for name in plan.optimizers}
+    walks: dict[str, list[Report]] = runs if landscape == plan.data else {name: [] for name in runs}
+    console.print(f"{problem.title}; {plan.steps} steps, seed {plan.seed}")
+    interrupted = False
+    try:
+        with show.progress(console, list(runs), plan.steps) as update:
+            for name, tx in plan.optimizers.items():
+                batch_size = plan.batch_size_of(name)
+                for report in train(problem, tx, steps=plan.steps, batch_size=batch_size, seed=plan.seed):
+                    runs[name].append(report)
+                    update(name, runs[name])
+                if walks is not runs:
+                    tx = OPTIMIZERS[landscape][name]
+                    walks[name] += train(valley, tx, steps=STEPS[landscape], batch_size=0, seed=plan.seed)
+    except KeyboardInterrupt:
+        interrupted = True
+    title = "interrupted; so far:" if interrupted else ""
+    console.print(show.table(title, plan.optimizers, runs, plan.steps))
+    show.picture(plan.output, (problem.title, valley.title), runs, SURFACES[landscape], walks)
+    console.print(f"picture: {plan.output}", soft_wrap=True)
+    return 130 if interrupted else 0

@@ -1,0 +1,174 @@
+"""What the demo minimises: a small network's loss on handwritten digits, or a function of the plane."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import gdx
+from gdx.extra import demo_extra
+
+Arrays = tuple[Any, ...]
+Metrics = dict[str, jax.Array]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A loss, its data and its starting point.
+
+    Attributes:
+      title: one line about the data.
+      start: the initial parameters, from a random key.
+      loss: the loss of parameters on a batch, a tuple of arrays with a leading axis of examples.
+      metrics: the loss on all training data with the test accuracy or the distance to the minimum,
+        from the parameters, the training data and the test data.
+      train, test: the data, () where there are none.
+    """
+
+    title: str
+    start: Callable[[jax.Array], Any]
+    loss: Callable[[Any, Arrays], jax.Array]
+    metrics: Callable[[Any, Arrays, Arrays], Metrics]
+    train: Arrays = ()
+    test: Arrays = ()
+
+
+@dataclass(frozen=True)
+class Surface:
+    """A function of the plane: where it is started, where it is smallest, and what a picture shows of it."""
+
+    function: Callable[[jax.Array], jax.Array]
+    formula: str
+    start: tuple[float, float]
+    minimum: tuple[float, float]
+    limits: tuple[tuple[float, float], tuple[float, float]]
+
+
+def rosenbrock(point: jax.Array) -> jax.Array:
+    """A curved valley, flat along its floor."""
+    x, y = point
+    return (1 - x) ** 2 + 100 * (y - x**2) ** 2
+
+
+def quadratic(point: jax.Array) -> jax.Array:
+    """A straight valley, ten times as steep across as along."""
+    x, y = point
+    return 0.5 * (x**2 + 10 * y**2)
+
+
+SURFACES = {
+    "rosenbrock": Surface(
+        rosenbrock, "(1 - x)^2 + 100 (y - x^2)^2", (-0.6, 1.6), (1.0, 1.0), ((-1.7, 1.5), (-0.6, 1.9))
+    ),
+    "quadratic": Surface(quadratic, "(x^2 + 10 y^2) / 2", (-4.0, 2.0), (0.0, 0.0), ((-4.4, 2.0), (-2.0, 2.3))),
+}
+OPTIMIZERS: dict[str, dict[str, gdx.Transform]] = {
+    "digits": {
+        "gradient_descent": gdx.gradient_descent(0.5),
+        "sgd": gdx.sgd(0.02, momentum=0.9),
+        "momentum": gdx.momentum(0.05),
+        "nesterov": gdx.nesterov(0.1),
+        "adam": gdx.adam(2e-3),
+        "adamw": gdx.adamw(2e-3, weight_decay=0.1),
+    },
+    "quadratic": {
+        "gradient_descent": gdx.gradient_descent(0.18),
+        "sgd": gdx.sgd(0.01, momentum=0.9),
+        "momentum": gdx.momentum(0.03),
+        "nesterov": gdx.nesterov(0.03),
+        "adam": gdx.adam(0.3),
+        "adamw": gdx.adamw(0.2, weight_decay=0.5),
+    },
+    "rosenbrock": {
+        "gradient_descent": gdx.gradient_descent(1e-3),
+        "sgd": gdx.sgd(2e-4, momentum=0.9),
+        "momentum": gdx.momentum(5e-4),
+        "nesterov": gdx.nesterov(1e-3),
+        "adam": gdx.adam(0.05),
+        "adamw": gdx.adamw(0.2, weight_decay=1e-3),
+    },
+}
+STEPS = {"digits": 2000, "quadratic": 200, "rosenbrock": 2000}
+BATCH_SIZE = 64
+TRAINING_IMAGES = 1437  # of the 1797; known before they are loaded, to check the batch size
+
+
+def load(name: str) -> Problem:
+    """The problem of that name; the digits are read from scikit-learn."""
+    return digits() if name == "digits" else plane(name)
+
+
+def plane(name: str) -> Problem:
+    """A function of the plane as a problem without data."""
+    surface = SURFACES[name]
+
+    def metrics(point: jax.Array, train: Arrays, test: Arrays) -> Metrics:
+        distance = jnp.linalg.norm(point - jnp.array(surface.minimum, point.dtype))
+        return {"loss": surface.function(point), "distance": distance}
+
+    return Problem(
+        title=f"{name}: {surface.formula}",
+        start=lambda key: jnp.array(surface.start, float),
+        loss=lambda point, batch: surface.function(point),
+        metrics=metrics,
+    )
+
+
+def digits() -> Problem:
+    """A network with one hidden layer on 8x8 images of handwritten digits, one fifth of them for testing."""
+    with demo_extra():
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    images, labels = load_digits(return_X_y=True)
+    columns = train_test_split(
+        (images / 16).astype(np.float32),
+        labels.astype(np.int32),
+        train_size=TRAINING_IMAGES,
+        stratify=labels,
+        random_state=0,
+    )
+    train_images, test_images, train_labels, test_labels = map(jnp.asarray, columns)
+
+    def metrics(params: list, train: Arrays, test: Arrays) -> Metrics:
+        images, labels = test
+        hits = jnp.argmax(logits(params, images), axis=-1) == labels
+        return {"loss": cross_entropy(params, train), "accuracy": jnp.mean(hits, dtype=images.dtype)}
+
+    return Problem(
+        title=f"digits: {len(train_labels)} images to train on and {len(test_labels)} to test",
+        start=lambda key: network(key, (images.shape[1], 128, 10)),
+        loss=cross_entropy,
+        metrics=metrics,
+        train=(train_images, train_labels),
+        test=(test_images, test_labels),
+    )
+
+
+def network(key: jax.Array, widths: tuple[int, ...]) -> list[dict[str, jax.Array]]:
+    """Weights (He et al., 2015) and zero biases of a network with these layer widths, in float32."""
+    keys = jax.random.split(key, len(widths) - 1)
+    return [
+        {
+            "weights": jax.random.normal(k, (n, m), jnp.float32) * jnp.sqrt(jnp.float32(2 / n)),
+            "biases": jnp.zeros(m, jnp.float32),
+        }
+        for k, n, m in zip(keys, widths, widths[1:])
+    ]
+
+
+def logits(params: list[dict[str, jax.Array]], images: jax.Array) -> jax.Array:
+    """The network's output for each image, before softmax."""
+    *hidden, last = params
+    for layer in hidden:
+        images = jax.nn.relu(images @ layer["weights"] + layer["biases"][None, :])
+    return images @ last["weights"] + last["biases"][None, :]
+
+
+def cross_entropy(params: list[dict[str, jax.Array]], batch: Arrays) -> jax.Array:
+    """The mean cross-entropy of the network's predictions on a batch of images and labels."""
+    images, labels = batch
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits(params, images), labels))

@@ -1,0 +1,212 @@
+"""Shows that the tests can fail: applies wrong variants one at a time and reports which test catches each.
+
+Run by hand, about 10 minutes: `python -m tests.contract.mutants [--only WORDS]`. The working tree is
+not touched: each variant is made in a copy.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+ADAM, MOMENTUM, DECAY = "links/adam.py", "links/momentum.py", "links/decay.py"
+
+# what is wrong, the file, the right text, the wrong text
+MUTANTS = [
+    (
+        "epsilon inside the root",
+        ADAM,
+        "_sqrt(nu_hat + self.eps_root) + self.eps",
+        "_sqrt(nu_hat + self.eps_root + self.eps)",
+    ),
+    ("eps_root ignored", ADAM, "_sqrt(nu_hat + self.eps_root)", "_sqrt(nu_hat)"),
+    ("first moment not corrected", ADAM, "mu_hat = mu * (1 / _correction(self.b1, count))", "mu_hat = mu"),
+    ("second moment not corrected", ADAM, "nu_hat = nu * (1 / _correction(self.b2, count))", "nu_hat = nu"),
+    ("correction by b1 for both", ADAM, "nu * (1 / _correction(self.b2,", "nu * (1 / _correction(self.b1,"),
+    ("correction with cancellation", ADAM, "-jnp.expm1(t * jnp.log1p(b - 1))", "1 - b**t"),
+    (
+        "moment weights swapped",
+        ADAM,
+        "self.b1 * mu + uncontracted((1 - self.b1) * g)",
+        "(1 - self.b1) * mu + uncontracted(self.b1 * g)",
+    ),
+    (
+        "second moment of g, not of its square",
+        ADAM,
+        "uncontracted((1 - self.b2) * _square(g))",
+        "uncontracted((1 - self.b2) * abs(g))",
+    ),
+    ("nesterov adam ignored", ADAM, "if self.nesterov:", "if False:"),
+    ("nesterov adam corrected one step late", ADAM, "_correction(self.b1, count + 1)", "_correction(self.b1, count)"),
+    ("division by the scalar", ADAM, "mu * (1 / _correction(self.b1, count))", "mu / _correction(self.b1, count)"),
+    ("sum of two products contracted freely", ADAM, "uncontracted((1 - self.b1) * g)", "(1 - self.b1) * g"),
+    ("square overflows", ADAM, "        g = _bounded(g)\n", ""),
+    ("infinity hidden", ADAM, "jnp.where(jnp.isinf(g), g, jnp.clip(g, -bound, bound))", "jnp.clip(g, -bound, bound)"),
+    (
+        "zero over zero",
+        ADAM,
+        "jnp.maximum(_sqrt(nu_hat + self.eps_root) + self.eps, jnp.finfo(nu.dtype).tiny)",
+        "_sqrt(nu_hat + self.eps_root) + self.eps",
+    ),
+    ("slope of the root at zero", ADAM, "jnp.where(root > 0, root, jnp.inf)", "root"),
+    ("slope of the correction", ADAM, "-t * b ** (t - 1)", "-t * b**t"),
+    ("complex second moment", ADAM, "moment_like(p, real=True)", "moment_like(p)"),
+    (
+        "momentum with factor 1 - mu",
+        MOMENTUM,
+        "trace = self.momentum * trace + g",
+        "trace = self.momentum * trace + (1 - self.momentum) * g",
+    ),
+    ("nesterov ignored", MOMENTUM, "if self.nesterov else trace, trace", "if False else trace, trace"),
+    (
+        "nesterov with the old velocity",
+        MOMENTUM,
+        "return g + self.momentum * trace if",
+        "return g + self.momentum * (trace - g) if",
+    ),
+    ("velocity contracted freely", MOMENTUM, "        g = uncontracted(g)\n", ""),
+    ("decay with the wrong sign", DECAY, "g + self.weight_decay * p", "g - self.weight_decay * p"),
+    ("mask ignored", DECAY, "if self.mask is None:", "if True:"),
+    (
+        "mask inverted",
+        DECAY,
+        "return jax.tree.broadcast(mask, params)",
+        "return jax.tree.map(lambda m: not m, jax.tree.broadcast(mask, params))",
+    ),
+    (
+        "ascent",
+        "links/learning_rate.py",
+        "-self.learning_rate if self.flip_sign",
+        "self.learning_rate if self.flip_sign",
+    ),
+    (
+        "decay not scaled by the rate",
+        "optimizers.py",
+        "return direction, decay, scale_by_learning_rate(self.learning_rate)",
+        "return direction, scale_by_learning_rate(self.learning_rate), decay",
+    ),
+    ("L2 instead of decoupled", "optimizers.py", "return direction, decay, scale", "return decay, direction, scale"),
+    (
+        "schedule multiplier on the decay only",
+        "optimizers.py",
+        "return direction, base_rate, decay, scale",
+        "return decay, direction, base_rate, scale",
+    ),
+    (
+        "rate outside the velocity",
+        "optimizers.py",
+        "return scale_by_learning_rate(self.learning_rate), velocity",
+        "return velocity, scale_by_learning_rate(self.learning_rate)",
+    ),
+    ("count off by one", "leafwise.py", "optax.safe_increment(state.count) if", "state.count if"),
+    ("count wraps", "leafwise.py", "optax.safe_increment(state.count) if", "state.count + 1 if"),
+    (
+        "state in the computed dtype",
+        "leafwise.py",
+        "[new.astype(old.dtype) for new, old in",
+        "[new.astype(old.dtype) if old is g else new for new, old in",
+    ),
+    (
+        "update in the computed dtype",
+        "leafwise.py",
+        "[new.astype(old.dtype) for new, old in",
+        "[new if old is g else new.astype(old.dtype) for new, old in",
+    ),
+    (
+        "computed in bfloat16 where the gradient is",
+        "leafwise.py",
+        "np.dtype(np.float32))\n\n\ndef moment_like",
+        "np.dtype(jnp.result_type(arrays[0])))\n\n\ndef moment_like",
+    ),
+    (
+        "moments in the parameter's dtype",
+        "leafwise.py",
+        "dtype = jnp.finfo(compute_dtype(p)).dtype",
+        "dtype = jnp.finfo(jnp.result_type(p)).dtype",
+    ),
+    ("tree not compared", "checks.py", "if structure != jax.tree.structure(tree):", "if False:"),
+    ("shapes not compared", "checks.py", "if np.shape(leaf) != np.shape(other):", "if False:"),
+    ("state not checked", "checks.py", "if not isinstance(state, kind):", "if False:"),
+    (
+        "schedule one step ahead",
+        "transform.py",
+        "update(self.at(state.count), updates",
+        "update(self.at(state.count + 1), updates",
+    ),
+    (
+        "schedule not counted",
+        "transform.py",
+        "ScheduledState(optax.safe_increment(state.count),",
+        "ScheduledState(state.count,",
+    ),
+    ("weak-typed hyperparameters", "fields.py", "else np.float64(value)", "else float(value)"),
+    ("hyperparameters kept in float32", "fields.py", "else np.float64(value)", "else np.float32(value)"),
+    (
+        "array dtypes kept",
+        "fields.py",
+        "return value.astype(jnp.result_type(float)) if isinstance(value, jax.Array)",
+        "return value if isinstance(value, jax.Array)",
+    ),
+    ("rounding to one allowed", "fields.py", "and minimum <= rounded < below", ""),
+    (
+        "static fields not compared",
+        "fields.py",
+        "isinstance(other, Static) and self._key == other._key",
+        "isinstance(other, Static)",
+    ),
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="run the variants whose description contains this")
+    chosen = [mutant for mutant in MUTANTS if parser.parse_args().only in mutant[0]]
+    survivors = 0
+    for what, file, right, wrong in chosen:
+        caught_by = run(file, right, wrong)
+        survivors += caught_by is None
+        print(f"{what:45} {caught_by or 'SURVIVES'}", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} caught")
+    return survivors
+
+
+def run(file: str, right: str, wrong: str) -> str | None:
+    """The first test that fails with the wrong text in place of the right one."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("gdx", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "demo"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        source = copy / "gdx" / file
+        text = source.read_text()
+        if right not in text:
+            raise SystemExit(f"{file} has no {right!r}; bring the list of variants up to date")
+        source.write_text(text.replace(right, wrong, 1))
+        options = [
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "--tb=no",
+            "-q",
+            "tests/test_optimizers.py",
+            "tests/contract",
+            "tests/test_transform.py",
+        ]
+        outcome = subprocess.run(
+            [sys.executable, "-m", "pytest", *options],
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": str(copy)},
+            capture_output=True,
+            text=True,
+        )
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", outcome.stdout, re.MULTILINE)
+    return found.group(1) if found else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

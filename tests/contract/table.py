@@ -1,0 +1,282 @@
+"""The contract's table: one row per transform. A new transform adds its row and gets every promise checked.
+
+A row says how to make the transform from keyword hyperparameters, its valid settings (together
+they use every option), its invalid ones with the words of their errors, and its oracle.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gdx
+from tests import oracle
+
+
+@dataclass(frozen=True, repr=False)
+class Row:
+    """One transform and what is special about it.
+
+    Attributes:
+      make: makes the transform from keywords.
+      settings: valid keywords; the first is the usual case.
+      invalid: keywords, the error they raise, and a pattern that its message matches.
+      step: its step in `tests.oracle`.
+      largest_gradient: the largest float32 gradient that gives finite steps.
+    """
+
+    make: Callable[..., gdx.Transform]
+    settings: tuple[dict[str, Any], ...]
+    invalid: tuple[tuple[dict[str, Any], type[Exception], str], ...]
+    step: Callable
+    largest_gradient: float = 3e38
+
+    @property
+    def name(self) -> str:
+        return self.make.__name__
+
+    @property
+    def tx(self) -> gdx.Transform:
+        return self.make(**self.settings[0])
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def numbers(self, settings: dict[str, Any]) -> dict[str, float]:
+        """The settings that are hyperparameters."""
+        names = self.make(**settings).hyperparams
+        return {name: value for name, value in settings.items() if name in names}
+
+
+_IDENTITY = optax.identity()
+
+
+def nested(learning_rate: Any, b1: Any = 0.9, momentum: Any = 0.5) -> gdx.Transform:
+    """A chain in a chain, with a link of optax's."""
+    inner = gdx.chain(gdx.scale_by_adam(b1), gdx.scale_by_learning_rate(learning_rate))
+    return gdx.chain(_IDENTITY, inner, gdx.scale_by_momentum(momentum))
+
+
+def _in_chain(tx: gdx.Transform) -> optax.GradientTransformation:
+    return optax.chain(optax.identity(), tx)
+
+
+def lifted(learning_rate: Any, momentum: Any = 0.9) -> gdx.Transform:
+    """A wrapper of optax's around a value."""
+    return gdx.lift((gdx.sgd(learning_rate, momentum),), _in_chain)
+
+
+def _link(step: Callable) -> Callable:
+    """The oracle's step of a link alone: what it would subtract at learning rate 1, added."""
+    return lambda *args, **kwargs: -step(*args, **{"learning_rate": 1.0, **kwargs})
+
+
+def _decay(t: int, g: Any, theta: Any, memory: dict, *, weight_decay: Any) -> Any:
+    return g + weight_decay * theta
+
+
+def _nested(t: int, g: Any, theta: Any, memory: dict, *, learning_rate: Any, b1: Any, momentum: Any) -> Any:
+    u = oracle.adam(t, g, theta, memory, learning_rate=learning_rate, b1=b1, b2=0.999, eps=1e-8)
+    v = memory["velocity"] = u if t == 1 else momentum * memory["velocity"] + u
+    return v
+
+
+_BAD_RATE = (
+    ({"learning_rate": -0.1}, ValueError, r"learning_rate is -0\.1; expected a finite number >= 0"),
+    ({"learning_rate": float("nan")}, ValueError, r"learning_rate is nan; expected a finite number >= 0"),
+    ({"learning_rate": float("inf")}, ValueError, r"learning_rate is inf; expected a finite number >= 0"),
+    ({"learning_rate": 1e39}, ValueError, r"learning_rate is 1e\+39 \(inf in float32\)"),
+    ({"learning_rate": None}, TypeError, r"learning_rate is None; expected a finite number >= 0"),
+    ({"learning_rate": "0.1"}, TypeError, r"learning_rate is '0\.1'; expected a finite number >= 0"),
+    ({"learning_rate": True}, TypeError, r"learning_rate is True; expected a finite number"),
+    ({"learning_rate": 1j}, TypeError, r"learning_rate is 1j; expected a finite number"),
+    ({"learning_rate": np.ones(3)}, ValueError, r"learning_rate has shape \(3,\); expected .* jax\.vmap"),
+    ({"learning_rate": jnp.float32(-1)}, ValueError, r"learning_rate is -1\.0; expected a finite number >= 0"),
+)
+_BAD_MOMENTUM = (
+    ({"momentum": 1.0}, ValueError, r"momentum is 1\.0; expected a finite number in \[0, 1\)"),
+    ({"momentum": -0.1}, ValueError, r"momentum is -0\.1; expected a finite number in \[0, 1\)"),
+    (
+        {"accumulator_dtype": "int8"},
+        ValueError,
+        r"accumulator_dtype is 'int8', in which a moment would be rounded away",
+    ),
+    ({"accumulator_dtype": "float"[::-1]}, TypeError, r"accumulator_dtype is 'taolf'; expected a floating-point dtype"),
+)
+_BAD_MOMENTS = (
+    ({"b1": 1.0}, ValueError, r"b1 is 1\.0; expected a finite number in \[0, 1\)"),
+    ({"b1": -0.5}, ValueError, r"b1 is -0\.5; expected a finite number in \[0, 1\)"),
+    ({"b2": 1.5}, ValueError, r"b2 is 1\.5; expected a finite number in \[0, 1\)"),
+    ({"b2": 1 - 1e-9}, ValueError, r"b2 is 0\.999999999 \(1\.0 in float32\); expected a finite number in \[0, 1\)"),
+    ({"b2": jnp.bfloat16(0.999)}, ValueError, r"b2 is 1\.0; expected a finite number in \[0, 1\)"),
+    ({"eps": -1e-8}, ValueError, r"eps is -1e-08; expected a finite number >= 0"),
+    ({"eps_root": -1.0}, ValueError, r"eps_root is -1\.0; expected a finite number >= 0"),
+    ({"mu_dtype": "int8"}, ValueError, r"mu_dtype is 'int8', in which a moment would be rounded away"),
+    ({"mu_dtype": bool}, ValueError, r"mu_dtype is 'bool', in which a moment would be rounded away"),
+)
+_BAD_DECAY = (
+    ({"weight_decay": -0.1}, ValueError, r"weight_decay is -0\.1; expected a finite number >= 0"),
+    ({"weight_decay": None}, TypeError, r"weight_decay is None; expected a finite number >= 0"),
+)
+_MOMENTS = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
+
+
+def _with_rate(cases: tuple) -> tuple:
+    return tuple(({"learning_rate": 0.1, **settings}, error, words) for settings, error, words in cases)
+
+
+ROWS = (
+    Row(
+        gdx.scale_by_learning_rate,
+        ({"learning_rate": 0.1}, {"learning_rate": 0.0}),
+        _BAD_RATE,
+        oracle.gradient_descent,
+    ),
+    Row(
+        gdx.scale_by_momentum,
+        (
+            {"momentum": 0.9},
+            {"momentum": 0.5, "nesterov": True},
+            {"momentum": 0.0},
+            {"momentum": 0.9, "accumulator_dtype": "bfloat16"},
+        ),
+        _BAD_MOMENTUM,
+        _link(oracle.sgd),
+        largest_gradient=3e37,
+    ),
+    Row(
+        gdx.scale_by_adam,
+        (
+            _MOMENTS,
+            {"b1": 0.5, "b2": 0.99, "eps": 1e-3, "eps_root": 1e-5},
+            {**_MOMENTS, "nesterov": True},
+            {"b1": 0.0, "b2": 0.99999, "eps": 0.0},
+            {**_MOMENTS, "mu_dtype": "bfloat16"},
+        ),
+        _BAD_MOMENTS,
+        _link(oracle.adam),
+    ),
+    Row(
+        gdx.add_decoupled_weight_decay,
+        ({"weight_decay": 0.01}, {"weight_decay": 0.0}),
+        _BAD_DECAY,
+        _decay,
+    ),
+    Row(gdx.gradient_descent, ({"learning_rate": 0.1},), _BAD_RATE, oracle.gradient_descent),
+    Row(
+        gdx.sgd,
+        (
+            {"learning_rate": 0.1, "momentum": 0.9},
+            {"learning_rate": 0.1},
+            {"learning_rate": 0.01, "momentum": 0.9, "nesterov": True},
+        ),
+        (
+            *_BAD_RATE,
+            *_with_rate(_BAD_MOMENTUM),
+            ({"learning_rate": 0.1, "nesterov": True}, ValueError, r"nesterov=True needs momentum"),
+        ),
+        oracle.sgd,
+        largest_gradient=3e37,
+    ),
+    Row(
+        gdx.momentum,
+        ({"learning_rate": 0.1, "momentum": 0.9},),
+        (*_BAD_RATE, *_with_rate(_BAD_MOMENTUM)),
+        oracle.momentum,
+    ),
+    Row(
+        gdx.nesterov,
+        ({"learning_rate": 0.1, "momentum": 0.9},),
+        (*_BAD_RATE, *_with_rate(_BAD_MOMENTUM)),
+        oracle.nesterov,
+    ),
+    Row(
+        gdx.adam,
+        (
+            {"learning_rate": 1e-2, **_MOMENTS},
+            {"learning_rate": 1e-2, "b1": 0.8, "b2": 0.99, "eps": 1e-6, "nesterov": True},
+        ),
+        (*_BAD_RATE, *_with_rate(_BAD_MOMENTS)),
+        oracle.adam,
+    ),
+    Row(
+        gdx.adamw,
+        (
+            {"learning_rate": 1e-2, **_MOMENTS, "weight_decay": 0.1},
+            {"learning_rate": 1e-2, **_MOMENTS, "weight_decay": 0.01, "schedule_multiplier": 0.5},
+            {"learning_rate": 1e-2, **_MOMENTS, "weight_decay": 0.1, "nesterov": True},
+        ),
+        (
+            *_BAD_RATE,
+            *_with_rate(_BAD_MOMENTS),
+            *_with_rate(_BAD_DECAY),
+            ({"learning_rate": 0.1, "schedule_multiplier": -1}, ValueError, r"schedule_multiplier is -1\.0; expected"),
+        ),
+        oracle.adamw,
+    ),
+    Row(
+        nested,
+        ({"learning_rate": 1e-2, "b1": 0.9, "momentum": 0.5},),
+        _with_rate((({"b1": 1.0}, ValueError, r"scale_by_adam: b1 is 1\.0"),)),
+        _nested,
+    ),
+    Row(
+        lifted,
+        ({"learning_rate": 0.1, "momentum": 0.9},),
+        _with_rate((({"momentum": 1.0}, ValueError, r"sgd: momentum is 1\.0"),)),
+        oracle.sgd,
+        largest_gradient=3e37,
+    ),
+)
+
+CASES = [(row, settings) for row in ROWS for settings in row.settings]
+
+every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+every_case = pytest.mark.parametrize(
+    ("row", "settings"), CASES, ids=[f"{row.name}-{row.settings.index(settings)}" for row, settings in CASES]
+)
+
+
+def tree(seed: int = 0, dtype: Any = np.float32) -> dict[str, Any]:
+    """Parameters of a few shapes."""
+    random = np.random.default_rng(seed)
+    shapes = {"w": (3, 5), "b": (7,), "s": ()}
+    return {
+        name: jnp.asarray(random.standard_normal(shape).astype(np.float32), dtype) for name, shape in shapes.items()
+    }
+
+
+def gradients(steps: int, seed: int = 1) -> dict[str, Any]:
+    """Random gradients over six orders of magnitude, a leading axis of steps."""
+    random = np.random.default_rng(seed)
+    shapes = {"w": (3, 5), "b": (7,), "s": ()}
+    scales = 10.0 ** (np.arange(steps) % 7 - 3)
+    return {
+        name: jnp.asarray((random.standard_normal((steps, *shape)).T * scales).T.astype(np.float32))
+        for name, shape in shapes.items()
+    }
+
+
+def one_step(tx: optax.GradientTransformation, params: Any, state: Any, g: Any) -> tuple[Any, Any]:
+    updates, state = optax.with_extra_args_support(tx).update(g, state, params)
+    with jax.numpy_dtype_promotion("standard"):  # it adds updates in the gradient's dtype
+        return optax.apply_updates(params, updates), state
+
+
+def scan(tx: optax.GradientTransformation, params: Any, gradients: Any) -> Any:
+    """The parameters after one step per gradient, in one program."""
+    step = lambda carry, g: (one_step(tx, *carry, g), None)  # noqa: E731
+    return jax.lax.scan(step, (params, tx.init(params)), gradients)[0][0]
+
+
+def assert_same_bits(a: Any, b: Any) -> None:
+    """Structures, dtypes and bit patterns are equal."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(map(np.asarray, jax.tree.leaves(a)), map(np.asarray, jax.tree.leaves(b))):
+        assert x.dtype == y.dtype
+        assert x.tobytes() == y.tobytes(), f"{np.sum(x != y)} of {x.size} differ"

@@ -1,0 +1,104 @@
+"""Promise 3: the same bits whichever way a hyperparameter arrives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from tests.contract.table import Row, assert_same_bits, every_case, every_row, gradients, one_step, scan, tree
+
+STEPS = 200
+
+
+def by_argument(row: Row, settings: dict):
+    """The reference: the optimizer is an argument of the compiled program."""
+    return jax.jit(scan)(row.make(**settings), tree(), gradients(STEPS))
+
+
+@every_case
+def test_a_constant_in_a_closure(row, settings):
+    tx = row.make(**settings)
+    assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(tree(), gradients(STEPS)), by_argument(row, settings))
+
+
+@every_case
+def test_a_schedule_returning_that_value(row, settings):
+    schedules = {name: (lambda count, value=value: value) for name, value in row.numbers(settings).items()}
+    tx = row.make(**{**settings, **schedules})
+    assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(tree(), gradients(STEPS)), by_argument(row, settings))
+
+
+@every_case
+def test_optax_inject_hyperparams(row, settings):
+    tx = optax.inject_hyperparams(row.make)(**settings)
+    assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(tree(), gradients(STEPS)), by_argument(row, settings))
+
+
+@every_case
+def test_inside_optax_chain(row, settings):
+    tx = optax.chain(optax.identity(), row.make(**settings), optax.identity())
+    assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(tree(), gradients(STEPS)), by_argument(row, settings))
+
+
+@every_case
+def test_a_call_per_step(row, settings):
+    """A jitted step in a Python loop instead of a scan."""
+    step = jax.jit(one_step)
+    tx, params, all_gradients = row.make(**settings), tree(), gradients(STEPS)
+    state = tx.init(params)
+    for i in range(STEPS):
+        params, state = step(tx, params, state, jax.tree.map(lambda g: g[i], all_gradients))  # noqa: B023
+    assert_same_bits(params, by_argument(row, settings))
+
+
+def batch_of(row: Row, settings: dict):
+    """Three optimizers, the first with these settings, every hyperparameter differing."""
+    tx = row.make(**settings)
+    return jax.tree.map(lambda h: jnp.float32(h) * jnp.array([1.0, 0.5, 0.25], jnp.float32), tx)
+
+
+@every_case
+def test_lax_map(row, settings):
+    batch = batch_of(row, settings)
+    found = jax.jit(lambda batch, p, g: jax.lax.map(lambda tx: scan(tx, p, g), batch))(batch, tree(), gradients(STEPS))
+    assert_same_bits(jax.tree.map(lambda x: x[0], found), by_argument(row, settings))
+
+
+@every_case
+def test_lanes_of_vmap(row, settings):
+    batch, params, g = batch_of(row, settings), tree(), gradients(STEPS)
+    found = jax.jit(jax.vmap(scan, (0, None, None)))(batch, params, g)
+    single = jax.jit(scan)
+    for lane in range(3):
+        tx = jax.tree.map(lambda h: h[lane], batch)  # noqa: B023
+        assert_same_bits(jax.tree.map(lambda x: x[lane], found), single(tx, params, g))  # noqa: B023
+
+
+@every_row
+@hypothesis_settings(max_examples=3)
+@given(data=st.data())
+def test_any_value(row, data):
+    """Constants, which the compiler may fold, against arguments, for drawn values."""
+    ranges = {"learning_rate": 2.0, "eps": 1e-2, "eps_root": 1e-2, "weight_decay": 1.0, "schedule_multiplier": 1.0}
+    settings = {
+        name: data.draw(st.floats(0, ranges.get(name, 0.999)), label=name) for name in row.numbers(row.settings[0])
+    }
+    tx = row.make(**settings)
+    assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(tree(), gradients(STEPS)), by_argument(row, settings))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_eager_and_jitted_steps_differ_by_two_ulps_at_most(nesterov):
+    """Eagerly each leaf's step is one program and adding the update another; jitted, XLA contracts that sum."""
+    from gdx import adamw
+
+    tx, params = adamw(1e-2, nesterov=nesterov), tree()
+    g = jax.tree.map(lambda g: g[0], gradients(1))
+    eager, _ = one_step(tx, params, tx.init(params), g)
+    jitted, _ = jax.jit(one_step)(tx, params, tx.init(params), g)
+    for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(jitted)):
+        np.testing.assert_array_max_ulp(np.asarray(a), np.asarray(b), maxulp=2)

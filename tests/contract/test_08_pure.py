@@ -1,0 +1,59 @@
+"""Promise 8: pure functions, under JAX's strictest settings."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from tests.contract.table import assert_same_bits, every_case, every_row, gradients, one_step, scan, tree
+
+
+@every_row
+@hypothesis_settings(max_examples=3)
+@given(seed=st.integers(0, 2**16))
+def test_same_inputs_same_bits_and_inputs_untouched(row, seed):
+    tx, params, g = row.tx, tree(seed), tree(seed + 1)
+    state = tx.init(params)
+    inputs = jax.tree.map(np.array, (tx, params, g, state))
+    first = tx.update(g, state, params)
+    assert_same_bits(tx.update(g, state, params), first)
+    assert_same_bits(jax.tree.map(np.array, (tx, params, g, state)), inputs)
+
+
+@every_row
+def test_numpy_arrays_are_not_written_to(row):
+    params, g = jax.tree.map(np.asarray, tree()), jax.tree.map(np.asarray, tree(1))
+    for leaf in jax.tree.leaves((params, g)):
+        assert not leaf.flags.writeable or leaf.setflags(write=False) is None
+    row.tx.update(g, row.tx.init(params), params)
+
+
+@every_case
+def test_no_tracer_leaks(row, settings):
+    with jax.checking_leaks():
+        jax.jit(scan)(row.make(**settings), tree(), gradients(2))
+
+
+@every_case
+def test_under_debug_nans(row, settings):
+    with jax.debug_nans(True):
+        params = tree()
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        tx = row.make(**settings)
+        state = tx.init(params)
+        for g in (params, zeros):
+            _, state = tx.update(g, state, params)
+
+
+@every_case
+def test_moves_nothing_between_devices(row, settings):
+    """A constant optimizer in a compiled step, and one whose hyperparameters were put on the device."""
+    tx, params, g = row.make(**settings), tree(), jax.tree.map(lambda g: g[0], gradients(1))
+    state, on_device = tx.init(params), jax.device_put(tx)
+    closed, given_tx = jax.jit(lambda p, s, g: one_step(tx, p, s, g)), jax.jit(one_step)
+    with jax.transfer_guard("disallow"):
+        found = closed(params, state, g)
+        other = given_tx(on_device, params, state, g)
+    assert_same_bits(found, other)

@@ -1,0 +1,183 @@
+"""Promise 10: bad input is refused before anything is done, by a message that names the leaf and the mend."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gdx
+from tests.contract.table import ROWS, every_row, tree
+
+INVALID = [(row, *case) for row in ROWS for case in row.invalid]
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "error", "words"), INVALID, ids=[f"{row.name}-{case}" for row, case, *_ in INVALID]
+)
+def test_invalid_settings(row, settings, error, words):
+    with pytest.raises(error, match=words) as caught:
+        row.make(**settings)
+    if isinstance(row.make, type):
+        assert str(caught.value).startswith(f"{row.name}: ")
+
+
+def _without(name):
+    return lambda good: {key: leaf for key, leaf in good.items() if key != name}
+
+
+GRADIENTS = {
+    "missing": (_without("b"), ValueError, r"no gradient for \['b'\]"),
+    "None": (lambda good: {**good, "b": None}, ValueError, r"no gradient for \['b'\]"),
+    "extra": (lambda good: {**good, "c": good["b"]}, ValueError, r"nothing in params for the gradient at \['c'\]"),
+    "other container": (lambda good: list(good.values()), ValueError, r"no gradient for \['b'\]"),
+    "broadcasts": (lambda good: {**good, "w": good["w"][:1]}, ValueError, r"\['w'\] has shape \(1, 5\), .* \(3, 5\)"),
+    "scalar": (lambda good: {**good, "w": good["s"]}, ValueError, r"\['w'\] has shape \(\), .* \(3, 5\)"),
+    "integers": (lambda good: {**good, "b": jnp.zeros(7, int)}, TypeError, r"gradient at \['b'\] is int32\[7\]"),
+    "booleans": (lambda good: {**good, "b": jnp.zeros(7, bool)}, TypeError, r"gradient at \['b'\] is bool\[7\]"),
+    "float0": (
+        lambda good: {**good, "b": np.zeros(7, jax.dtypes.float0)},
+        TypeError,
+        r"gradient at \['b'\] is float0\[7\], expected a floating-point array\. Differentiate",
+    ),
+    "text": (lambda good: {**good, "b": "b"}, TypeError, r"gradient at \['b'\] is str 'b'"),
+    "complex": (
+        lambda good: {**good, "b": good["b"].astype("complex64")},
+        TypeError,
+        r"gradient at \['b'\] is complex, but the parameter is real",
+    ),
+}
+
+
+@every_row
+@pytest.mark.parametrize("case", GRADIENTS)
+@pytest.mark.parametrize("jitted", [False, True])
+def test_gradients_unlike_the_parameters(row, case, jitted):
+    change, error, words = GRADIENTS[case]
+    if jitted and case in ("text", "float0"):
+        pytest.skip("jit itself takes no text")
+    tx, params = row.tx, tree()
+    update = jax.jit(tx.update) if jitted else tx.update
+    with pytest.raises(error, match=f"{type(tx).__name__}: .*{words}"):
+        update(change(params), tx.init(params), params)
+
+
+@every_row
+@pytest.mark.parametrize("case", ["missing", "extra", "broadcasts"])
+def test_gradients_unlike_the_state_without_parameters(row, case):
+    tx, params = row.tx, tree()
+    if not jax.tree.leaves(tx.init(params)) or "weight_decay" in tx.hyperparams:
+        pytest.skip("keeps nothing to compare with, or needs the parameters")
+    change, error, words = GRADIENTS[case]
+    with pytest.raises(error, match=words.replace("params", r"state\.\w+")):
+        tx.update(change(params), tx.init(params))
+
+
+PARAMETERS = {
+    "integers": (jnp.zeros(3, int), r"parameter at \['x'\] is int32\[3\], expected a floating-point array"),
+    "booleans": (np.zeros(3, bool), r"parameter at \['x'\] is bool\[3\]"),
+    "a key": (jax.random.key(0), r"parameter at \['x'\] is key<"),
+    "text": ("x", r"parameter at \['x'\] is str 'x'.* filter the others out"),
+    "a function": (len, r"parameter at \['x'\] is builtin_function_or_method"),
+    "an integer": (1, r"parameter at \['x'\] is int 1"),
+}
+
+
+@every_row
+@pytest.mark.parametrize("case", PARAMETERS)
+def test_parameters_that_cannot_be_trained(row, case):
+    leaf, words = PARAMETERS[case]
+    with pytest.raises(TypeError, match=f"{type(row.tx).__name__}: the {words}"):
+        row.tx.init({"w": jnp.ones(2), "x": leaf})
+
+
+@every_row
+def test_states_of_another_kind(row):
+    tx, params = row.tx, tree()
+    state = tx.init(params)
+    if isinstance(state, optax.EmptyState):
+        wrong = [None, (), {}, {"count": 0}, optax.TraceState(params)]
+    elif isinstance(tx, gdx.Composed):
+        wrong = [None, {}, state[:-1], (*state, state), list(state), gdx.scale_by_adam().init(params)]
+    elif isinstance(tx, gdx.lift):
+        wrong = [(), (optax.EmptyState(), {}), (optax.EmptyState(), state)]
+    else:
+        wrong = [None, {}, tuple(state), state._asdict(), (state,), optax.EmptyState(), params]
+    for other in wrong:
+        with pytest.raises((TypeError, ValueError), match=r"state is|number of updates and states"):
+            tx.update(params, other, params)
+    # swapped arguments
+    with pytest.raises((TypeError, ValueError), match=r"state is|gradient at|gradients' tree|number of updates"):
+        tx.update(state, params, params)
+
+
+@pytest.mark.parametrize("count", [jnp.float32(3), jnp.zeros(2, int)])
+def test_a_count_that_is_no_integer_scalar(count):
+    tx = gdx.scale_by_adam()
+    state = tx.init(tree())._replace(count=count)
+    with pytest.raises(TypeError, match=r"scale_by_adam: state\.count is .*expected an integer scalar.*cast it back"):
+        tx.update(tree(), state)
+
+
+@pytest.mark.parametrize("tx", [gdx.add_decoupled_weight_decay(0.1), gdx.adamw(0.1)])
+def test_update_without_the_parameters(tx):
+    with pytest.raises(ValueError, match=r"update needs the parameters; call update\(gradients, state, params\)"):
+        tx.update(tree(), tx.init(tree()))
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "words"),
+    [
+        ({"w": True}, ValueError, r"the mask has leaves at \['w'\], the parameters at \['b'\], \['s'\], \['w'\]"),
+        ({"w": 1, "b": True, "s": True}, TypeError, r"the mask at \['w'\] is 1, expected True \(decays\) or False"),
+        (lambda params: {"w": jnp.bool_(True)}, TypeError, r"the mask at \['w'\] is .*expected True"),
+        ({"w": "yes"}, TypeError, r"the mask at \['w'\] is 'yes'"),
+    ],
+)
+def test_masks(mask, error, words):
+    with pytest.raises(error, match=f"add_decoupled_weight_decay: {words}"):
+        gdx.adamw(0.1, mask=mask).init(tree())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "error", "words"),
+    [
+        (lambda count: jnp.ones(3), ValueError, r"has shape \(3,\)"),
+        (lambda count: -0.1, ValueError, r"is -0\.1"),
+        (lambda count: None, TypeError, r"is None"),
+        (lambda count: "fast", TypeError, r"is 'fast'"),
+        (lambda count: 0.1j, TypeError, r"is 0\.1j"),
+    ],
+)
+def test_schedules(schedule, error, words):
+    with pytest.raises(error, match=r"sgd: learning_rate, as returned by the schedule <.*>, " + words):
+        gdx.sgd(schedule).init(tree())
+
+
+def test_a_state_made_without_the_schedule():
+    with pytest.raises(
+        TypeError, match=r"sgd: the state is a tuple of 1.*expected ScheduledState\(count, inner_state\)"
+    ):
+        gdx.sgd(lambda count: 0.1).update(tree(), gdx.sgd(0.1).init(tree()))
+
+
+def test_inject_hyperparams_that_rounds_b2_to_one():
+    """optax casts hyperparameters to the parameters' dtype; 0.999 is 1 in bfloat16, and Adam divides by 1 - b2."""
+    with pytest.raises(ValueError, match=r"adam: b2 is 1\.0; expected a finite number in \[0, 1\)"):
+        optax.inject_hyperparams(gdx.adam)(0.1).init(tree(dtype="bfloat16"))
+
+
+def test_nothing_is_half_done():
+    """The first leaves are fine and the last is not: no count, moment or parameter has changed."""
+    tx, params = gdx.adam(0.1), tree()
+    state = tx.init(params)
+    before = jax.tree.map(np.array, state)
+    with pytest.raises(ValueError, match=re.escape("['w']")):
+        tx.update({**params, "w": params["w"][0]}, state, params)
+    assert all(map(np.array_equal, jax.tree.leaves(state), jax.tree.leaves(before)))
+
+
+def test_there_are_at_least_forty_cases():
+    assert len({str(case[1:]) for case in INVALID}) + len(GRADIENTS) + len(PARAMETERS) >= 40

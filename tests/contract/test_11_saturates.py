@@ -1,0 +1,41 @@
+"""Promise 11: counts stop at 2^31 - 1, and everything else goes on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import gdx
+from tests.contract.table import every_case, one_step, tree
+
+LAST = 2**31 - 1
+
+
+def at_count(state, count):
+    """The state with every count replaced."""
+    return jax.tree.map(lambda x: jnp.int32(count) if jnp.issubdtype(x.dtype, jnp.integer) else x, state)
+
+
+@every_case
+def test_counts_saturate(row, settings):
+    tx, params = row.make(**settings), tree()
+    state = at_count(tx.init(params), LAST - 1)
+    for _ in range(3):
+        params, state = one_step(tx, params, state, tree(1))
+    counts = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.integer)]
+    assert all(count == LAST for count in counts)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(params))
+
+
+def test_schedules_saturate():
+    tx = gdx.sgd(lambda count: 1 / (1 + count.astype(jnp.float32)))
+    state = at_count(tx.init(tree()), LAST)
+    updates, state = tx.update(tree(), state)
+    assert state.count == LAST
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(updates))
+
+
+def test_the_correction_is_over_at_the_last_count():
+    tx, g = gdx.scale_by_adam(0.5, 0.75), jnp.full(3, 2.0)
+    state = at_count(tx.init(g), LAST)._replace(mu=g, nu=g * g)
+    updates, _ = tx.update(g, state)
+    np.testing.assert_allclose(updates, 1, rtol=1e-6)

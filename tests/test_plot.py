@@ -1,0 +1,108 @@
+"""Pictures: on given axes or new ones, headless, also of runs that diverged."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from gdx import plot
+
+
+@pytest.fixture
+def ax():
+    return Figure().subplots()
+
+
+@pytest.fixture(autouse=True)
+def _close():
+    yield
+    pyplot.close("all")
+
+
+def bowl(point: jax.Array) -> jax.Array:
+    return jnp.sum(point**2) - 1
+
+
+def labels(ax: Axes) -> list[str]:
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_loss_curves_draws_on_the_axes_it_is_given(ax):
+    assert plot.loss_curves({"adam": [1.0, 0.1, 0.01], "sgd": jnp.ones(2)}, ax) is ax
+    assert labels(ax) == ["adam", "sgd"]
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_yscale()) == ("step", "loss", "log")
+
+
+def test_new_axes_without_a_change_of_backend():
+    backend = pyplot.get_backend()
+    assert isinstance(plot.loss_curves({"adam": [1.0, 0.5]}), Axes)
+    assert isinstance(plot.paths(bowl, {"adam": np.ones((3, 2))}), Axes)
+    assert pyplot.get_backend() == backend
+
+
+def test_the_steps_of_the_losses(ax):
+    plot.loss_curves({"adam": [1.0, 0.5]}, ax, steps={"adam": [0, 25]})
+    assert ax.lines[0].get_xdata().tolist() == [0, 25]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_diverged_curve_ends_before_it(ax, bad):
+    plot.loss_curves({"sgd": [1.0, 10.0, bad, 3.0]}, ax)
+    assert labels(ax) == ["sgd (diverged)"]
+    assert ax.lines[0].get_ydata().tolist() == [1.0, 10.0]
+    ax.figure.canvas.draw()
+
+
+@pytest.mark.parametrize("losses", [[], [np.nan], [0.0, 0.0], [-1.0, -2.0], [1.0, 0.0]])
+def test_losses_without_a_logarithm(ax, losses):
+    plot.loss_curves({"sgd": losses}, ax)
+    ax.figure.canvas.draw()
+
+
+def test_paths_draws_contours_and_one_line_for_each_run(ax):
+    walk = np.linspace([2.0, 1.0], [0.0, 0.0], 10)
+    assert plot.paths(bowl, {"adam": walk, "sgd": walk / 2}, ax, minimum=(0.0, 0.0)) is ax
+    assert labels(ax) == ["adam", "sgd", "minimum"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("x", "y")
+    assert len(ax.collections) == 2  # filled contours, and lines
+    assert ax.get_xlim()[0] < 0 and ax.get_xlim()[1] > 2
+
+
+def test_paths_without_a_legend_within_limits(ax):
+    plot.paths(bowl, {"adam": np.ones((3, 2))}, ax, limits=((-1, 2), (-3, 4)), legend=False)
+    assert ax.get_legend() is None
+    assert (ax.get_xlim(), ax.get_ylim()) == ((-1, 2), (-3, 4))
+
+
+def test_a_diverged_path_does_not_decide_the_limits(ax):
+    plot.paths(
+        bowl, {"good": [[1.0, 1.0], [0.0, 0.0]], "bad": [[1.0, 1.0], [9.0, 9.0], [1e20, 0.0], [np.inf, 0.0]]}, ax
+    )
+    assert labels(ax) == ["good", "bad (diverged)"]
+    assert ax.get_xlim()[1] < 2
+    assert ax.lines[3].get_xdata().tolist() == [1.0, 9.0]
+    ax.figure.canvas.draw()
+
+
+@pytest.mark.parametrize("points", [np.zeros((0, 2)), np.full((2, 2), np.nan)])
+def test_a_path_without_points(ax, points):
+    plot.paths(bowl, {"adam": points}, ax)
+    ax.figure.canvas.draw()
+
+
+def test_a_function_that_is_flat_or_not_finite(ax):
+    plot.paths(lambda point: jnp.zeros_like(point[0]), {"adam": np.ones((2, 2))}, ax)
+    plot.paths(lambda point: jnp.log(point[0]), {"adam": np.array([[1.0, 1.0], [-1.0, 0.0]])}, ax)
+    ax.figure.canvas.draw()
+
+
+def test_lines_differ_in_colour_and_in_style(ax):
+    plot.loss_curves({str(index): [1.0, 0.5] for index in range(6)}, ax)
+    assert len({line.get_color() for line in ax.lines}) == 6
+    assert len({str(line._unscaled_dash_pattern) for line in ax.lines}) == 6
