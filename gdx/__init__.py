@@ -3,11 +3,12 @@
 Optimizers: gradient_descent, sgd, momentum, nesterov, adam, adamw.
 Links:      scale_by_learning_rate, scale_by_momentum, scale_by_adam, add_decoupled_weight_decay.
 Composing:  chain, lift, Composed.
-Your own:   Transform, hyperparameter, static, Scalar, ScheduledState.
+Your own:   Transform, Leafwise, hyperparameter, static, Scalar, ScheduledState.
 """
 
 from gdx.compose import Composed, chain, lift
 from gdx.fields import Scalar, hyperparameter, static
+from gdx.leafwise import Leafwise
 from gdx.links.adam import scale_by_adam
 from gdx.links.decay import add_decoupled_weight_decay
 from gdx.links.learning_rate import scale_by_learning_rate
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Composed",
+    "Leafwise",
     "Scalar",
     "ScheduledState",
     "Transform",

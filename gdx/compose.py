@@ -1,6 +1,7 @@
 """Transforms made of other transforms: `chain`, `lift`, and the base of the ready-made optimizers."""
 
 import dataclasses
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
@@ -55,12 +56,18 @@ class _Foreign(Transform):
 
 
 def _to_transforms(label: str, value: Any) -> tuple[Transform, ...]:
+    if isinstance(value, optax.GradientTransformation) or not isinstance(value, tuple | list):
+        raise TypeError(f"{label} is {reprlib.repr(value)}; expected a tuple of transforms, such as (gdx.sgd(0.1),)")
     for i, link in enumerate(value):
         if not isinstance(link, optax.GradientTransformation):
-            raise TypeError(
-                f"{label}[{i}] is {link!r}; expected a transform, a pair (init, update) such as gdx.scale_by_adam()"
-            )
+            raise TypeError(f"{label}[{i}] is {reprlib.repr(link)}; expected a transform such as gdx.scale_by_adam()")
     return tuple(link if isinstance(link, Transform) else _Foreign(link) for link in value)
+
+
+def _to_function(label: str, value: Any) -> Callable[..., Any]:
+    if not callable(value):
+        raise TypeError(f"{label} is {reprlib.repr(value)}; expected a function of the transforms")
+    return value
 
 
 class chain(Composed):
@@ -113,6 +120,9 @@ class lift(Transform):
       wrap: `wrap(*transforms)` returns an object with `init` and `update`. Lifts are equal when
         they hold the same function, so define it once rather than as a lambda on each call.
 
+    Raises:
+      TypeError: transforms is no tuple of transforms, or wrap no function.
+
     >>> import gdx, optax
     >>> def every_fourth(tx):
     ...     return optax.MultiSteps(tx, 4)
@@ -122,7 +132,7 @@ class lift(Transform):
     """
 
     transforms: tuple[Transform, ...] = dataclasses.field(metadata={"convert": _to_transforms})
-    wrap: Callable[..., Any] = static()
+    wrap: Callable[..., Any] = static(convert=_to_function)
 
     def init(self, params: optax.Params) -> optax.OptState:
         return self.wrap(*self.transforms).init(params)

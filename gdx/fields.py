@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
@@ -60,16 +61,29 @@ def to_scalar(
         return value
     expected = f"expected a finite number{_interval(minimum, below)}, an array of shape () or a schedule"
     if not isinstance(value, int | float | np.generic | np.ndarray | jax.Array) or not _is_real(value):
-        raise TypeError(f"{label} is {value!r}; {expected}")
+        raise TypeError(f"{label} is {reprlib.repr(value)}; {expected}")
     if np.shape(value) != ():
         raise ValueError(f"{label} has shape {np.shape(value)}; {expected}. Build a batch of optimizers with jax.vmap")
     if is_concrete(value):
         with np.errstate(over="ignore"):
             rounded = float(np.float32(value))
-        if not (minimum <= float(value) < below and minimum <= rounded < below):
-            in_float32 = f" ({rounded!r} in float32)" if minimum <= float(value) < below else ""
+        in_range = minimum <= float(value) < below
+        if not (in_range and minimum <= rounded < below and bool(rounded) == bool(value)):
+            in_float32 = f" ({rounded!r} in float32)" if in_range else ""
             raise ValueError(f"{label} is {float(value)!r}{in_float32}; {expected}")
+    elif below < np.inf and jnp.result_type(value).itemsize < 4:
+        raise TypeError(
+            f"{label} is a traced {jnp.result_type(value)}, in which values near {below:g} round to it; pass it in float32 "
+            f"(with optax: inject_hyperparams(..., hyperparam_dtype='float32'))"
+        )
     return value.astype(jnp.result_type(float)) if isinstance(value, jax.Array) else np.float64(value)
+
+
+def to_bool(label: str, value: Any) -> bool:
+    """Converts a static switch."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{label} is {reprlib.repr(value)}; expected True or False")
+    return bool(value)
 
 
 def to_floating_dtype(label: str, value: Any) -> np.dtype | None:
@@ -80,7 +94,7 @@ def to_floating_dtype(label: str, value: Any) -> np.dtype | None:
     try:
         dtype = jnp.dtype(value)
     except TypeError:
-        raise TypeError(f"{label} is {value!r}; {expected}") from None
+        raise TypeError(f"{label} is {reprlib.repr(value)}; {expected}") from None
     if not jnp.issubdtype(dtype, np.floating):
         raise ValueError(f"{label} is {dtype.name!r}, in which a moment would be rounded away; {expected}")
     return dtype

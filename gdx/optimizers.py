@@ -7,7 +7,7 @@ import numpy as np
 import optax
 
 from gdx.compose import Composed
-from gdx.fields import Scalar, hyperparameter, static, to_floating_dtype
+from gdx.fields import Scalar, hyperparameter, static, to_bool, to_floating_dtype
 from gdx.links.adam import scale_by_adam
 from gdx.links.decay import add_decoupled_weight_decay
 from gdx.links.learning_rate import scale_by_learning_rate
@@ -69,7 +69,7 @@ class sgd(Composed):
 
     learning_rate: Scalar = hyperparameter(minimum=0)
     momentum: Scalar | None = hyperparameter(default=None, minimum=0, below=1, optional=True)
-    nesterov: bool = static(default=False)
+    nesterov: bool = static(default=False, convert=to_bool)
     accumulator_dtype: np.dtype | None = static(default=None, convert=to_floating_dtype)
 
     def validate(self) -> None:
@@ -184,7 +184,7 @@ class adam(Composed):
     eps: Scalar = hyperparameter(default=1e-8, minimum=0)
     eps_root: Scalar = hyperparameter(default=0.0, minimum=0)
     mu_dtype: np.dtype | None = static(default=None, convert=to_floating_dtype)
-    nesterov: bool = static(default=False, kw_only=True)
+    nesterov: bool = static(default=False, convert=to_bool, kw_only=True)
 
     @property
     def links(self) -> tuple[Transform, ...]:
@@ -230,7 +230,7 @@ class adamw(Composed):
     mu_dtype: np.dtype | None = static(default=None, convert=to_floating_dtype)
     weight_decay: Scalar = hyperparameter(default=1e-4, minimum=0)
     mask: Any | Callable[[optax.Params], Any] = static(default=None)
-    nesterov: bool = static(default=False, kw_only=True)
+    nesterov: bool = static(default=False, convert=to_bool, kw_only=True)
     schedule_multiplier: Scalar | None = hyperparameter(default=None, minimum=0, optional=True, kw_only=True)
 
     @property

@@ -76,6 +76,12 @@ def test_lift_keeps_hyperparameters_as_leaves():
     assert compiled._cache_size() == 1
 
 
+@pytest.mark.parametrize("arguments", [(gdx.sgd(0.1), clip_and), ((0.1,), clip_and), ((gdx.sgd(0.1),), 3)])
+def test_lift_refuses_what_is_no_transform(arguments):
+    with pytest.raises(TypeError, match=r"lift: (transforms|wrap).* is .*; expected a"):
+        gdx.lift(*arguments)
+
+
 def test_lift_takes_multi_steps_and_several_transforms():
     def every_second(tx):
         return optax.MultiSteps(tx, 2)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdx.fields import Scalar, hyperparameter, static, to_floating_dtype
+from gdx.fields import Scalar, hyperparameter, static, to_bool, to_floating_dtype
 from gdx.leafwise import Leafwise, moment_like, uncontracted
 
 
@@ -61,7 +61,7 @@ class scale_by_adam(Leafwise):
     eps: Scalar = hyperparameter(default=1e-8, minimum=0)
     eps_root: Scalar = hyperparameter(default=0.0, minimum=0)
     mu_dtype: np.dtype | None = static(default=None, convert=to_floating_dtype)
-    nesterov: bool = static(default=False, kw_only=True)
+    nesterov: bool = static(default=False, convert=to_bool, kw_only=True)
 
     def start(self, p: jax.Array) -> tuple[jax.Array, jax.Array]:
         return moment_like(p, self.mu_dtype), moment_like(p, real=True)

@@ -68,4 +68,5 @@ class add_decoupled_weight_decay(Leafwise):
 
 
 def _paths(tree: Any) -> str:
-    return ", ".join(jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree))
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return ", ".join([*paths[:5], "..."] if len(paths) > 5 else paths) or "no path"

@@ -2,7 +2,7 @@
 
 import jax
 
-from gdx.fields import Scalar, hyperparameter, static
+from gdx.fields import Scalar, hyperparameter, static, to_bool
 from gdx.leafwise import Leafwise
 
 
@@ -31,7 +31,7 @@ class scale_by_learning_rate(Leafwise):
     """
 
     learning_rate: Scalar = hyperparameter(minimum=0)
-    flip_sign: bool = static(default=True, kw_only=True)
+    flip_sign: bool = static(default=True, convert=to_bool, kw_only=True)
 
     def step(self, count: None, g: jax.Array, p: jax.Array | None) -> tuple[jax.Array]:
         return ((-self.learning_rate if self.flip_sign else self.learning_rate) * g,)

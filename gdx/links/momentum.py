@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import optax
 
-from gdx.fields import Scalar, hyperparameter, static, to_floating_dtype
+from gdx.fields import Scalar, hyperparameter, static, to_bool, to_floating_dtype
 from gdx.leafwise import Leafwise, moment_like, uncontracted
 
 
@@ -50,7 +50,7 @@ class scale_by_momentum(Leafwise):
     State: ClassVar = optax.TraceState
 
     momentum: Scalar = hyperparameter(default=0.9, minimum=0, below=1)
-    nesterov: bool = static(default=False)
+    nesterov: bool = static(default=False, convert=to_bool)
     accumulator_dtype: np.dtype | None = static(default=None, convert=to_floating_dtype)
 
     def start(self, p: jax.Array) -> tuple[jax.Array]:

@@ -76,6 +76,10 @@ def _link(step: Callable) -> Callable:
     return lambda *args, **kwargs: -step(*args, **{"learning_rate": 1.0, **kwargs})
 
 
+def _descent(t: int, g: Any, theta: Any, memory: dict, *, learning_rate: Any, flip_sign: bool = True) -> Any:
+    return -(learning_rate * g) if flip_sign else learning_rate * g
+
+
 def _decay(t: int, g: Any, theta: Any, memory: dict, *, weight_decay: Any) -> Any:
     return g + weight_decay * theta
 
@@ -91,6 +95,8 @@ _BAD_RATE = (
     ({"learning_rate": float("nan")}, ValueError, r"learning_rate is nan; expected a finite number >= 0"),
     ({"learning_rate": float("inf")}, ValueError, r"learning_rate is inf; expected a finite number >= 0"),
     ({"learning_rate": 1e39}, ValueError, r"learning_rate is 1e\+39 \(inf in float32\)"),
+    ({"learning_rate": 1e-50}, ValueError, r"learning_rate is 1e-50 \(0\.0 in float32\)"),
+    ({"learning_rate": {"w": 0.1}}, TypeError, r"learning_rate is \{'w': 0\.1\}; expected"),
     ({"learning_rate": None}, TypeError, r"learning_rate is None; expected a finite number >= 0"),
     ({"learning_rate": "0.1"}, TypeError, r"learning_rate is '0\.1'; expected a finite number >= 0"),
     ({"learning_rate": True}, TypeError, r"learning_rate is True; expected a finite number"),
@@ -106,7 +112,7 @@ _BAD_MOMENTUM = (
         ValueError,
         r"accumulator_dtype is 'int8', in which a moment would be rounded away",
     ),
-    ({"accumulator_dtype": "float"[::-1]}, TypeError, r"accumulator_dtype is 'taolf'; expected a floating-point dtype"),
+    ({"accumulator_dtype": "f3"}, TypeError, r"accumulator_dtype is 'f3'; expected a floating-point dtype"),
 )
 _BAD_MOMENTS = (
     ({"b1": 1.0}, ValueError, r"b1 is 1\.0; expected a finite number in \[0, 1\)"),
@@ -117,6 +123,7 @@ _BAD_MOMENTS = (
     ({"eps": -1e-8}, ValueError, r"eps is -1e-08; expected a finite number >= 0"),
     ({"eps_root": -1.0}, ValueError, r"eps_root is -1\.0; expected a finite number >= 0"),
     ({"mu_dtype": "int8"}, ValueError, r"mu_dtype is 'int8', in which a moment would be rounded away"),
+    ({"nesterov": "no"}, TypeError, r"nesterov is 'no'; expected True or False"),
     ({"mu_dtype": bool}, ValueError, r"mu_dtype is 'bool', in which a moment would be rounded away"),
 )
 _BAD_DECAY = (
@@ -133,9 +140,12 @@ def _with_rate(cases: tuple) -> tuple:
 ROWS = (
     Row(
         gdx.scale_by_learning_rate,
-        ({"learning_rate": 0.1}, {"learning_rate": 0.0}),
-        _BAD_RATE,
-        oracle.gradient_descent,
+        ({"learning_rate": 0.1}, {"learning_rate": 0.0}, {"learning_rate": 0.1, "flip_sign": False}),
+        (
+            *_BAD_RATE,
+            ({"learning_rate": 0.1, "flip_sign": "x"}, TypeError, r"flip_sign is 'x'; expected True or False"),
+        ),
+        _descent,
     ),
     Row(
         gdx.scale_by_momentum,
@@ -179,6 +189,7 @@ ROWS = (
             *_BAD_RATE,
             *_with_rate(_BAD_MOMENTUM),
             ({"learning_rate": 0.1, "nesterov": True}, ValueError, r"nesterov=True needs momentum"),
+            ({"learning_rate": 0.1, "nesterov": 0.5}, TypeError, r"nesterov is 0\.5; expected True or False"),
         ),
         oracle.sgd,
         largest_gradient=3e37,

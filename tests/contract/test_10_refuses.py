@@ -169,6 +169,26 @@ def test_inject_hyperparams_that_rounds_b2_to_one():
         optax.inject_hyperparams(gdx.adam)(0.1).init(tree(dtype="bfloat16"))
 
 
+def test_inject_hyperparams_that_rounds_b2_to_one_inside_jit():
+    with pytest.raises(
+        TypeError, match=r"adam: b1 is a traced bfloat16, in which values near 1 round to it; pass it in"
+    ):
+        jax.jit(optax.inject_hyperparams(gdx.adam)(0.1).init)(tree(dtype="bfloat16"))
+    optax.inject_hyperparams(gdx.adam, hyperparam_dtype=jnp.float32)(0.1).init(tree(dtype="bfloat16"))
+
+
+def test_messages_stay_short():
+    """The habit of torch: sgd(parameters, rate)."""
+    for wrong in (
+        lambda: gdx.sgd(tree(), 0.1),
+        lambda: gdx.sgd([jnp.ones(3)] * 500, 0.1),
+        lambda: gdx.chain([1] * 500),
+    ):
+        with pytest.raises(TypeError) as caught:
+            wrong()
+        assert len(str(caught.value)) < 400
+
+
 def test_nothing_is_half_done():
     """The first leaves are fine and the last is not: no count, moment or parameter has changed."""
     tx, params = gdx.adam(0.1), tree()

@@ -77,7 +77,7 @@ def test_named_trees(row, name):
 
 @every_row
 def test_python_floats_count_as_scalars(row):
-    params, state = one_step(row.tx, {"a": 1.0}, row.tx.init({"a": 1.0}), {"a": 0.5})
+    params, _ = one_step(row.tx, {"a": 1.0}, row.tx.init({"a": 1.0}), {"a": 0.5})
     assert params["a"].shape == ()
 
 
