@@ -33,7 +33,7 @@ class Composed(Transform):
     ) -> tuple[optax.Updates, optax.OptState]:
         links = self.links
         check_chain_state(self, state, len(links))
-        if all(isinstance(link, Leafwise) and not link.has_schedule for link in links):
+        if all(isinstance(link, Leafwise) and link.is_plain and not link.has_schedule for link in links):
             return update_leaves(tuple(link.at(None) for link in links), updates, state, params)
         return optax.chain(*links).update(updates, state, params, **extra_args)
 

@@ -47,6 +47,11 @@ class Leafwise(Transform):
         """True, or a tree like the parameters that is True where this transform acts; other leaves pass unchanged."""
         return True
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether its update is `step` on every leaf and nothing else, so that links of a chain can share a call."""
+        return type(self).update is Leafwise.update
+
     def init(self, params: optax.Params) -> Any:
         leaves, structure = jax.tree.flatten(params)
         if leaves:

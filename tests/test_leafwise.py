@@ -1,0 +1,101 @@
+"""Leafwise: what a link gets from giving its formula for one leaf."""
+
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gdx
+from gdx.leafwise import moment_like
+
+
+class Trail(NamedTuple):
+    count: jax.Array
+    last: dict
+
+
+class add_last(gdx.Leafwise):
+    """Adds the last gradient, weighted; keeps what it was given to look at."""
+
+    State: ClassVar = Trail
+    weight: gdx.Scalar = gdx.hyperparameter(default=0.5)
+    seen: ClassVar[list] = []
+
+    def start(self, p):
+        return (moment_like(p),)
+
+    def step(self, count, g, p, last):
+        self.seen.append((count.dtype, g.dtype, None if p is None else p.dtype, last.dtype, self.weight.dtype))
+        return g + self.weight * last, g
+
+
+class doubled(add_last):
+    """Overrides update, which a chain must respect."""
+
+    def update(self, updates, state, params=None, **extra_args):
+        updates, state = super().update(updates, state, params)
+        return jax.tree.map(lambda u: 2 * u, updates), state
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    add_last.seen.clear()
+
+
+def test_start_step_and_state():
+    tx, params = add_last(), {"a": jnp.zeros(2), "b": jnp.zeros(())}
+    state = tx.init(params)
+    assert isinstance(state, Trail)
+    for expected in (1.0, 1.5):
+        updates, state = tx.update({"a": jnp.ones(2), "b": jnp.ones(())}, state)
+        np.testing.assert_array_equal(updates["a"], expected)
+    assert state.count == 2
+
+
+@pytest.mark.parametrize(("leaf", "computed"), [("bfloat16", "float32"), ("float32", "float32"), ("complex64", "complex64")])
+def test_everything_comes_in_one_dtype(leaf, computed):
+    params = jnp.ones(3, leaf)
+    tx = add_last()
+    tx.update(params, tx.init(params), params)
+    real = np.finfo(computed).dtype
+    assert add_last.seen == [(real, jnp.dtype(computed), jnp.dtype(computed), jnp.dtype(computed), real)]
+
+
+def test_each_shape_is_traced_once():
+    tx = gdx.chain(add_last(0.25), gdx.scale_by_learning_rate(0.1))
+    params = [jnp.ones(3)] * 50 + [jnp.ones(4)] * 50
+    for rate in (0.1, 0.2):
+        jax.jit(tx.replace(learning_rate=rate).update).lower(params, tx.init(params), params)
+    assert len(add_last.seen) == 2
+
+
+def test_a_chain_respects_an_overridden_update():
+    g = jnp.ones(2)
+    for tx, expected in ((add_last(), -1.0), (doubled(), -2.0)):
+        chained = gdx.chain(tx, gdx.scale_by_learning_rate(1.0))
+        updates, _ = chained.update(g, chained.init(g))
+        np.testing.assert_array_equal(updates, expected)
+
+
+def test_a_step_that_returns_too_little_is_an_error():
+    class forgets(add_last):
+        def step(self, count, g, p, last):
+            return (g,)
+
+    with pytest.raises(ValueError, match="argument 2 is longer"):
+        forgets().update(jnp.ones(2), forgets().init(jnp.ones(2)))
+
+
+def test_one_call_per_leaf_gives_the_bits_of_separate_links():
+    links = (gdx.scale_by_adam(), gdx.add_decoupled_weight_decay(0.1), gdx.scale_by_learning_rate(0.1))
+    params = {"w": jnp.linspace(-1, 1, 6, dtype=jnp.bfloat16), "b": jnp.ones(3)}
+    fused, separate = gdx.chain(*links), optax.chain(*links)
+
+    def run(tx):
+        return jax.jit(lambda p: tx.update(p, tx.init(p), p)[0])(params)
+
+    for a, b in zip(jax.tree.leaves(run(fused)), jax.tree.leaves(run(separate)), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
