@@ -73,8 +73,8 @@ def to_scalar(
             raise ValueError(f"{label} is {float(value)!r}{in_float32}; {expected}")
     elif below < np.inf and jnp.result_type(value).itemsize < 4:
         raise TypeError(
-            f"{label} is a traced {jnp.result_type(value)}, in which values near {below:g} round to it; pass it in float32 "
-            f"(with optax: inject_hyperparams(..., hyperparam_dtype='float32'))"
+            f"{label} is a traced {jnp.result_type(value)}, in which values near {below:g} round to it; "
+            f"pass it in float32 (with optax: inject_hyperparams(..., hyperparam_dtype='float32'))"
         )
     return value.astype(jnp.result_type(float)) if isinstance(value, jax.Array) else np.float64(value)
 
@@ -126,11 +126,14 @@ class Static:
 
     def __init__(self, value: Any):
         self.value = value
-        leaves, structure = jax.tree.flatten(value)
-        self._key = (structure, tuple(leaves))
+
+    @functools.cached_property
+    def _key(self) -> Any:
+        leaves, structure = jax.tree.flatten(self.value)
+        return structure, tuple(leaves)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Static) and self._key == other._key
+        return isinstance(other, Static) and (self.value is other.value or self._key == other._key)
 
     def __hash__(self) -> int:
         return hash(self._key)

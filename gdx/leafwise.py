@@ -32,11 +32,19 @@ class Leafwise(Transform):
         """The moments of one parameter before the first step, in the order of the state's fields."""
         return ()
 
-    def step(self, *args: Any, **kwargs: Any) -> tuple[jax.Array, ...]:
-        """`step(count, g, p, *moments)`: one leaf's update, followed by its new moments.
+    def shared(self, count: Any) -> Any:
+        """Scalars that the steps of all leaves need, computed once.
 
         Args:
           count: 1 in the first step; None if the state has no count.
+        """
+        return ()
+
+    def step(self, *args: Any, **kwargs: Any) -> tuple[jax.Array, ...]:
+        """`step(shared, g, p, *moments)`: one leaf's update, followed by its new moments.
+
+        Args:
+          shared: what the method of that name returned.
           g: the gradient.
           p: the parameter; None if update was called without parameters.
           *moments: in the order of the state's fields.
@@ -86,13 +94,19 @@ def update_leaves(
         counts.append(optax.safe_increment(state.count) if "count" in link.State._fields else None)
         moments.append(_columns(map(jax.tree.leaves, trees.values()), size))
 
-    hyperparameters, kinds = jax.tree.flatten(links)
+    @functools.cache
+    def scalars(dtype: np.dtype) -> tuple[Callable, jax.Array]:
+        """The step, and in one array everything it is given besides the leaf: a call costs by its arguments."""
+        numbers, structure = jax.tree.flatten(_scalars(links, counts, dtype=dtype))
+        return _stepper(structure), jnp.stack(numbers) if numbers else jnp.zeros(0, dtype)
+
+    def step(acts: tuple[bool, ...], g: Any, p: Any, moments: tuple) -> tuple:
+        dtype = compute_dtype(*jax.tree.leaves((g, p, moments)))
+        jitted, packed = scalars(jnp.finfo(dtype).dtype)
+        return jitted(acts, packed, g, p, moments)
+
     parameters = [None] * size if params is None else jax.tree.leaves(params)
-    step = _stepper(kinds)
-    stepped = [
-        step(on, hyperparameters, counts, g, p, m)
-        for on, g, p, m in zip(zip(*acting), gradients, parameters, zip(*moments))
-    ]
+    stepped = list(map(step, zip(*acting), gradients, parameters, zip(*moments)))
 
     new_updates, new_moments = _columns(stepped, 2)
     new_states = []
@@ -103,33 +117,40 @@ def update_leaves(
     return jax.tree.unflatten(structure, new_updates), tuple(new_states)
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
+def _scalars(links: tuple[Leafwise, ...], counts: list, *, dtype: np.dtype) -> tuple:
+    """Links with their hyperparameters in one dtype, and what their leaves share."""
+    links, counts = jax.tree.map(lambda x: x.astype(dtype), (links, counts))
+    return links, tuple(link.shared(count) for link, count in zip(links, counts))
+
+
 @functools.lru_cache(maxsize=256)
-def _stepper(kinds: Any) -> Callable:
-    """The jitted step of one leaf through links of these kinds: each shape and dtype is traced once."""
+def _stepper(structure: Any) -> Callable:
+    """The jitted step of one leaf through links of this structure: each shape and dtype is traced once."""
 
     @functools.partial(jax.jit, static_argnums=0)
-    def step(acting: tuple, hyperparameters: list, counts: list, g: Any, p: Any, moments: tuple) -> tuple:
+    def step(acting: tuple, packed: jax.Array, g: Any, p: Any, moments: tuple) -> tuple:
+        links, shared = jax.tree.unflatten(structure, list(packed))
         new_moments = []
-        for link, acts, count, kept in zip(jax.tree.unflatten(kinds, hyperparameters), acting, counts, moments):
+        for link, common, acts, kept in zip(links, shared, acting, moments):
             if acts:
-                g, *kept = _step_one(link, count, g, p, kept)
+                g, *kept = _step_one(link, common, g, p, kept)
             new_moments.append(tuple(kept))
         return g, tuple(new_moments)
 
     return step
 
 
-def _step_one(link: Leafwise, count: Any, g: Any, p: Any, moments: Iterable) -> Iterable[jax.Array]:
+def _step_one(link: Leafwise, shared: Any, g: Any, p: Any, moments: Iterable) -> Iterable[jax.Array]:
     arrays = [x for x in (g, p, *moments) if x is not None]
     dtype = compute_dtype(*arrays)
-    real = jnp.finfo(dtype).dtype
 
     def cast(x: Any) -> Any:
-        return None if x is None else x.astype(dtype if jnp.iscomplexobj(x) else real)
+        return None if x is None else x.astype(dtype if jnp.iscomplexobj(x) else jnp.finfo(dtype).dtype)
 
     # only a real hyperparameter and a complex leaf of its precision are left to promote
     with jax.numpy_dtype_promotion("standard"):
-        stepped = jax.tree.map(cast, link).step(cast(count), *map(cast, (g, p, *moments)))
+        stepped = link.step(shared, *map(cast, (g, p, *moments)))
     return [new.astype(old.dtype) for new, old in zip(stepped, (g, *moments), strict=True)]
 
 
@@ -137,10 +158,11 @@ def uncontracted(product: jax.Array) -> jax.Array:
     """A product that is rounded by itself, never as part of a fused multiply-add.
 
     In a sum of two products a compiler may fuse either, and chooses by the program around them:
-    with this around one of them, a step has the same bits in every program. It costs a comparison.
+    with this around one of them, a step has the same bits in every program. A product that
+    overflows to infinity becomes NaN, to be seen.
     """
-    # the identity, which only the compiler does not see: barriers and reduce_precision are removed too early
-    return jnp.where(product <= jnp.inf, product, jnp.nan) if jnp.isrealobj(product) else product
+    # barriers and reduce_precision are removed before the compiler fuses
+    return jnp.where(product < jnp.inf, product, jnp.nan) if jnp.isrealobj(product) else product
 
 
 def compute_dtype(*arrays: Any) -> np.dtype:

@@ -27,6 +27,9 @@ class add_last(gdx.Leafwise):
     def start(self, p):
         return (moment_like(p),)
 
+    def shared(self, count):
+        return count
+
     def step(self, count, g, p, last):
         self.seen.append((count.dtype, g.dtype, None if p is None else p.dtype, last.dtype, self.weight.dtype))
         return g + self.weight * last, g
@@ -55,7 +58,9 @@ def test_start_step_and_state():
     assert state.count == 2
 
 
-@pytest.mark.parametrize(("leaf", "computed"), [("bfloat16", "float32"), ("float32", "float32"), ("complex64", "complex64")])
+@pytest.mark.parametrize(
+    ("leaf", "computed"), [("bfloat16", "float32"), ("float32", "float32"), ("complex64", "complex64")]
+)
 def test_everything_comes_in_one_dtype(leaf, computed):
     params = jnp.ones(3, leaf)
     tx = add_last()

@@ -1,6 +1,6 @@
 """Adam: steps of about one learning rate per parameter, whatever the scale of the gradient."""
 
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,17 @@ import optax
 
 from gdx.fields import Scalar, hyperparameter, static, to_bool, to_floating_dtype
 from gdx.leafwise import Leafwise, moment_like, uncontracted
+
+
+class _Shared(NamedTuple):
+    """Weights of the new gradient in the moments, and what takes the moments (and g) to their corrected means."""
+
+    w1: jax.Array
+    w2: jax.Array
+    from_mu: jax.Array
+    from_g: jax.Array | None
+    from_nu: jax.Array
+    eps: jax.Array
 
 
 class scale_by_adam(Leafwise):
@@ -26,9 +37,9 @@ class scale_by_adam(Leafwise):
     shaped like the parameters, and the second, real also for complex parameters. Computed in at
     least float32; updates are returned in the gradient's dtype.
 
-    Range: every finite gradient makes a finite step. Squares overflow float32 beyond 1.8e19: real
-    gradients beyond 9.2e18 count as that (complex ones must stay below). Below 1e-19 squares vanish
-    and eps alone divides, which matters only for eps < 1e-15.
+    Range: computed in float32, gradients up to 1.8e19, beyond which the square overflows and the
+    step is NaN, to be seen. Below 1e-19 the square vanishes and eps alone divides, which matters
+    only for eps < 1e-15.
 
     Args:
       b1: $\beta_1$ in [0, 1), the decay of the first moment. The correction uses the current
@@ -66,31 +77,24 @@ class scale_by_adam(Leafwise):
     def start(self, p: jax.Array) -> tuple[jax.Array, jax.Array]:
         return moment_like(p, self.mu_dtype), moment_like(p, real=True)
 
-    def step(
-        self, count: jax.Array, g: jax.Array, p: jax.Array | None, mu: jax.Array, nu: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        g = _bounded(g)
-        mu = self.b1 * mu + uncontracted((1 - self.b1) * g)
-        nu = self.b2 * nu + uncontracted((1 - self.b2) * _square(g))
-        # reciprocals of scalars, multiplied: XLA rewrites a division by a scalar case by case
+    def shared(self, count: jax.Array) -> _Shared:
+        # reciprocals, to be multiplied: the compiler rewrites a division by a scalar case by case
+        from_mu, from_g = 1 / _correction(self.b1, count), None
         if self.nesterov:
-            mu_hat = mu * (self.b1 / _correction(self.b1, count + 1)) + g * (
-                (1 - self.b1) / _correction(self.b1, count)
-            )
-        else:
-            mu_hat = mu * (1 / _correction(self.b1, count))
-        nu_hat = nu * (1 / _correction(self.b2, count))
+            from_mu, from_g = self.b1 / _correction(self.b1, count + 1), (1 - self.b1) * from_mu
         # with eps = 0, a gradient that is still zero makes no step rather than 0 / 0
-        denominator = jnp.maximum(_sqrt(nu_hat + self.eps_root) + self.eps, jnp.finfo(nu.dtype).tiny)
-        return mu_hat / denominator, mu, nu
+        eps = jnp.maximum(self.eps, jnp.finfo(self.eps.dtype).tiny)
+        return _Shared(1 - self.b1, 1 - self.b2, from_mu, from_g, 1 / _correction(self.b2, count), eps)
 
-
-def _bounded(g: jax.Array) -> jax.Array:
-    """Keeps the square of a finite gradient finite; infinities stay, to be seen."""
-    if jnp.iscomplexobj(g):
-        return g
-    bound = float(jnp.finfo(g.dtype).max) ** 0.5 / 2
-    return jnp.where(jnp.isinf(g), g, jnp.clip(g, -bound, bound))
+    def step(
+        self, shared: _Shared, g: jax.Array, p: jax.Array | None, mu: jax.Array, nu: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        mu = self.b1 * mu + uncontracted(shared.w1 * g)
+        nu = self.b2 * nu + uncontracted(shared.w2 * _square(g))
+        mu_hat = mu * shared.from_mu
+        if shared.from_g is not None:
+            mu_hat += uncontracted(g * shared.from_g)
+        return mu_hat / (_sqrt(nu * shared.from_nu + self.eps_root) + shared.eps), mu, nu
 
 
 def _square(x: jax.Array) -> jax.Array:

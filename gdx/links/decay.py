@@ -63,7 +63,7 @@ class add_decoupled_weight_decay(Leafwise):
                 f"expected one boolean for each parameter or for a whole subtree, or a function of the parameters"
             ) from error
 
-    def step(self, count: None, g: jax.Array, p: jax.Array) -> tuple[jax.Array]:
+    def step(self, shared: tuple, g: jax.Array, p: jax.Array) -> tuple[jax.Array]:
         return (g + self.weight_decay * p,)
 
 

@@ -1,5 +1,7 @@
 """The step along the negative gradient."""
 
+from typing import Any
+
 import jax
 
 from gdx.fields import Scalar, hyperparameter, static, to_bool
@@ -33,5 +35,8 @@ class scale_by_learning_rate(Leafwise):
     learning_rate: Scalar = hyperparameter(minimum=0)
     flip_sign: bool = static(default=True, convert=to_bool, kw_only=True)
 
-    def step(self, count: None, g: jax.Array, p: jax.Array | None) -> tuple[jax.Array]:
-        return ((-self.learning_rate if self.flip_sign else self.learning_rate) * g,)
+    def shared(self, count: Any) -> jax.Array:
+        return -self.learning_rate if self.flip_sign else self.learning_rate
+
+    def step(self, factor: jax.Array, g: jax.Array, p: jax.Array | None) -> tuple[jax.Array]:
+        return (factor * g,)

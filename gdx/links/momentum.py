@@ -56,7 +56,7 @@ class scale_by_momentum(Leafwise):
     def start(self, p: jax.Array) -> tuple[jax.Array]:
         return (moment_like(p, self.accumulator_dtype),)
 
-    def step(self, count: None, g: jax.Array, p: jax.Array | None, trace: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def step(self, shared: tuple, g: jax.Array, p: jax.Array | None, trace: jax.Array) -> tuple[jax.Array, jax.Array]:
         g = uncontracted(g)
         trace = self.momentum * trace + g
         return g + self.momentum * trace if self.nesterov else trace, trace

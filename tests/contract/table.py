@@ -170,6 +170,7 @@ ROWS = (
         ),
         _BAD_MOMENTS,
         _link(oracle.adam),
+        largest_gradient=1e19,
     ),
     Row(
         gdx.add_decoupled_weight_decay,
@@ -214,6 +215,7 @@ ROWS = (
         ),
         (*_BAD_RATE, *_with_rate(_BAD_MOMENTS)),
         oracle.adam,
+        largest_gradient=1e19,
     ),
     Row(
         gdx.adamw,
@@ -229,12 +231,14 @@ ROWS = (
             ({"learning_rate": 0.1, "schedule_multiplier": -1}, ValueError, r"schedule_multiplier is -1\.0; expected"),
         ),
         oracle.adamw,
+        largest_gradient=1e19,
     ),
     Row(
         nested,
         ({"learning_rate": 1e-2, "b1": 0.9, "momentum": 0.5},),
         _with_rate((({"b1": 1.0}, ValueError, r"scale_by_adam: b1 is 1\.0"),)),
         _nested,
+        largest_gradient=1e19,
     ),
     Row(
         lifted,
