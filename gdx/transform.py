@@ -305,13 +305,23 @@ def _guard_update(update: Callable) -> Callable:
 def _split(tx: Transform) -> tuple[dict[str, Any], tuple]:
     """Children by field name, and everything else (hashable)."""
     children, rest = {}, []
-    for field in dataclasses.fields(tx):
-        value = getattr(tx, field.name)
-        if field.metadata.get("static") or is_opaque(value):
-            rest.append((field.name, Static(value)))
+    values = vars(tx)
+    for name, is_static in _field_kinds(type(tx)):
+        value = values[name]
+        if is_static or is_opaque(value):
+            rest.append((name, value if isinstance(value, _PLAIN) else Static(value)))
         else:
-            children[field.name] = value
+            children[name] = value
     return children, (tuple(children), tuple(rest))
+
+
+# these are hashable as they are; a call of a jitted function flattens the optimizer and compares its structure
+_PLAIN = (bool, type(None), np.dtype)
+
+
+@functools.cache
+def _field_kinds(cls: Any) -> tuple[tuple[str, bool], ...]:
+    return tuple((field.name, bool(field.metadata.get("static"))) for field in dataclasses.fields(cls))
 
 
 def _flatten(tx: Transform) -> tuple[tuple, tuple]:
@@ -326,7 +336,9 @@ def _flatten_with_keys(tx: Transform) -> tuple[list, tuple]:
 
 def _unflatten(cls: type[Transform], aux: tuple, children: Any) -> Transform:
     names, rest = aux
-    return _unflatten_fields(cls, {**dict(zip(names, children)), **{name: kept.value for name, kept in rest}})
+    values = dict(zip(names, children))
+    values.update((name, kept.value if isinstance(kept, Static) else kept) for name, kept in rest)
+    return _unflatten_fields(cls, values)
 
 
 def _unflatten_fields(cls: type[Transform], values: Mapping[str, Any]) -> Any:
