@@ -95,15 +95,15 @@ def update_leaves(
         moments.append(_columns(map(jax.tree.leaves, trees.values()), size))
 
     @functools.cache
-    def scalars(dtype: np.dtype) -> tuple[Callable, jax.Array]:
-        """The step, and in one array everything it is given besides the leaf: a call costs by its arguments."""
+    def scalars(dtype: np.dtype) -> tuple[Callable, list[jax.Array]]:
+        """The step of one leaf, and what it is given besides the leaf."""
         numbers, structure = jax.tree.flatten(_scalars(links, counts, dtype=dtype))
-        return _stepper(structure), jnp.stack(numbers) if numbers else jnp.zeros(0, dtype)
+        return _stepper(structure), numbers
 
     def step(acts: tuple[bool, ...], g: Any, p: Any, moments: tuple) -> tuple:
         dtype = compute_dtype(*jax.tree.leaves((g, p, moments)))
-        jitted, packed = scalars(jnp.finfo(dtype).dtype)
-        return jitted(acts, packed, g, p, moments)
+        jitted, numbers = scalars(jnp.finfo(dtype).dtype)
+        return jitted(acts, numbers, g, p, moments)
 
     parameters = [None] * size if params is None else jax.tree.leaves(params)
     stepped = list(map(step, zip(*acting), gradients, parameters, zip(*moments)))
@@ -129,8 +129,8 @@ def _stepper(structure: Any) -> Callable:
     """The jitted step of one leaf through links of this structure: each shape and dtype is traced once."""
 
     @functools.partial(jax.jit, static_argnums=0)
-    def step(acting: tuple, packed: jax.Array, g: Any, p: Any, moments: tuple) -> tuple:
-        links, shared = jax.tree.unflatten(structure, list(packed))
+    def step(acting: tuple, numbers: list, g: Any, p: Any, moments: tuple) -> tuple:
+        links, shared = jax.tree.unflatten(structure, numbers)
         new_moments = []
         for link, common, acts, kept in zip(links, shared, acting, moments):
             if acts:

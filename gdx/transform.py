@@ -22,7 +22,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, Self, dataclass_transform
+from typing import Any, NamedTuple, Self, cast, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -305,8 +305,8 @@ def _guard_update(update: Callable) -> Callable:
 def _split(tx: Transform) -> tuple[dict[str, Any], tuple]:
     """Children by field name, and everything else (hashable)."""
     children, rest = {}, []
-    values = vars(tx)
-    for name, is_static in _field_kinds(type(tx)):
+    values, kind = vars(tx), cast(Any, type(tx))
+    for name, is_static in _field_kinds(kind):
         value = values[name]
         if is_static or is_opaque(value):
             rest.append((name, value if isinstance(value, _PLAIN) else Static(value)))

@@ -22,6 +22,7 @@ MUTANTS = [
         ("epsilon inside the root", ADAM, "self.eps_root) + shared.eps)", "self.eps_root + shared.eps))"),
         ("eps_root ignored", ADAM, "_sqrt(nu * shared.from_nu + self.eps_root)", "_sqrt(nu * shared.from_nu)"),
         ("first moment not corrected", ADAM, "mu_hat = mu * shared.from_mu", "mu_hat = mu"),
+        ("division by a scalar", ADAM, "mu * shared.from_mu", "mu / (1 / shared.from_mu)"),
         ("second moment not corrected", ADAM, "_sqrt(nu * shared.from_nu", "_sqrt(nu"),
         (
             "correction by b1 for both",
