@@ -221,7 +221,7 @@ CASES = (
     setting("adamw", "taken for True", mask={"w": "yes", "b": False}),
     setting("adamw", mask={"w": 1, "b": 0}),
     Case("inject_hyperparams, bfloat16", "b2", lambda lib: train(inject(lib.adam)(0.1), start(jnp.bfloat16))),
-    Case("the same, traced", "b2", lambda lib: traced(inject(lib.adam), 0.1, params=start(jnp.bfloat16))),
+    Case("the same, traced", "b1|b2", lambda lib: traced(inject(lib.adam), 0.1, params=start(jnp.bfloat16))),
     Case("float32 gradients for bfloat16 parameters, in scan", "gradient", in_scan),
     Case("chain()", "chain|transform", lambda lib: train(lib.chain())),
     Case("chain with a number", "chain|transform", lambda lib: train(lib.chain(lib.scale_by_adam(), -0.1))),

@@ -117,7 +117,8 @@ def _sqrt_jvp(primals: tuple, tangents: tuple) -> tuple:
 @jax.custom_jvp
 def _correction(b: jax.Array, t: jax.Array) -> jax.Array:
     """1 - b^t without cancellation, from the same rounded b as the weight 1 - b."""
-    return -jnp.expm1(t * jnp.log1p(b - 1))
+    # adding 0 * t keeps a constant b from being worked on at compile time, which rounds log1p differently
+    return -jnp.expm1(t * jnp.log1p(b - 1 + 0 * t))
 
 
 @_correction.defjvp

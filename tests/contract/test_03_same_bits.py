@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+import gdx
 from tests.contract.table import Row, assert_same_bits, every_case, every_row, gradients, one_step, scan, tree
 
 STEPS = 200
@@ -89,6 +91,18 @@ def test_any_value(row, data):
     }
     tx = row.make(**settings)
     assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(tree(), gradients(STEPS)), by_argument(row, settings))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_many_decays_as_constants(nesterov):
+    """Of 40 drawn pairs some would have another correction if the compiler worked it out at compile time."""
+    random = np.random.default_rng(0)
+    scanned = jax.jit(scan)
+    for b1, b2 in random.uniform(0.5, 0.9999, (40, 2)).astype(np.float32).tolist():
+        tx = gdx.scale_by_adam(b1, b2, nesterov=nesterov)
+        params, g = jnp.zeros(64), jnp.asarray(random.standard_normal((20, 64)).astype(np.float32))
+        found = jax.jit(lambda p, g: scan(tx, p, g))(params, g)  # noqa: B023
+        assert_same_bits(found, scanned(tx, params, g))
 
 
 @every_case
