@@ -1,5 +1,7 @@
 """Promise 3: the same bits whichever way a hyperparameter arrives."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,16 +95,38 @@ def test_any_value(row, data):
     assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(tree(), gradients(STEPS)), by_argument(row, settings))
 
 
+@pytest.mark.parametrize(
+    "make", [gdx.scale_by_adam, functools.partial(gdx.adamw, 0.01)], ids=["scale_by_adam", "adamw"]
+)
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_many_decays_as_constants(nesterov):
-    """Of 40 drawn pairs some would have another correction if the compiler worked it out at compile time."""
+def test_many_decays_as_constants(make, nesterov):
+    """A few pairs have another correction where the compiler works it out, or another contraction of the moments."""
     random = np.random.default_rng(0)
     scanned = jax.jit(scan)
-    for b1, b2 in random.uniform(0.5, 0.9999, (40, 2)).astype(np.float32).tolist():
-        tx = gdx.scale_by_adam(b1, b2, nesterov=nesterov)
-        params, g = jnp.zeros(64), jnp.asarray(random.standard_normal((20, 64)).astype(np.float32))
-        found = jax.jit(lambda p, g: scan(tx, p, g))(params, g)  # noqa: B023
-        assert_same_bits(found, scanned(tx, params, g))
+    params = {"v": jnp.zeros(64), "s": jnp.ones(())}
+    g = {name: jnp.asarray(random.standard_normal((100, *p.shape)).astype(np.float32)) for name, p in params.items()}
+    for b1, b2 in random.uniform(0.5, 0.9999, (30, 2)).astype(np.float32).tolist():
+        tx = make(b1=b1, b2=b2, nesterov=nesterov)
+        assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(params, g), scanned(tx, params, g))  # noqa: B023
+
+
+def assert_same_on_scalars(tx):
+    """Where nothing is vectorised the compiler contracts sums of two products most freely."""
+    random = np.random.default_rng(0)
+    scanned, constant = jax.jit(scan), jax.jit(lambda p, g: scan(tx, p, g))
+    for p, g in zip(random.standard_normal(40), random.standard_normal((40, 100))):
+        arguments = jnp.float32(p), jnp.asarray(g.astype(np.float32))
+        assert_same_bits(constant(*arguments), scanned(tx, *arguments))
+
+
+@every_case
+def test_a_scalar_leaf_with_constants(row, settings):
+    assert_same_on_scalars(row.make(**settings))
+
+
+@pytest.mark.parametrize("b1", [0.7, 0.8, 0.95])
+def test_a_scalar_leaf_with_other_decays(b1):
+    assert_same_on_scalars(gdx.adamw(0.01, b1, 0.99))
 
 
 @every_case
