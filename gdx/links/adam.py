@@ -45,7 +45,8 @@ class scale_by_adam(Leafwise):
       b1: $\beta_1$ in [0, 1), the decay of the first moment. The correction uses the current
         $\beta$ where it is scheduled, as optax and torch do.
       b2: $\beta_2$ in [0, 1), the decay of the second moment.
-      eps: $\varepsilon \ge 0$, outside the square root.
+      eps: $\varepsilon \ge 0$, outside the square root. With 0, a parameter whose gradient was always zero
+        makes no step, and slopes with respect to the hyperparameters are NaN there.
       eps_root: $\bar\varepsilon \ge 0$, inside it.
       mu_dtype: dtype of the first moment; None keeps it in the parameter's dtype, but at least
         float32, like the second moment (optax: both in the parameter's dtype).

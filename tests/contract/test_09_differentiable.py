@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from tests.contract.table import every_case
 
@@ -38,3 +39,21 @@ def test_gradients_match_finite_differences(row, settings):
             a, b, c, d = (float(compiled(jnp.asarray(point))) for point in points)
             expected = (8 * (a - b) - (c - d)) / (12 * step)
             np.testing.assert_allclose(slopes[i], expected, rtol=2e-5, atol=2e-6)
+
+
+@every_case
+def test_slopes_are_finite_where_a_gradient_is_zero(row, settings):
+    """The second moment of a parameter without gradient is 0, where the square root has no slope."""
+    if settings.get("eps") == 0.0:
+        pytest.skip("0 / 0 has no slope either")
+
+    def total(tx):
+        params = jnp.ones(3)
+        state = tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update(jnp.array([0.0, 1.0, -2.0]), state, params)
+            params = optax.apply_updates(params, updates)
+        return jnp.sum(params)
+
+    slopes = jax.grad(total)(row.make(**settings))
+    assert all(np.isfinite(slope) for slope in jax.tree.leaves(slopes))
