@@ -3,7 +3,7 @@
 Write one by giving its fields, `init` and `update`::
 
     class scale_by_sign(gdx.Transform):
-        strength: gdx.Scalar = gdx.hyperparameter(1.0)
+        strength: gdx.Scalar = gdx.hyperparameter(default=1.0)
 
         def init(self, params):
             return optax.EmptyState()
@@ -231,7 +231,7 @@ class Transform(optax.GradientTransformationExtraArgs):
                 for inner_labels, inner_path, inner_field in child._walk():
                     yield (label, *inner_labels), ((field.name, index), *inner_path), inner_field
 
-    def _scalars(self) -> Iterator[tuple[dataclasses.Field, Any]]:
+    def _hyperparameters(self) -> Iterator[tuple[dataclasses.Field, Any]]:
         """The fields that hold a hyperparameter, with its value."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -240,13 +240,14 @@ class Transform(optax.GradientTransformationExtraArgs):
 
     @property
     def has_schedule(self) -> bool:
-        return any(callable(value) for _, value in self._scalars())
+        """Whether a hyperparameter of its own, not of a transform inside it, is a schedule."""
+        return any(callable(value) for _, value in self._hyperparameters())
 
     def at(self, count: Any) -> Self:
         """This transform with its hyperparameters as scalar arrays, schedules called with `count`."""
         dtype = jnp.result_type(float)
         values = dict(vars(self))
-        for field, value in self._scalars():
+        for field, value in self._hyperparameters():
             if callable(value):
                 # schedules compute with an integer count, which strict promotion would refuse
                 with jax.numpy_dtype_promotion("standard"):
