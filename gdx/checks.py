@@ -108,25 +108,26 @@ def _check_leaves(tx: Any, what: str, tree: Any) -> None:
 
 def _difference(updates: Any, tree: Any, name: str) -> str:
     """The paths that only one of two trees has."""
-    ours, theirs = (dict.fromkeys(_paths(t)) for t in (updates, tree))
+    ours, theirs = (dict.fromkeys(paths(t)) for t in (updates, tree))
     missing = [path for path in theirs if path not in ours]
     extra = [path for path in ours if path not in theirs]
     said = [
-        f"{word} {', '.join(paths[:3])}{' and others' if len(paths) > 3 else ''}"
-        for word, paths in (("no gradient for", missing), (f"nothing in {name} for the gradient at", extra))
-        if paths
+        f"{word} {', '.join(places[:3])}{' and others' if len(places) > 3 else ''}"
+        for word, places in (("no gradient for", missing), (f"nothing in {name} for the gradient at", extra))
+        if places
     ]
     types = f"{jax.tree.structure(updates)} and {jax.tree.structure(tree)} (same paths, other containers)"
     return f"{'; '.join(said) or types}. Take the gradients of the parameters that init was called with."
 
 
-def _paths(tree: Any) -> Iterator[str]:
+def paths(tree: Any) -> Iterator[str]:
+    """Where each leaf of a tree is, as text."""
     for path, _ in jax.tree_util.tree_leaves_with_path(tree):
         yield jax.tree_util.keystr(path) or "the root"
 
 
 def _path(tree: Any, index: int) -> str:
-    return list(_paths(tree))[index]
+    return list(paths(tree))[index]
 
 
 def _array(leaf: Any) -> str:

@@ -131,20 +131,18 @@ def _stepper(structure: Any) -> Callable:
     @functools.partial(jax.jit, static_argnums=0)
     def step(acting: tuple, numbers: list, g: Any, p: Any, moments: tuple) -> tuple:
         links, shared = jax.tree.unflatten(structure, numbers)
+        dtype = compute_dtype(*jax.tree.leaves((g, p, moments)))
         new_moments = []
         for link, common, acts, kept in zip(links, shared, acting, moments):
             if acts:
-                g, *kept = _step_one(link, common, g, p, kept)
+                g, *kept = _step_one(link, common, g, p, kept, dtype)
             new_moments.append(tuple(kept))
         return g, tuple(new_moments)
 
     return step
 
 
-def _step_one(link: Leafwise, shared: Any, g: Any, p: Any, moments: Iterable) -> Iterable[jax.Array]:
-    arrays = [x for x in (g, p, *moments) if x is not None]
-    dtype = compute_dtype(*arrays)
-
+def _step_one(link: Leafwise, shared: Any, g: Any, p: Any, moments: Iterable, dtype: np.dtype) -> Iterable[jax.Array]:
     def cast(x: Any) -> Any:
         return None if x is None else x.astype(dtype if jnp.iscomplexobj(x) else jnp.finfo(dtype).dtype)
 

@@ -124,24 +124,14 @@ def nesterov(t: int, g: Any, theta: Any, memory: dict, *, learning_rate: Any, mo
     return momentum * v - learning_rate * g
 
 
-def adam(
-    t: int,
-    g: Any,
-    theta: Any,
-    memory: dict,
-    *,
-    learning_rate: Any,
-    b1: Any,
-    b2: Any,
-    eps: Any,
-    eps_root: Any = 0.0,
-    nesterov: bool = False,
-) -> Any:
+def adam(t: int, g: Any, theta: Any, memory: dict, *, learning_rate: Any, **moments: Any) -> Any:
     """Kingma & Ba 2014, algorithm 1; Dozat 2016 for nesterov."""
-    return -(learning_rate * adam_direction(t, g, memory, b1, b2, eps, eps_root, nesterov))
+    return -(learning_rate * adam_direction(t, g, memory, **moments))
 
 
-def adam_direction(t: int, g: Any, memory: dict, b1: Any, b2: Any, eps: Any, eps_root: Any, nesterov: bool) -> Any:
+def adam_direction(
+    t: int, g: Any, memory: dict, *, b1: Any, b2: Any, eps: Any, eps_root: Any = 0.0, nesterov: bool = False
+) -> Any:
     m = memory["m"] = b1 * memory.get("m", 0 * g) + (1 - b1) * g
     v = memory["v"] = b2 * memory.get("v", 0 * square(g)) + (1 - b2) * square(g)
     m_hat = m / correction(b1, t)
@@ -157,16 +147,12 @@ def adamw(
     memory: dict,
     *,
     learning_rate: Any,
-    b1: Any,
-    b2: Any,
-    eps: Any,
     weight_decay: Any,
-    eps_root: Any = 0.0,
-    nesterov: bool = False,
     schedule_multiplier: Any = None,
+    **moments: Any,
 ) -> Any:
     """Loshchilov & Hutter 2019, algorithm 2; without the multiplier as torch documents AdamW."""
-    direction = adam_direction(t, g, memory, b1, b2, eps, eps_root, nesterov)
+    direction = adam_direction(t, g, memory, **moments)
     if schedule_multiplier is None:
         return -(learning_rate * (direction + weight_decay * theta))
     return -(schedule_multiplier * (learning_rate * direction + weight_decay * theta))

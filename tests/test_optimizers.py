@@ -11,6 +11,7 @@ import pytest
 
 import gdx
 from tests import oracle
+from tests.contract.table import history
 
 ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
 CASES = [
@@ -37,24 +38,12 @@ def linear(count):
     return 1 - count * (1 / 2048)
 
 
-def train(tx, theta, gradients):
-    """The parameters after each step, in one scan."""
-
-    def step(carry, g):
-        theta, state = carry
-        updates, state = tx.update(g, state, theta)
-        theta = optax.apply_updates(theta, updates)
-        return (theta, state), theta
-
-    return jax.jit(lambda theta, gradients: jax.lax.scan(step, (theta, tx.init(theta)), gradients)[1])(theta, gradients)
-
-
 @pytest.mark.parametrize(("factory", "settings"), CASES, ids=IDS)
 def test_float64_matches_the_oracle(factory, settings):
     gradients = oracle.gradients(1000)
     expected = np.stack(list(oracle.trajectory(getattr(oracle, factory.__name__), THETA, gradients, **settings)))
     with jax.enable_x64(True):
-        found = np.asarray(train(factory(**settings), jnp.asarray(THETA), jnp.asarray(gradients)))
+        found = np.asarray(history(factory(**settings), jnp.asarray(THETA), jnp.asarray(gradients)))
     np.testing.assert_allclose(found, expected.astype(float), rtol=1e-12, atol=1e-12)
 
 
@@ -65,7 +54,7 @@ def test_float32_stays_within_the_rounding_bound(factory, settings):
     rounded = {k: v if isinstance(v, bool) else np.float32(v) for k, v in settings.items()}
     step, theta = getattr(oracle, factory.__name__), THETA.astype(np.float32)
     bounded = list(oracle.trajectory(step, theta, gradients, oracle.Rounded, **rounded))
-    found = np.asarray(train(factory(**settings), jnp.asarray(theta), jnp.asarray(gradients)))
+    found = np.asarray(history(factory(**settings), jnp.asarray(theta), jnp.asarray(gradients)))
     error, bound = abs(found - np.stack([b.value for b in bounded])), np.stack([b.error for b in bounded])
     assert np.all(error <= bound)
     # and the bound says something: it is small beside the way travelled
@@ -85,7 +74,7 @@ def test_schedules_match_the_oracle(kind):
     gradients = oracle.gradients(200)
     expected = np.stack(list(oracle.trajectory(getattr(oracle, factory.__name__), THETA, gradients, **settings)))
     with jax.enable_x64(True):
-        found = train(factory(**settings), jnp.asarray(THETA), jnp.asarray(gradients))
+        found = history(factory(**settings), jnp.asarray(THETA), jnp.asarray(gradients))
     np.testing.assert_allclose(np.asarray(found), expected.astype(float), rtol=1e-11, atol=1e-12)
 
 
@@ -96,7 +85,7 @@ def test_the_rate_inside_the_velocity_differs_from_sgd_only_under_a_schedule(ins
 
     def both(learning_rate):
         outside = gdx.sgd(learning_rate, momentum=0.9, nesterov=nesterov)
-        return train(inside(learning_rate, 0.9), theta, gradients), train(outside, theta, gradients)
+        return history(inside(learning_rate, 0.9), theta, gradients), history(outside, theta, gradients)
 
     np.testing.assert_allclose(*both(0.125), rtol=2e-5, atol=1e-6)
     found, other = both(lambda count: 0.125 * linear(16 * count))
@@ -142,8 +131,8 @@ def test_moving_over_from_optax_is_an_import_change(name):
     assert jax.tree.structure(ours.init(theta)) == jax.tree.structure(theirs.init(theta))
     gradients = jnp.asarray(np.random.default_rng(0).standard_normal((100, 8)).astype(np.float32))
     with jax.numpy_dtype_promotion("standard"):  # optax.adam multiplies by its integer count
-        expected = train(theirs, theta, gradients)
-    np.testing.assert_allclose(train(ours, theta, gradients), expected, rtol=1e-4, atol=1e-5)
+        expected = history(theirs, theta, gradients)
+    np.testing.assert_allclose(history(ours, theta, gradients), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_sgd_refuses_nesterov_without_momentum():
@@ -169,6 +158,6 @@ def test_matches_torch(case, dtype, tolerance):
     factory = {"SGD": gdx.sgd, "Adam": gdx.adam, "AdamW": gdx.adamw}[case["optimizer"]]
     with jax.enable_x64(dtype == "float64"):
         start, gradients = (jnp.asarray(TORCH[key].astype(dtype)) for key in ("start", "gradients"))
-        found = np.asarray(train(factory(**{**settings, **options}), start, gradients))
+        found = np.asarray(history(factory(**{**settings, **options}), start, gradients))
     expected = TORCH[f"{case['name']}/{dtype}"]
     np.testing.assert_allclose(found[TORCH["steps"] - 1], expected, rtol=tolerance, atol=tolerance)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from gdx.checks import require_params
+from gdx.checks import paths, require_params
 from gdx.fields import Scalar, hyperparameter, static
 from gdx.leafwise import Leafwise
 
@@ -49,17 +49,16 @@ class add_decoupled_weight_decay(Leafwise):
         if self.mask is None:
             return True
         mask = self.mask(params) if callable(self.mask) else self.mask
-        for path, leaf in jax.tree_util.tree_leaves_with_path(mask):
+        for path, leaf in zip(paths(mask), jax.tree.leaves(mask)):
             if not isinstance(leaf, bool):
                 raise TypeError(
-                    f"{type(self).__name__}: the mask at {jax.tree_util.keystr(path) or 'the root'} is {leaf!r}, "
-                    f"expected True (decays) or False"
+                    f"{type(self).__name__}: the mask at {path} is {leaf!r}, expected True (decays) or False"
                 )
         try:
             return jax.tree.broadcast(mask, params)
         except ValueError as error:
             raise ValueError(
-                f"{type(self).__name__}: the mask has leaves at {_paths(mask)}, the parameters at {_paths(params)}; "
+                f"{type(self).__name__}: the mask has leaves at {_listed(mask)}, the parameters at {_listed(params)}; "
                 f"expected one boolean for each parameter or for a whole subtree, or a function of the parameters"
             ) from error
 
@@ -67,6 +66,6 @@ class add_decoupled_weight_decay(Leafwise):
         return (g + self.weight_decay * p,)
 
 
-def _paths(tree: Any) -> str:
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    return ", ".join([*paths[:5], "..."] if len(paths) > 5 else paths) or "no path"
+def _listed(tree: Any) -> str:
+    places = list(paths(tree))
+    return ", ".join([*places[:5], "..."] if len(places) > 5 else places) or "no path"

@@ -290,6 +290,18 @@ def scan(tx: optax.GradientTransformation, params: Any, gradients: Any) -> Any:
     return jax.lax.scan(step, (params, tx.init(params)), gradients)[0][0]
 
 
+def history(tx: optax.GradientTransformation, params: Any, gradients: Any) -> Any:
+    """The parameters after each step, in one compiled program."""
+
+    def step(carry: tuple, g: Any) -> tuple:
+        carry = one_step(tx, *carry, g)
+        return carry, carry[0]
+
+    return jax.jit(lambda params, gradients: jax.lax.scan(step, (params, tx.init(params)), gradients)[1])(
+        params, gradients
+    )
+
+
 def assert_same_bits(a: Any, b: Any) -> None:
     """Structures, dtypes and bit patterns are equal."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
