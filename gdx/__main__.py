@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments after the program's name; None for those of this process.
 
     Returns:
-      The exit code: 0, 1 where the demo extra is missing or a file cannot be written, 130 after Ctrl-C.
+      The exit code: 0, 1 where an extra is missing or a file cannot be written, 130 after Ctrl-C.
 
     Raises:
       SystemExit: 2 for a wrong option, 0 after --help.

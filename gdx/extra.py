@@ -1,16 +1,16 @@
-"""The packages that only the demo and the pictures need: matplotlib, rich and scikit-learn."""
+"""Packages that gdx itself does without: each comes with an extra of the distribution, imported where it is used."""
 
 import contextlib
 from collections.abc import Iterator
 
 
 class MissingExtra(ImportError):
-    """A package of the demo extra cannot be imported."""
+    """A package of an extra cannot be imported."""
 
 
 @contextlib.contextmanager
-def demo_extra() -> Iterator[None]:
-    """Around the import of such a package: if it is missing, says how to install it.
+def needs(extra: str) -> Iterator[None]:
+    """Around the import of a package of this extra: if it is missing, says how to install it.
 
     Raises:
       MissingExtra: an import inside failed.
@@ -18,4 +18,4 @@ def demo_extra() -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise MissingExtra(f"{error}; install it with: python -m pip install 'gdx-jax[demo]'") from error
+        raise MissingExtra(f"{error}; install it with: python -m pip install 'gdx-jax[{extra}]'") from error

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdx.extra import demo_extra
+from gdx.extra import needs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,7 +113,7 @@ def paths(
 def _axes(ax: "Axes | None") -> "Axes":
     if ax is not None:
         return ax
-    with demo_extra():
+    with needs("demo"):
         from matplotlib import pyplot
     return pyplot.subplots(layout="constrained")[1]
 

@@ -9,7 +9,7 @@ import gdx
 from gdx.demo import show
 from gdx.demo.problems import BATCH_SIZE, OPTIMIZERS, STEPS, SURFACES, TRAINING_IMAGES, load
 from gdx.demo.train import Report, train
-from gdx.extra import demo_extra
+from gdx.extra import needs
 
 EXAMPLES = """\
 examples:
@@ -135,7 +135,7 @@ def run(plan: Plan) -> int:
     Raises:
       MissingExtra: the demo extra is not installed.
     """
-    with demo_extra():
+    with needs("demo"):
         import matplotlib.figure  # noqa: F401 - before the work rather than after it
     console = show.console()
     problem = load(plan.data)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 import gdx
-from gdx.extra import demo_extra
+from gdx.extra import needs
 
 Arrays = tuple[Any, ...]
 Metrics = dict[str, jax.Array]
@@ -120,7 +120,7 @@ def plane(name: str) -> Problem:
 
 def digits() -> Problem:
     """A network with one hidden layer on 8x8 images of handwritten digits, one fifth of them for testing."""
-    with demo_extra():
+    with needs("demo"):
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     images, labels = load_digits(return_X_y=True)

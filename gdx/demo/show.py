@@ -12,7 +12,7 @@ import gdx
 from gdx import plot
 from gdx.demo.problems import Surface
 from gdx.demo.train import Report
-from gdx.extra import demo_extra
+from gdx.extra import needs
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +25,7 @@ QUANTITIES = ("loss", "accuracy", "distance")
 
 def console() -> "Console":
     """Where everything is printed; without colours or movement unless it is a terminal."""
-    with demo_extra():
+    with needs("demo"):
         from rich.console import Console
     is_terminal = sys.stdout.isatty()
     return Console(force_terminal=is_terminal, width=None if is_terminal else 100, highlight=False)
@@ -123,7 +123,7 @@ def picture(output: Path, titles: tuple[str, str], runs: Runs, surface: Surface,
       surface: the function of the plane.
       walks: the reports of the runs on it.
     """
-    with demo_extra():
+    with needs("demo"):
         from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5.4), layout="constrained")
