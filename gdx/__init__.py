@@ -3,6 +3,8 @@
 Optimizers: gradient_descent, sgd, momentum, nesterov, adam, adamw.
 Links:      scale_by_learning_rate, scale_by_momentum, scale_by_adam, add_decoupled_weight_decay.
 Composing:  chain, lift, Composed.
+Batches:    stack, unstack, grid, labels.
+Training:   train, sweep, range_test, schedule.
 Your own:   Transform, Leafwise, hyperparameter, static, Scalar, ScheduledState.
 """
 
@@ -14,6 +16,9 @@ from gdx.links.decay import add_decoupled_weight_decay
 from gdx.links.learning_rate import scale_by_learning_rate
 from gdx.links.momentum import scale_by_momentum
 from gdx.optimizers import adam, adamw, gradient_descent, momentum, nesterov, sgd
+from gdx.population import grid, labels, stack, unstack
+from gdx.schedules import schedule
+from gdx.training import RangeTest, Sweep, Trained, range_test, sweep, train
 from gdx.transform import ScheduledState, Transform
 
 __version__ = "0.1.0"
@@ -21,21 +26,32 @@ __version__ = "0.1.0"
 __all__ = [
     "Composed",
     "Leafwise",
+    "RangeTest",
     "Scalar",
     "ScheduledState",
+    "Sweep",
+    "Trained",
     "Transform",
     "adam",
     "adamw",
     "add_decoupled_weight_decay",
     "chain",
     "gradient_descent",
+    "grid",
     "hyperparameter",
+    "labels",
     "lift",
     "momentum",
     "nesterov",
+    "range_test",
     "scale_by_adam",
     "scale_by_learning_rate",
     "scale_by_momentum",
+    "schedule",
     "sgd",
+    "stack",
     "static",
+    "sweep",
+    "train",
+    "unstack",
 ]

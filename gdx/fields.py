@@ -63,7 +63,9 @@ def to_scalar(
     if not isinstance(value, int | float | np.generic | np.ndarray | jax.Array) or not _is_real(value):
         raise TypeError(f"{label} is {reprlib.repr(value)}; {expected}")
     if np.shape(value) != ():
-        raise ValueError(f"{label} has shape {np.shape(value)}; {expected}. Build a batch of optimizers with jax.vmap")
+        raise ValueError(
+            f"{label} has shape {np.shape(value)}; {expected}. Build a batch of optimizers with gdx.stack or gdx.grid"
+        )
     if is_concrete(value):
         with np.errstate(over="ignore"):
             rounded = float(np.float32(value))
@@ -137,6 +139,25 @@ class Static:
 
     def __hash__(self) -> int:
         return hash(self._key)
+
+
+class Value:
+    """A pytree that compares by its structure and its leaves."""
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if type(self) is not type(other):
+            return False
+        structure: Any = jax.tree.structure(self)
+        return structure == jax.tree.structure(other) and all(map(same, jax.tree.leaves(self), jax.tree.leaves(other)))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        leaves, structure = jax.tree.flatten(self)
+        return hash((structure, *map(hashable, leaves)))
 
 
 def same(a: Any, b: Any) -> bool:

@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self, cast, dataclass_transform
 
@@ -30,7 +30,8 @@ import numpy as np
 import optax
 
 from gdx.checks import check_gradients, check_params, check_state
-from gdx.fields import Static, hashable, hyperparameter, is_opaque, same, static, text, to_scalar
+from gdx.fields import Static, Value, hyperparameter, is_opaque, same, static, text, to_scalar
+from gdx.schedules import schedule
 
 
 class ScheduledState(NamedTuple):
@@ -48,7 +49,7 @@ class ScheduledState(NamedTuple):
 @dataclass_transform(
     frozen_default=True, eq_default=False, field_specifiers=(hyperparameter, static, dataclasses.field)
 )
-class Transform(optax.GradientTransformationExtraArgs):
+class Transform(Value, optax.GradientTransformationExtraArgs):
     """Base class: an optax transform that is also a pytree of its hyperparameters and a value.
 
     Each subclass becomes a frozen dataclass and a registered pytree. Its leaves are its
@@ -122,21 +123,6 @@ class Transform(optax.GradientTransformationExtraArgs):
 
     # The value view.
 
-    def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        if type(self) is not type(other):
-            return False
-        structure: Any = jax.tree.structure(self)
-        return structure == jax.tree.structure(other) and all(map(same, jax.tree.leaves(self), jax.tree.leaves(other)))
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    def __hash__(self) -> int:
-        leaves, structure = jax.tree.flatten(self)
-        return hash((structure, *map(hashable, leaves)))
-
     def _refuse(self, other: Any) -> Any:
         return NotImplemented
 
@@ -161,12 +147,13 @@ class Transform(optax.GradientTransformationExtraArgs):
         """Every hyperparameter by name, through nested transforms, read-only.
 
         A name that several links share is qualified with as much of its path as tells them apart:
-        `scale_by_adam.b1`, or `scale_by_adam[0].b1` where two links are of one kind.
+        `scale_by_adam.b1`, or `scale_by_adam[0].b1` where two links are of one kind. In the place of a
+        `gdx.schedule` stand its numbers.
         """
         named = {}
         for name, (path, field) in self._names().items():
             value = functools.reduce(_child, path, self)
-            if not (field.metadata.get("static") or value is None):
+            if not (field.metadata.get("static") or value is None or isinstance(value, schedule)):
                 named[name] = float(value) if isinstance(value, np.floating) else value
         return MappingProxyType(named)
 
@@ -191,10 +178,11 @@ class Transform(optax.GradientTransformationExtraArgs):
             changed = changed._put(names[name][0], value)
         return changed
 
-    def _put(self, path: tuple, value: Any) -> Self:
+    def _put(self, path: Sequence, value: Any) -> Self:
         (field, index), *rest = path
         if rest:
-            child = _child(self, path[0])._put(tuple(rest), value)
+            child = _child(self, path[0])
+            child = child.replace(**{rest[0][0]: value}) if isinstance(child, schedule) else child._put(rest, value)
             siblings = getattr(self, field)
             value = child if index is None else (*siblings[:index], child, *siblings[index + 1 :])
         else:
@@ -226,6 +214,9 @@ class Transform(optax.GradientTransformationExtraArgs):
                 children = [(label, i, v) for i, (label, v) in enumerate(zip(labels, value))]
             else:
                 yield (field.name,), ((field.name, None),), field
+                if isinstance(value, schedule):
+                    for name in value.numbers:
+                        yield (field.name, name), ((field.name, None), (name, None)), field
                 continue
             for label, index, child in children:
                 for inner_labels, inner_path, inner_field in child._walk():
@@ -256,7 +247,7 @@ class Transform(optax.GradientTransformationExtraArgs):
             if np.shape(value) != ():
                 raise ValueError(
                     f"{type(self).__name__}: {field.name} has shape {np.shape(value)}: this is a batch of "
-                    f"optimizers; call its init and update under jax.vmap"
+                    f"optimizers; call its init and update under jax.vmap, or train it with gdx.sweep"
                 )
             if not isinstance(value, jax.Array):
                 value = jax.lax.full((), float(value), dtype)

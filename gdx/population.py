@@ -1,0 +1,146 @@
+"""Many optimizers in one value: a batch is an optimizer whose hyperparameters have a leading axis of members."""
+
+import itertools
+import operator
+import reprlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gdx.schedules import schedule
+from gdx.transform import Transform
+
+
+def stack(optimizers: Iterable[Transform]) -> Transform:
+    """One batched optimizer from single ones: each hyperparameter becomes an array of shape (members,).
+
+    A batch is a pytree with a leading axis, for `jax.vmap`, `jax.lax.map`, `gdx.sweep` or a device
+    mesh; its own `init` and `update` need one of those around them. Numbers stay float64 on the host.
+
+    Args:
+      optimizers: at least one; alike but for the values of their hyperparameters (schedules too,
+        if they are made by `gdx.schedule`).
+
+    Raises:
+      ValueError: there is none, or they differ in more than numbers, which would be several programs.
+      TypeError: one is no gdx transform.
+
+    >>> import gdx, jax, jax.numpy as jnp
+    >>> batch = gdx.stack([gdx.sgd(0.1), gdx.sgd(0.2)])
+    >>> jax.vmap(lambda tx: tx.update(jnp.ones(()), tx.init(jnp.ones(())))[0])(batch).tolist()
+    [-0.10000000149011612, -0.20000000298023224]
+    """
+    members = list(optimizers)
+    if not members:
+        raise ValueError("stack: got no optimizers; expected at least one, such as [gdx.sgd(0.1), gdx.sgd(0.2)]")
+    for i, member in enumerate(members):
+        if not isinstance(member, Transform):
+            raise TypeError(
+                f"stack: optimizer {i} is {reprlib.repr(member)}; expected one of gdx's, such as gdx.sgd(0.1)"
+            )
+        structure: Any = jax.tree.structure(member)
+        if structure != jax.tree.structure(members[0]):
+            raise ValueError(
+                f"stack: optimizer {i} is {member!r}, another program than optimizer 0, {members[0]!r}; "
+                f"stack those that differ in numbers only, and take gdx.schedule for schedules whose numbers differ"
+            )
+        if list(map(np.shape, jax.tree.leaves(member))) != list(map(np.shape, jax.tree.leaves(members[0]))):
+            raise ValueError(
+                f"stack: optimizer {i}, {member!r}, has other shapes than optimizer 0, {members[0]!r}; "
+                f"stack single optimizers, or batches of as many members"
+            )
+
+    def column(*values: Any) -> Any:
+        on_device = any(isinstance(value, jax.Array) for value in values)
+        return jnp.stack(list(map(jnp.asarray, values))) if on_device else np.stack(values)
+
+    return jax.tree.map(column, *members)
+
+
+def unstack(batch: Transform) -> list[Transform]:
+    """The single optimizers of a batch, in order.
+
+    Raises:
+      ValueError: it is no batch.
+
+    >>> import gdx
+    >>> gdx.unstack(gdx.grid(gdx.sgd, learning_rate=[0.1, 0.2]))[1]
+    sgd(learning_rate=0.2)
+    """
+    return [jax.tree.map(operator.itemgetter(i), batch) for i in range(members_of(batch))]
+
+
+def grid(make: Callable[..., Transform], /, **settings: Any) -> Transform:
+    """The batch of optimizers for every combination of the given values, the last one varying fastest.
+
+    Args:
+      make: makes an optimizer from keywords, such as `gdx.adamw`.
+      **settings: a list, tuple, range or one-dimensional array of numbers (or of schedules made by `gdx.schedule`) is
+        an axis of the grid; anything else is the same in every member.
+
+    Raises:
+      ValueError: an axis is empty, or a value is out of range.
+      TypeError: make does not take these keywords, or the members are different programs.
+
+    >>> import gdx
+    >>> batch = gdx.grid(gdx.adamw, learning_rate=[1e-3, 1e-2], weight_decay=[0.0, 0.1], b2=0.99)
+    >>> gdx.labels(batch)[1]
+    {'learning_rate': 0.001, 'weight_decay': 0.1}
+    """
+    axes = {
+        name: value if isinstance(value, list | tuple) else np.asarray(value)
+        for name, value in settings.items()
+        if _is_axis(value)
+    }
+    for name, values in axes.items():
+        if not len(values):
+            raise ValueError(f"grid: {name} is empty; expected at least one value")
+    points = [dict(zip(axes, point)) for point in itertools.product(*axes.values())]
+    return stack(make(**{**settings, **point}) for point in points)
+
+
+def labels(batch: Transform) -> list[dict[str, float]]:
+    """What tells the members of a batch apart: for each, the hyperparameters that are not the same in all.
+
+    Raises:
+      ValueError: it is no batch.
+    """
+    size = members_of(batch)
+    columns = {name: np.asarray(leaf) for name, leaf in batch.hyperparams.items() if isinstance(leaf, _ARRAYS)}
+    varying = {name: column.tolist() for name, column in columns.items() if np.any(column != column[0])}
+    return [{name: column[i] for name, column in varying.items()} for i in range(size)]
+
+
+def members_of(batch: Transform) -> int:
+    """How many members a batch has.
+
+    Raises:
+      ValueError: it is no batch.
+    """
+    named = jax.tree_util.tree_leaves_with_path(batch)
+    sizes = {np.shape(leaf)[:1] for _, leaf in named}
+    for path, leaf in named:
+        if np.ndim(leaf) != 1 or len(sizes) > 1:
+            raise ValueError(
+                f"{type(batch).__name__}{jax.tree_util.keystr(path)} has shape {np.shape(leaf)}; expected a batch, in "
+                f"which every hyperparameter has shape (members,). Make one with gdx.stack or gdx.grid"
+            )
+    if not named:
+        raise ValueError(f"{batch!r} has no hyperparameters to tell members apart")
+    return sizes.pop()[0]
+
+
+_ARRAYS = (np.ndarray, jax.Array)
+
+
+def _is_axis(value: Any) -> bool:
+    if isinstance(value, _ARRAYS):
+        return value.ndim == 1 and value.dtype != bool
+    return isinstance(value, list | tuple | range) and all(map(_is_point, value))
+
+
+def _is_point(value: Any) -> bool:
+    return isinstance(value, int | float | np.number | jax.Array | schedule) and not isinstance(value, bool)

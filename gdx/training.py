@@ -1,0 +1,367 @@
+"""Training in one compiled program: many steps of one optimizer, or of a whole batch of them."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gdx.population import labels, members_of, stack
+from gdx.transform import Transform
+
+Loss = Callable[[Any, Any], jax.Array]
+"""The loss of parameters on a batch of data: a function that returns a real scalar."""
+
+Progress = Callable[[float, np.ndarray], None]
+"""Called now and then with the fraction of the work that is done, in (0, 1], and the members' losses."""
+
+REPORTS = 100
+
+
+class Trained(NamedTuple):
+    """Where a training run ended.
+
+    Attributes:
+      params: the parameters after the last step.
+      state: the optimizer's state there.
+      losses: of shape (steps,): the loss on each batch, before the step that it makes.
+    """
+
+    params: Any
+    state: Any
+    losses: jax.Array
+
+
+def train(
+    loss: Loss, tx: optax.GradientTransformation, params: Any, batches: Any, *, state: Any = None, remat: bool = False
+) -> Trained:
+    r"""Takes one step for each batch, in one `lax.scan`:
+
+    $$ \theta_{t+1} = \theta_t + u_t, \qquad (u_t, s_{t+1}) = \mathrm{update}(\nabla L(\theta_t; B_t), s_t, \theta_t) $$
+
+    A pure function: compile it with `jax.jit`, closing over `loss`, so that a call, which for a small
+    model costs more than a step, is paid once for all of them. With the optimizer as an argument one
+    program serves every learning rate, and `jax.grad` of what comes after gives the slope in every
+    hyperparameter: `remat=True` then keeps the parameters and state of every $\sqrt{K}$-th of the $K$
+    steps and computes the others again.
+
+    Args:
+      loss: the loss of parameters on one batch, a real scalar.
+      tx: the optimizer, gdx's or optax's.
+      params: the parameters to start from.
+      batches: a tree of arrays with a leading axis of steps. What is large is better left to the loss: let the
+        batches be indices of examples, or random keys.
+      state: the optimizer's state to go on from; None for a new one.
+      remat: whether the derivative through it keeps memory for $\sqrt{K}$ steps rather than for $K$.
+
+    Raises:
+      ValueError: the leaves of batches do not have one leading axis in common.
+
+    >>> import gdx, jax, jax.numpy as jnp
+    >>> bowl = lambda theta, batch: jnp.sum((theta - batch) ** 2)
+    >>> def final(tx):
+    ...     return gdx.train(bowl, tx, jnp.ones(2), jnp.zeros((16, 2)), remat=True).losses[-1]
+    >>> bool(jax.grad(final)(gdx.sgd(0.1)).learning_rate < 0)
+    True
+    """
+    params = jax.tree.map(jnp.asarray, params)
+    carry = (params, tx.init(params) if state is None else state)
+    scan = _rematerialised_scan if remat else jax.lax.scan
+    _steps_of(batches)
+    (params, state), losses = scan(_step(loss, tx), carry, batches)
+    return Trained(params, state, losses)
+
+
+class Sweep(NamedTuple):
+    """What became of each member of a batch of optimizers.
+
+    Attributes:
+      optimizers: the batch.
+      losses: of shape (members, steps): the loss on each batch of data, before the step that it makes.
+      final: what `evaluate` made of each member's final parameters, with a leading axis of members.
+      diverged: of shape (members,): whether a loss or a final parameter is infinite or NaN.
+    """
+
+    optimizers: Transform
+    losses: jax.Array
+    final: Any
+    diverged: jax.Array
+
+    @property
+    def labels(self) -> list[dict[str, float]]:
+        """What tells the members apart, as `gdx.labels`."""
+        return labels(self.optimizers)
+
+    def ranking(self, score: Any) -> list[int]:
+        """The members from the least score to the largest; those that diverged are left out.
+
+        Args:
+          score: of shape (members,), such as `sweep.final["loss"]`.
+        """
+        score = np.where(self.diverged, np.nan, np.asarray(score, float))
+        return [int(i) for i in np.argsort(score, stable=True) if np.isfinite(score[i])]
+
+
+def sweep(
+    loss: Loss,
+    optimizers: Transform,
+    params: Any,
+    batches: Any,
+    *,
+    evaluate: Callable[[Any], Any] | None = None,
+    chunk_size: int | None = None,
+    progress: Progress | None = None,
+) -> Sweep:
+    """Trains with every member of a batch of optimizers, from the same start on the same data, in one program.
+
+    The program is compiled once for each loss, evaluate, progress and set of shapes: define those functions once, and
+    another grid of as many points compiles nothing. A member that diverges becomes infinite or NaN
+    and touches no other. Where the batch is sharded over a mesh along its axis of members, so is all of the work.
+
+    Args:
+      loss: the loss of parameters on one batch of data, a real scalar.
+      optimizers: a batch, from `gdx.stack` or `gdx.grid`.
+      params: the parameters that every member starts from.
+      batches: a tree of arrays with a leading axis of steps, the same for all members; see `gdx.train`.
+      evaluate: what to keep of a member's final parameters, a function of them; None for all of them.
+      chunk_size: how many members are trained at the same time, which bounds the memory; None for all.
+        The last chunk is filled up with copies of the last member.
+      progress: called about 100 times while it runs, with the fraction that is done and the losses of
+        the members at work.
+
+    Raises:
+      ValueError: optimizers is no batch, chunk_size is less than 1, or the leaves of batches do not
+        have one leading axis in common.
+
+    >>> import gdx, jax.numpy as jnp
+    >>> bowl = lambda theta, batch: jnp.sum((theta - batch) ** 2)
+    >>> batch = gdx.grid(gdx.sgd, learning_rate=[0.01, 0.5, 1e3])
+    >>> result = gdx.sweep(bowl, batch, jnp.ones(2), jnp.zeros((99, 2)), chunk_size=2)
+    >>> result.diverged.tolist(), result.ranking(result.losses[:, -1])
+    ([False, False, True], [1, 0])
+    """
+    members = members_of(optimizers)
+    chunk = members if chunk_size is None else min(chunk_size, members)
+    if chunk < 1:
+        raise ValueError(f"sweep: chunk_size is {chunk_size}; expected at least 1, or None for all members at once")
+    _steps_of(batches)
+    losses, final, diverged = _sweep(loss, evaluate or _keep, progress, chunk, optimizers, params, batches)
+    return Sweep(optimizers, losses, final, diverged)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _sweep(
+    loss: Loss,
+    evaluate: Callable[[Any], Any],
+    progress: Progress | None,
+    size: int,
+    optimizers: Transform,
+    params: Any,
+    batches: Any,
+) -> tuple[jax.Array, Any, jax.Array]:
+    optimizers, params = jax.tree.map(jnp.asarray, (optimizers, params))
+    train_all = functools.partial(_train_all, loss, evaluate, progress, size)
+    along = jax.typeof(jax.tree.leaves(optimizers)[0]).sharding
+    if along.mesh.explicit_axes:  # vmap cannot carry the axis of members through a scan that is typed with it
+        train_all = jax.sharding.auto_axes(train_all, out_sharding=along)
+    return train_all(optimizers, params, batches)
+
+
+def _train_all(
+    loss: Loss,
+    evaluate: Callable[[Any], Any],
+    progress: Progress | None,
+    size: int,
+    optimizers: Transform,
+    params: Any,
+    batches: Any,
+) -> tuple[jax.Array, Any, jax.Array]:
+    """Losses, what is kept of the final parameters, and whether it diverged, for each member."""
+    members, steps = members_of(optimizers), _steps_of(batches)
+    chunks = -(-members // size)
+    report = None if progress is None else _reporter(progress, chunks * steps)
+
+    def run(chunk: jax.Array, tx: Transform) -> tuple[jax.Array, Any, jax.Array]:
+        step = _step(loss, tx)
+
+        def reported(carry: Any, inputs: Any) -> Any:
+            done, batch = inputs
+            carry, value = step(carry, batch)
+            if report is not None:
+                report(chunk * steps + done, value)
+            return carry, value
+
+        start = (params, tx.init(params))
+        (end, _), losses = jax.lax.scan(reported, start, (jnp.arange(1, steps + 1), batches))
+        finite = [jnp.all(jnp.isfinite(leaf)) for leaf in (losses, *jax.tree.leaves(end))]
+        return losses, evaluate(end), ~jnp.all(jnp.stack(finite))
+
+    run_all = jax.vmap(run, (None, 0))
+    if chunks == 1:
+        return run_all(jnp.zeros([], jnp.int32), optimizers)
+
+    def split(leaf: jax.Array) -> jax.Array:
+        filled = leaf[np.minimum(np.arange(size * chunks), members - 1)] if members < size * chunks else leaf
+        # member i is in chunk i % chunks, so that an axis of members that is sharded is so in every chunk
+        return filled.reshape(size, chunks).T
+
+    def joined(leaf: jax.Array) -> jax.Array:
+        return leaf.swapaxes(0, 1).reshape(size * chunks, *leaf.shape[2:])[:members]
+
+    by_chunk = jnp.arange(chunks), jax.tree.map(split, optimizers)
+    return jax.tree.map(joined, jax.lax.map(lambda chunk: run_all(*chunk), by_chunk))
+
+
+class RangeTest(NamedTuple):
+    """Loss against learning rate after a few steps.
+
+    Attributes:
+      learning_rates: of shape (points,), ascending.
+      losses: of shape (points,): the mean loss of the last tenth of the steps; inf where the run diverged.
+      start: the loss before the first step.
+      edge: the rate from which on training fails: the geometric mean of the last rate that ends below
+        `start` and the next, of those from the best rate upwards; inf if none fails.
+      suggested: the rate with the least loss.
+    """
+
+    learning_rates: np.ndarray
+    losses: np.ndarray
+    start: float
+    edge: float
+    suggested: float
+
+
+def range_test(
+    loss: Loss,
+    tx: Transform,
+    params: Any,
+    batches: Any,
+    *,
+    low: float = 1e-5,
+    high: float = 10.0,
+    points: int = 48,
+    chunk_size: int | None = None,
+    progress: Progress | None = None,
+) -> RangeTest:
+    """Finds the learning rates that train: one short run for each, all in one program.
+
+    Smith's test raises the rate during one run, so that each rate meets parameters that the ones before
+    have made. Here every rate starts from `params`, which costs no more where runs share a program.
+    The best rate of a short run is an upper estimate for a long one, which ends with smaller steps.
+
+    Args:
+      loss, params, batches, chunk_size, progress: as in `gdx.sweep`; a few dozen steps do.
+      tx: the optimizer, whose `learning_rate` is replaced.
+      low, high: the smallest and the largest rate; the others lie between them at equal ratios.
+      points: how many rates are tried, at least 2.
+
+    Raises:
+      ValueError: tx has no hyperparameter called learning_rate, or not one alone; not 0 < low < high;
+        points is less than 2; no rate ends below the loss that it started from.
+
+    Source: Smith, Cyclical Learning Rates for Training Neural Networks (2017), section 3.3.
+
+    >>> import gdx, jax.numpy as jnp
+    >>> bowl = lambda theta, batch: 2 * jnp.sum(theta**2)  # its curvature is 4, so that 0.25 is best and 0.5 the edge
+    >>> found = gdx.range_test(bowl, gdx.gradient_descent(0.1), jnp.ones(2), jnp.zeros((20, 1)), points=99)
+    >>> 0.24 < found.suggested < 0.26, 0.45 < found.edge < 0.55
+    (True, True)
+    """
+    if not 0 < low < high < math.inf:
+        raise ValueError(f"range_test: low is {low} and high is {high}; expected 0 < low < high")
+    if points < 2:
+        raise ValueError(f"range_test: points is {points}; expected at least 2")
+    rates = np.geomspace(low, high, points)
+    batch = stack(tx.replace(learning_rate=rate) for rate in rates)
+    result = sweep(loss, batch, params, batches, evaluate=_nothing, chunk_size=chunk_size, progress=progress)
+    history = np.asarray(result.losses, float)
+    start = float(history[0, 0])
+    losses = np.where(result.diverged, np.inf, history[:, -max(history.shape[1] // 10, 1) :].mean(axis=1))
+    best = int(np.argmin(losses))
+    if not losses[best] < start:
+        raise ValueError(
+            f"range_test: no learning rate from {low:g} to {high:g} ends below the loss of the start, {start:g}; "
+            f"try others, or give batches of more steps"
+        )
+    fails = np.flatnonzero(~(losses[best:] < start))
+    edge = math.sqrt(rates[best + fails[0] - 1] * rates[best + fails[0]]) if len(fails) else math.inf
+    return RangeTest(rates, losses, start, edge, float(rates[best]))
+
+
+def _keep(params: Any) -> Any:
+    return params
+
+
+def _nothing(params: Any) -> tuple:
+    return ()
+
+
+def _steps_of(batches: Any) -> int:
+    """The length of the leading axis that the leaves of batches have in common."""
+    shapes = {
+        jax.tree_util.keystr(path) or "the root": np.shape(x)
+        for path, x in jax.tree_util.tree_leaves_with_path(batches)
+    }
+    lengths = {shape[:1] for shape in shapes.values()}
+    if len(lengths) != 1 or lengths == {()} or lengths == {(0,)}:
+        listed = ", ".join(f"{path} has shape {shape}" for path, shape in shapes.items())
+        raise ValueError(
+            f"batches: {listed or 'there are no arrays'}; expected arrays with a leading axis of steps, of one length"
+        )
+    return lengths.pop()[0]
+
+
+def _step(loss: Loss, tx: optax.GradientTransformation) -> Callable[[Any, Any], Any]:
+    """One training step, as `jax.lax.scan` takes it: the carry is the parameters and the state."""
+    tx = optax.with_extra_args_support(tx)
+
+    def step(carry: Any, batch: Any) -> Any:
+        params, state = carry
+        value, gradients = jax.value_and_grad(loss)(params, batch)
+        updates, state = tx.update(gradients, state, params)
+        return (optax.apply_updates(params, updates), state), value
+
+    return step
+
+
+def _rematerialised_scan(step: Callable[[Any, Any], Any], carry: Any, batches: Any) -> Any:
+    """`jax.lax.scan`, whose derivative keeps the carry of every sqrt(steps)-th step and computes the others again."""
+    steps = _steps_of(batches)
+    length = math.isqrt(steps)
+    whole = steps // length * length
+
+    @jax.checkpoint
+    def segment(carry: Any, batches: Any) -> Any:
+        # inside a segment, what a step computes on its way is not kept either
+        return jax.lax.scan(jax.checkpoint(step), carry, batches)
+
+    segments = jax.tree.map(lambda x: x[:whole].reshape(steps // length, length, *x.shape[1:]), batches)
+    carry, losses = jax.lax.scan(segment, carry, segments)
+    carry, rest = segment(carry, jax.tree.map(lambda x: x[whole:], batches))
+    return carry, jnp.concatenate([losses.ravel(), rest])
+
+
+def _reporter(progress: Progress, total: int) -> Callable[[jax.Array, jax.Array], None]:
+    """Calls `progress` from inside a program, about `REPORTS` times, and once for all lanes of `vmap`."""
+    every = max(total // REPORTS, 1)
+
+    def call(done: Any, losses: Any) -> None:
+        progress(float(done) / total, np.atleast_1d(losses))
+
+    @jax.custom_batching.custom_vmap
+    def send(done: jax.Array, losses: jax.Array) -> tuple:
+        jax.debug.callback(call, done, losses)
+        return ()
+
+    @send.def_vmap
+    def send_all(size: int, batched: Any, done: jax.Array, losses: jax.Array) -> tuple:
+        return send(done, losses), ()
+
+    def report(done: jax.Array, losses: jax.Array) -> None:
+        jax.lax.cond(done % every == 0, send, lambda *_: (), done, losses)
+
+    return report
