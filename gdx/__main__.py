@@ -11,6 +11,7 @@ from gdx.extra import MissingExtra
 # raises as ValueError or TypeError is a wrong option; run returns the exit code.
 COMMANDS = {
     "demo": "gdx.demo.command",
+    "sweep": "gdx.demo.sweep",
 }
 DEFAULT = "demo"
 

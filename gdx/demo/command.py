@@ -1,13 +1,22 @@
 """Trains with each optimizer of the gradient descent family, and compares them in a table and a picture."""
 
 import argparse
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import gdx
 from gdx.demo import show
-from gdx.demo.problems import BATCH_SIZE, OPTIMIZERS, STEPS, SURFACES, TRAINING_IMAGES, load
+from gdx.demo.options import (
+    HYPERPARAMETERS,
+    add_common,
+    add_hyperparameters,
+    check_batch_size,
+    check_output,
+    check_seed,
+    check_steps,
+    either,
+)
+from gdx.demo.problems import OPTIMIZERS, STEPS, SURFACES, TRAINING_IMAGES, load
 from gdx.demo.train import Report, train
 from gdx.extra import needs
 
@@ -18,8 +27,6 @@ examples:
   python -m gdx --optimizers adamw --learning-rate 3e-3 --weight-decay 0.5 --output adamw.png
   python -m gdx --data rosenbrock --momentum 0.95
 """
-HYPERPARAMETERS = ("learning_rate", "momentum", "b1", "b2", "weight_decay")
-SUFFIXES = (".png", ".pdf", ".svg")
 
 
 @dataclass(frozen=True)
@@ -47,20 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", choices=STEPS, default="digits", help="what is minimised (default: %(default)s)")
     names = ",".join(OPTIMIZERS["digits"])
     add("--optimizers", action="append", metavar="NAMES", help=f"comma separated, from {names} (default: all)")
-    for name in HYPERPARAMETERS:
-        having = [key for key, tx in OPTIMIZERS["digits"].items() if name in tx.hyperparams]
-        users = "all" if len(having) == len(OPTIMIZERS["digits"]) else ", ".join(having)
-        add(f"--{name.replace('_', '-')}", type=float, metavar="X", help=f"of {users}")
-    add("--batch-size", type=int, metavar="N", help=f"images per step, 1 to {TRAINING_IMAGES} (default: {BATCH_SIZE})")
-    add("--steps", type=int, metavar="N", help=f"at least 1 (default: {steps})")
-    add("--seed", type=int, default=0, metavar="N", help="of the initial parameters and the batches (default: 0)")
-    add(
-        "--output",
-        type=Path,
-        default=Path("gdx-demo.png"),
-        metavar="FILE",
-        help=f"the picture, {_either(SUFFIXES)} (default: %(default)s)",
-    )
+    add_hyperparameters(parser, float, "X")
+    add_common(parser, steps, "gdx-demo.png")
 
 
 def plan(arguments: argparse.Namespace) -> Plan:
@@ -71,12 +66,10 @@ def plan(arguments: argparse.Namespace) -> Plan:
     """
     optimizers = _optimizers(arguments)
     steps = STEPS[arguments.data] if arguments.steps is None else arguments.steps
-    if steps < 1:
-        raise ValueError(f"--steps is {steps}; expected at least 1")
-    if not 0 <= arguments.seed < 2**32:
-        raise ValueError(f"--seed is {arguments.seed}; expected 0 to {2**32 - 1}")
+    check_steps(steps)
+    check_seed(arguments.seed)
     batch_size = _batch_size(arguments, optimizers)
-    return Plan(arguments.data, optimizers, batch_size, steps, arguments.seed, _output(arguments.output))
+    return Plan(arguments.data, optimizers, batch_size, steps, arguments.seed, check_output(arguments.output))
 
 
 def _optimizers(arguments: argparse.Namespace) -> dict[str, gdx.Transform]:
@@ -93,37 +86,15 @@ def _optimizers(arguments: argparse.Namespace) -> dict[str, gdx.Transform]:
             continue
         if not having:
             users = [name for name in known if field in known[name].hyperparams]
-            raise ValueError(f"--{field.replace('_', '-')} applies to none of the optimizers; add {_either(users)}")
+            raise ValueError(f"--{field.replace('_', '-')} applies to none of the optimizers; add {either(users)}")
         chosen |= {name: chosen[name].replace(**{field: value}) for name in having}
     return chosen
 
 
 def _batch_size(arguments: argparse.Namespace, optimizers: dict[str, gdx.Transform]) -> int:
-    size = arguments.batch_size
-    if size is None:
-        return BATCH_SIZE
-    if arguments.data != "digits":
-        raise ValueError(f"--batch-size does not apply to {arguments.data}, which has no data; use it with digits")
-    if not 1 <= size <= TRAINING_IMAGES:
-        raise ValueError(f"--batch-size is {size}; expected 1 to {TRAINING_IMAGES}, the number of training images")
-    if set(optimizers) == {"gradient_descent"}:
+    if arguments.batch_size is not None and set(optimizers) == {"gradient_descent"}:
         raise ValueError("--batch-size does not apply to gradient_descent, which takes all data; add sgd")
-    return size
-
-
-def _output(output: Path) -> Path:
-    if output.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"--output is {str(output)!r}; expected a file that ends in {_either(SUFFIXES)}")
-    if not output.parent.is_dir():
-        raise ValueError(f"--output is {str(output)!r}, but there is no folder {str(output.parent)!r}; create it first")
-    if output.is_dir() or not os.access(output if output.exists() else output.parent, os.W_OK):
-        raise ValueError(f"--output is {str(output)!r}, which cannot be written; expected a file in a writable folder")
-    return output
-
-
-def _either(names: list[str] | tuple[str, ...]) -> str:
-    *first, last = names
-    return f"{', '.join(first)} or {last}" if first else last
+    return check_batch_size(arguments.batch_size, arguments.data)
 
 
 def run(plan: Plan) -> int:

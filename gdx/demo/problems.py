@@ -36,6 +36,14 @@ class Problem:
     train: Arrays = ()
     test: Arrays = ()
 
+    def loss_on(self, params: Any, examples: jax.Array) -> jax.Array:
+        """The loss on the training examples with these indices."""
+        return self.loss(params, jax.tree.map(lambda column: column[examples], self.train))
+
+    def evaluate(self, params: Any) -> Metrics:
+        """The metrics of these parameters on the data."""
+        return self.metrics(params, self.train, self.test)
+
 
 @dataclass(frozen=True)
 class Surface:

@@ -67,12 +67,12 @@ def _status(reports: list[Report]) -> str:
     last = reports[-1]
     if last.diverged:
         return "diverged"
-    values = [f"{name} {_text(name, last.metrics[name])}" for name in QUANTITIES if name in last.metrics]
+    values = [f"{name} {number(name, last.metrics[name])}" for name in QUANTITIES if name in last.metrics]
     seconds = last.seconds - reports[0].seconds  # the first report is the end of compiling
     return ", ".join([*values, f"{last.step / seconds:.0f} steps/s"] if seconds else values)
 
 
-def _text(name: str, value: float) -> str:
+def number(name: str, value: float) -> str:
     return f"{100 * value:.1f} %" if name == "accuracy" else f"{value:.3g}"
 
 
@@ -103,7 +103,7 @@ def table(title: str, optimizers: Mapping[str, gdx.Transform], runs: Runs, steps
             result.add_row(name, rate, *["-"] * (len(headers) + 2))
             continue
         last = reports[-1]
-        values = [_text(key, last.metrics[key]) if key in last.metrics else "-" for key in headers]
+        values = [number(key, last.metrics[key]) if key in last.metrics else "-" for key in headers]
         if last.diverged:
             values = ["diverged", *["-"] * (len(headers) - 1)]
         stopped = last.step < steps and not last.diverged
