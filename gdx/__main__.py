@@ -12,6 +12,7 @@ from gdx.extra import MissingExtra
 COMMANDS = {
     "demo": "gdx.demo.command",
     "sweep": "gdx.demo.sweep",
+    "learn": "gdx.demo.learn",
 }
 DEFAULT = "demo"
 

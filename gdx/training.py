@@ -72,7 +72,7 @@ def train(
     carry = (params, tx.init(params) if state is None else state)
     scan = _rematerialised_scan if remat else jax.lax.scan
     _steps_of(batches)
-    (params, state), losses = scan(_step(loss, tx), carry, batches)
+    (params, state), losses = scan(training_step(loss, tx), carry, batches)
     return Trained(params, state, losses)
 
 
@@ -186,7 +186,7 @@ def _train_all(
     report = None if progress is None else _reporter(progress, chunks * steps)
 
     def run(chunk: jax.Array, tx: Transform) -> tuple[jax.Array, Any, jax.Array]:
-        step = _step(loss, tx)
+        step = training_step(loss, tx)
 
         def reported(carry: Any, inputs: Any) -> Any:
             done, batch = inputs
@@ -315,7 +315,7 @@ def _steps_of(batches: Any) -> int:
     return lengths.pop()[0]
 
 
-def _step(loss: Loss, tx: optax.GradientTransformation) -> Callable[[Any, Any], Any]:
+def training_step(loss: Loss, tx: optax.GradientTransformation) -> Callable[[Any, Any], Any]:
     """One training step, as `jax.lax.scan` takes it: the carry is the parameters and the state."""
     tx = optax.with_extra_args_support(tx)
 
