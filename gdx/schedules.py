@@ -1,10 +1,11 @@
 """Schedules that are values: optax's own, with their numbers as leaves."""
 
+import functools
 import inspect
 import operator
 import types
 from collections.abc import Callable
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -12,29 +13,29 @@ import numpy as np
 
 from gdx.fields import Value, is_concrete, text, to_scalar
 
+WAYS = 64
+
 
 class schedule(Value):
     r"""A schedule $s_t = f(a_1, a_2, \dots)(t)$ whose numbers $a_i$ are leaves; $f$ is a function that makes schedules.
 
     The numbers given here may be changed, batched and differentiated like any hyperparameter of an
-    optimizer, and are named like one: `tx.replace(peak_value=0.2)` compiles nothing. Everything
-    else (defaults that are not given, `staircase=True`, the steps that are keys of a dictionary) is a constant.
+    optimizer, and are named like one: `tx.replace(peak_value=0.2)` compiles nothing. Everything else
+    (defaults that are not given, `staircase=True`, the steps that are keys of a dictionary) is a constant.
 
-    A function that makes a schedule may compare its numbers, to leave out a phase of no steps say.
-    What was decided when the value was made belongs to the program: a number on the other side
-    of such a comparison compiles another one.
-
-    The result has the same bits whether the numbers are constants, arguments or lanes of `vmap`. Steps are
-    computed in the default float dtype: in float32 they are exact up to $2^{24}$.
+    The result has the same bits whether the numbers are constants, arguments or lanes of `vmap`. Where
+    $f$ compares its numbers, to leave out a phase of no steps say, both ways are compiled and the
+    comparison chooses between them when it runs. Steps are computed in the default float dtype: in
+    float32 they are exact up to $2^{24}$.
 
     Args:
       factory: a function that returns a function of the step count, such as `optax.cosine_decay_schedule`.
       **arguments: its arguments: numbers and trees of numbers become leaves, anything else stays as it is.
 
     Raises:
-      TypeError: factory is no function, does not take these arguments, or needs one of its numbers
-        while it makes the schedule (as optax's one-cycle schedules do with `transition_steps`); give
-        that one as a constant, in `functools.partial`.
+      TypeError: factory is no function, does not take these arguments, needs the value of a number
+        while it makes the schedule (as optax's one-cycle schedules do with `transition_steps`), or
+        compares its numbers in more than 64 ways; give that one as a constant, in `functools.partial`.
       ValueError: a number is not finite or no scalar, or the factory refuses it.
 
     >>> import gdx, optax
@@ -49,8 +50,7 @@ class schedule(Value):
     def __init__(self, factory: Callable[..., Callable[[Any], Any]], /, **arguments: Any):
         if not callable(factory):
             raise TypeError(f"schedule: got {factory!r}; expected a function such as optax.cosine_decay_schedule")
-        name = _name(factory)
-        signature = inspect.signature(factory)
+        name, signature = _name(factory), inspect.signature(factory)
         try:
             signature.bind(**arguments)
         except TypeError as error:
@@ -62,26 +62,10 @@ class schedule(Value):
                 constants[key] = value
             else:
                 numbers[key] = jax.tree.map(lambda leaf, key=key: to_scalar(f"schedule: {name}: {key}", leaf), value)
-        for key, value in numbers.items():
-            if any(map(callable, jax.tree.leaves(value))):
-                raise TypeError(f"schedule: {name}: {key} is {value!r}; expected a number")
         vars(self).update(factory=factory, numbers=numbers, constants=constants)
-        decided: list[bool] = []
-
-        def decide(comparison: Callable[[], Any]) -> bool:
-            try:
-                decided.append(bool(comparison()))
-            except jax.errors.TracerBoolConversionError:
-                raise TypeError(
-                    f"schedule: {name} compares its numbers, and one of {', '.join(numbers)} is traced; make the "
-                    f"schedule outside, and inside replace(...) the number or pass the whole schedule as an argument"
-                ) from None
-            return decided[-1]
-
-        made = self._make(decide, lambda number: number)
-        if not callable(made):
-            raise TypeError(f"schedule: {name} returned {made!r}; expected a function of the step count")
-        vars(self).update(decisions=tuple(decided))
+        for _, made in self._outcomes(lambda number: number):
+            if not callable(made):
+                raise TypeError(f"schedule: {name} returned {made!r}; expected a function of the step count")
 
     def __call__(self, count: Any) -> jax.Array:
         count = jnp.asarray(count)
@@ -91,27 +75,47 @@ class schedule(Value):
             # adding 0 * t keeps a constant from being worked on at compile time, which rounds differently
             return jnp.asarray(number, dtype) + 0 * count.astype(dtype)
 
-        decisions = iter(self.decisions)
         # schedules compute with an integer count, which strict promotion would refuse
         with jax.numpy_dtype_promotion("standard"):
-            made = self._make(lambda comparison: next(decisions), array)
-            return jnp.asarray(made(count))
+            (_, made), *others = self._outcomes(array)
+            value = jnp.asarray(made(count))
+            for conditions, made in others:
+                value = jnp.where(functools.reduce(operator.and_, conditions), made(count), value)
+        return value
 
-    def _make(self, decide: Callable[[Callable], bool], array: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """Calls the factory with its numbers as arrays, comparing them as `decide` says."""
-        numbers = jax.tree.map(lambda number: _Number(array(number), decide), self.numbers)
-        return _with_arrays(self.factory(**numbers, **self.constants))
+    def _outcomes(self, array: Callable[[Any], Any]) -> list[tuple[list[Any], Callable[[Any], Any]]]:
+        """What the factory makes for each way that comparisons of traced numbers can turn out.
+
+        Returns:
+          The conditions under which it is the one, and the schedule. Ways that the factory refuses are
+          left out, for what is traced cannot be refused.
+        """
+        outcomes: list[tuple[list[Any], Callable]] = []
+        refusal: ValueError | None = None
+        untried: list[tuple[bool, ...]] = [()]
+        while untried:
+            way = _Way(untried.pop())
+            try:
+                numbers = jax.tree.map(lambda number: _Number(array(number), way), self.numbers)  # noqa: B023
+                outcomes.append((way.conditions, _with_arrays(self.factory(**numbers, **self.constants))))
+            except ValueError as error:
+                refusal = error
+            untried += way.others()
+            if len(outcomes) + len(untried) > WAYS:
+                raise TypeError(
+                    f"schedule: {_name(self.factory)} compares traced numbers in more than {WAYS} ways; give some of "
+                    f"{', '.join(self.numbers)} as constants, in functools.partial"
+                )
+        if not outcomes and refusal is not None:
+            raise refusal
+        return outcomes
 
     def replace(self, **changes: Any) -> Self:
-        """The same schedule with some arguments changed; a traced number keeps the program.
+        """The same schedule with some arguments changed.
 
         Raises:
           ValueError, TypeError: as when a schedule is made.
         """
-        if all(name in self.numbers and not is_concrete(value) for name, value in changes.items()):
-            converted = {name: to_scalar(f"schedule: {name}", value) for name, value in changes.items()}
-            children = {**self.numbers, **converted}.values()
-            return cast(Self, _unflatten(_flatten_with_keys(self)[1], children))
         return type(self)(self.factory, **{**self.numbers, **self.constants, **changes})
 
     def __getattr__(self, name: str) -> Any:
@@ -129,15 +133,13 @@ class schedule(Value):
 
 def _flatten_with_keys(made: schedule) -> tuple[list, tuple]:
     children = [(jax.tree_util.GetAttrKey(name), value) for name, value in made.numbers.items()]
-    return children, (made.factory, tuple(made.numbers), tuple(made.constants.items()), made.decisions)
+    return children, (made.factory, tuple(made.numbers), tuple(made.constants.items()))
 
 
 def _unflatten(aux: tuple, children: Any) -> schedule:
-    factory, names, constants, decisions = aux
+    factory, names, constants = aux
     made = object.__new__(schedule)
-    vars(made).update(
-        factory=factory, numbers=dict(zip(names, children)), constants=dict(constants), decisions=decisions
-    )
+    vars(made).update(factory=factory, numbers=dict(zip(names, children)), constants=dict(constants))
     return made
 
 
@@ -169,13 +171,34 @@ def _name(factory: Callable) -> str:
     return getattr(factory, "__name__", None) or repr(factory)
 
 
+class _Way:
+    """How the comparisons of one run of a factory turn out: the first as chosen, any further ones True."""
+
+    def __init__(self, choices: tuple[bool, ...]):
+        self.choices = choices
+        self.conditions: list[Any] = []
+
+    def decide(self, condition: Any) -> bool:
+        if is_concrete(condition):
+            return bool(condition)
+        number = len(self.conditions)
+        choice = self.choices[number] if number < len(self.choices) else True
+        self.conditions.append(condition if choice else ~condition)
+        return choice
+
+    def others(self) -> list[tuple[bool, ...]]:
+        """The ways that leave this one where it was free to choose."""
+        free = range(len(self.choices), len(self.conditions))
+        return [(*self.choices, *[True] * (number - len(self.choices)), False) for number in free]
+
+
 class _Number:
-    """A number while a factory runs: it computes with an array, and compares as it is told to."""
+    """A number while a factory runs: it computes with an array, and compares as the way says."""
 
     __array_ufunc__ = None  # leaves the arithmetic with numpy's scalars to this class
 
-    def __init__(self, array: Any, decide: Callable[[Callable], bool]):
-        self.array, self.decide = array, decide
+    def __init__(self, array: Any, way: _Way):
+        self.array, self.way = array, way
 
     def _refuse(self, *_: Any) -> Any:
         raise TypeError(
@@ -189,23 +212,23 @@ class _Number:
         return text(self.array)
 
     def __bool__(self) -> bool:
-        return self.decide(lambda: self.array != 0)
+        return self.way.decide(self.array != 0)
 
     def __neg__(self) -> "_Number":
-        return _Number(-self.array, self.decide)
+        return _Number(-self.array, self.way)
 
 
 def _arithmetic(operation: Callable, *, reflected: bool = False) -> Callable:
     def method(self: _Number, other: Any) -> _Number:
         arrays = (self.array, other.array if isinstance(other, _Number) else other)
-        return _Number(operation(*(reversed(arrays) if reflected else arrays)), self.decide)
+        return _Number(operation(*(reversed(arrays) if reflected else arrays)), self.way)
 
     return method
 
 
 def _comparison(operation: Callable) -> Callable:
     def method(self: _Number, other: Any) -> bool:
-        return self.decide(lambda: operation(self.array, other.array if isinstance(other, _Number) else other))
+        return self.way.decide(operation(self.array, other.array if isinstance(other, _Number) else other))
 
     return method
 

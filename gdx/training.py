@@ -83,13 +83,19 @@ class Sweep(NamedTuple):
       optimizers: the batch.
       losses: of shape (members, steps): the loss on each batch of data, before the step that it makes.
       final: what `evaluate` made of each member's final parameters, with a leading axis of members.
-      diverged: of shape (members,): whether a loss or a final parameter is infinite or NaN.
     """
 
     optimizers: Transform
     losses: jax.Array
     final: Any
-    diverged: jax.Array
+
+    @property
+    def diverged(self) -> jax.Array:
+        """Of shape (members,): whether a number in losses or final is infinite or NaN."""
+        finite = jnp.ones(len(self.losses), bool)
+        for leaf in jax.tree.leaves((self.losses, self.final)):
+            finite &= jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
+        return ~finite
 
     @property
     def labels(self) -> list[dict[str, float]]:
@@ -149,8 +155,7 @@ def sweep(
     if chunk < 1:
         raise ValueError(f"sweep: chunk_size is {chunk_size}; expected at least 1, or None for all members at once")
     _steps_of(batches)
-    losses, final, diverged = _sweep(loss, evaluate or _keep, progress, chunk, optimizers, params, batches)
-    return Sweep(optimizers, losses, final, diverged)
+    return Sweep(optimizers, *_sweep(loss, evaluate or _keep, progress, chunk, optimizers, params, batches))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -162,7 +167,7 @@ def _sweep(
     optimizers: Transform,
     params: Any,
     batches: Any,
-) -> tuple[jax.Array, Any, jax.Array]:
+) -> tuple[jax.Array, Any]:
     optimizers, params = jax.tree.map(jnp.asarray, (optimizers, params))
     train_all = functools.partial(_train_all, loss, evaluate, progress, size)
     along = jax.typeof(jax.tree.leaves(optimizers)[0]).sharding
@@ -179,26 +184,18 @@ def _train_all(
     optimizers: Transform,
     params: Any,
     batches: Any,
-) -> tuple[jax.Array, Any, jax.Array]:
-    """Losses, what is kept of the final parameters, and whether it diverged, for each member."""
+) -> tuple[jax.Array, Any]:
+    """Losses and what is kept of the final parameters, for each member."""
     members, steps = members_of(optimizers), _steps_of(batches)
     chunks = -(-members // size)
-    report = None if progress is None else _reporter(progress, chunks * steps)
 
-    def run(chunk: jax.Array, tx: Transform) -> tuple[jax.Array, Any, jax.Array]:
-        step = training_step(loss, tx)
-
-        def reported(carry: Any, inputs: Any) -> Any:
-            done, batch = inputs
-            carry, value = step(carry, batch)
-            if report is not None:
-                report(chunk * steps + done, value)
-            return carry, value
-
-        start = (params, tx.init(params))
-        (end, _), losses = jax.lax.scan(reported, start, (jnp.arange(1, steps + 1), batches))
-        finite = [jnp.all(jnp.isfinite(leaf)) for leaf in (losses, *jax.tree.leaves(end))]
-        return losses, evaluate(end), ~jnp.all(jnp.stack(finite))
+    def run(chunk: jax.Array, tx: Transform) -> tuple[jax.Array, Any]:
+        step, data = training_step(loss, tx), batches
+        if progress is not None:
+            step = _reporting(step, progress, before=chunk * steps, total=chunks * steps)
+            data = jnp.arange(1, steps + 1), batches
+        (end, _), losses = jax.lax.scan(step, (params, tx.init(params)), data)
+        return losses, evaluate(end)
 
     run_all = jax.vmap(run, (None, 0))
     if chunks == 1:
@@ -345,23 +342,27 @@ def _rematerialised_scan(step: Callable[[Any, Any], Any], carry: Any, batches: A
     return carry, jnp.concatenate([losses.ravel(), rest])
 
 
-def _reporter(progress: Progress, total: int) -> Callable[[jax.Array, jax.Array], None]:
-    """Calls `progress` from inside a program, about `REPORTS` times, and once for all lanes of `vmap`."""
+def _reporting(step: Callable, progress: Progress, *, before: jax.Array, total: int) -> Callable[[Any, Any], Any]:
+    """The step, that calls `progress` about `REPORTS` times in all, and once for all lanes of `vmap`."""
     every = max(total // REPORTS, 1)
 
     def call(done: Any, losses: Any) -> None:
         progress(float(done) / total, np.atleast_1d(losses))
 
     @jax.custom_batching.custom_vmap
-    def send(done: jax.Array, losses: jax.Array) -> tuple:
+    def report(done: jax.Array, losses: jax.Array) -> tuple:
         jax.debug.callback(call, done, losses)
         return ()
 
-    @send.def_vmap
-    def send_all(size: int, batched: Any, done: jax.Array, losses: jax.Array) -> tuple:
-        return send(done, losses), ()
+    @report.def_vmap
+    def report_all(size: int, batched: Any, done: jax.Array, losses: jax.Array) -> tuple:
+        return report(done, losses), ()
 
-    def report(done: jax.Array, losses: jax.Array) -> None:
-        jax.lax.cond(done % every == 0, send, lambda *_: (), done, losses)
+    def reporting(carry: Any, inputs: Any) -> Any:
+        number, batch = inputs
+        carry, loss = step(carry, batch)
+        done = before + number
+        jax.lax.cond(done % every == 0, report, lambda *_: (), done, loss)
+        return carry, loss
 
-    return report
+    return reporting
