@@ -58,6 +58,9 @@ class Rounded:
             error = np.where(least > 0, (self.error + abs(quotient) * other.error) / least, np.inf)
         return Rounded.after(quotient, error)
 
+    def __rtruediv__(self, other: Any) -> "Rounded":
+        return Rounded.of(other) / self
+
     __radd__, __rmul__ = __add__, __mul__
 
 

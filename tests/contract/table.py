@@ -28,6 +28,7 @@ class Row:
       invalid: keywords, the error they raise, and a pattern that its message matches.
       step: its step in `tests.oracle`.
       largest_gradient: the largest float32 gradient that gives finite steps.
+      takes_schedules: whether each number may also be a schedule; it may not inside one.
     """
 
     make: Callable[..., gdx.Transform]
@@ -35,6 +36,7 @@ class Row:
     invalid: tuple[tuple[dict[str, Any], type[Exception], str], ...]
     step: Callable
     largest_gradient: float = 3e38
+    takes_schedules: bool = True
 
     @property
     def name(self) -> str:
@@ -60,6 +62,14 @@ def nested(learning_rate: Any, b1: Any = 0.9, momentum: Any = 0.5) -> gdx.Transf
     """A chain in a chain, with a link of optax's."""
     inner = gdx.chain(gdx.scale_by_adam(b1), gdx.scale_by_learning_rate(learning_rate))
     return gdx.chain(_IDENTITY, inner, gdx.scale_by_momentum(momentum))
+
+
+def scheduled(init_value: Any, end_value: Any, transition_steps: Any, momentum: Any) -> gdx.Transform:
+    """A schedule whose numbers are hyperparameters."""
+    rate = gdx.schedule(
+        optax.linear_schedule, init_value=init_value, end_value=end_value, transition_steps=transition_steps
+    )
+    return gdx.momentum(rate, momentum)
 
 
 def _in_chain(tx: gdx.Transform) -> optax.GradientTransformation:
@@ -88,6 +98,13 @@ def _nested(t: int, g: Any, theta: Any, memory: dict, *, learning_rate: Any, b1:
     u = oracle.adam(t, g, theta, memory, learning_rate=learning_rate, b1=b1, b2=0.999, eps=1e-8)
     v = memory["velocity"] = u if t == 1 else momentum * memory["velocity"] + u
     return v
+
+
+def _scheduled(
+    t: int, g: Any, theta: Any, memory: dict, *, init_value: Any, end_value: Any, transition_steps: Any, momentum: Any
+) -> Any:
+    rate = (init_value - end_value) * (1 - (t - 1) / transition_steps) + end_value
+    return oracle.momentum(t, g, theta, memory, learning_rate=rate, momentum=momentum)
 
 
 _BAD_RATE = (
@@ -246,6 +263,19 @@ ROWS = (
         _with_rate((({"momentum": 1.0}, ValueError, r"sgd: momentum is 1\.0"),)),
         oracle.sgd,
         largest_gradient=3e37,
+    ),
+    Row(
+        scheduled,
+        ({"init_value": 0.1, "end_value": 0.01, "transition_steps": 400.0, "momentum": 0.9},),
+        (
+            (
+                {"init_value": -0.1, "end_value": 0.0, "transition_steps": 4, "momentum": 1.0},
+                ValueError,
+                r"momentum is 1\.0",
+            ),
+        ),
+        _scheduled,
+        takes_schedules=False,
     ),
 )
 

@@ -1,0 +1,159 @@
+"""Batches of optimizers: made, labelled, taken apart, and used wherever a pytree with a leading axis is."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gdx
+from tests.contract.table import assert_same_bits, every_row, gradients, scan, tree
+
+STEPS = 3
+
+
+@every_row
+def test_lanes_have_the_bits_of_single_optimizers(row):
+    single = row.tx
+    members = [single, jax.tree.map(lambda h: h / 2, single)]
+    found = jax.jit(jax.vmap(scan, (0, None, None)))(gdx.stack(members), tree(), gradients(STEPS))
+    for i, member in enumerate(members):
+        expected = jax.jit(scan)(member, tree(), gradients(STEPS))
+        assert_same_bits(jax.tree.map(lambda x: x[i], found), expected)  # noqa: B023
+
+
+@every_row
+def test_unstack_undoes_stack(row):
+    members = [row.make(**settings) for settings in row.settings[:1]] + [jax.tree.map(lambda h: h / 2, row.tx)]
+    assert gdx.unstack(gdx.stack(members)) == members
+
+
+def test_a_grid_is_every_combination_in_order():
+    batch = gdx.grid(
+        gdx.adamw, learning_rate=[1e-3, 1e-2], weight_decay=np.array([0.0, 0.1, 0.2]), b1=0.8, nesterov=True
+    )
+    members = gdx.unstack(batch)
+    assert members[1] == gdx.adamw(1e-3, b1=0.8, weight_decay=0.1, nesterov=True)
+    assert [tuple(label.values()) for label in gdx.labels(batch)] == [
+        (rate, decay) for rate in (1e-3, 1e-2) for decay in (0.0, 0.1, 0.2)
+    ]
+    assert gdx.labels(batch)[0] == {"learning_rate": 1e-3, "weight_decay": 0.0}
+    assert batch.b1.shape == (6,) and len(members) == 6
+
+
+@pytest.mark.parametrize(
+    "values", [(0.1, 0.2), [0.1, 0.2], np.array([0.1, 0.2]), jnp.array([0.1, 0.2]), [np.float32(0.1), jnp.float32(0.2)]]
+)
+def test_an_axis_may_be_any_sequence_of_numbers(values):
+    batch = gdx.grid(gdx.sgd, learning_rate=values)
+    np.testing.assert_allclose(batch.learning_rate, [0.1, 0.2], rtol=1e-6)
+
+
+def test_schedules_are_points_too():
+    rates = [gdx.schedule(optax.cosine_decay_schedule, init_value=v, decay_steps=10) for v in (0.1, 0.2)]
+    batch = gdx.grid(gdx.sgd, learning_rate=rates)
+    assert gdx.labels(batch) == [{"init_value": 0.1}, {"init_value": 0.2}]
+    updates = jax.vmap(lambda tx: tx.update(jnp.ones(()), tx.init(jnp.ones(())))[0])(batch)
+    np.testing.assert_allclose(updates, [-0.1, -0.2], rtol=1e-6)
+
+
+def test_is_a_value_that_one_program_takes():
+    batch = gdx.grid(gdx.sgd, learning_rate=[0.1, 0.2])
+    assert batch == gdx.grid(gdx.sgd, learning_rate=[0.1, 0.2]) and hash(batch) is not None
+    assert repr(batch) == "sgd(learning_rate=<float64[2]>)"
+    step = jax.jit(jax.vmap(lambda tx: tx.update(jnp.ones(2), tx.init(jnp.ones(2)))[0]))
+    for rates in ([0.1, 0.2], [0.3, 0.4], np.float32([0.5, 0.6])):
+        step(gdx.grid(gdx.sgd, learning_rate=rates))
+    assert step._cache_size() == 1
+
+
+def test_spread_over_a_mesh():
+    mesh = jax.make_mesh((8,), ("members",), axis_types=(jax.sharding.AxisType.Auto,))
+    batch = gdx.grid(gdx.adamw, learning_rate=np.geomspace(1e-4, 1, 16))
+    spread = jax.device_put(batch, jax.NamedSharding(mesh, jax.P("members")))
+    run = jax.jit(jax.vmap(scan, (0, None, None)))
+    found = run(spread, tree(), gradients(STEPS))
+    assert {leaf.sharding.spec for leaf in jax.tree.leaves(found)} == {jax.P("members")}
+    assert_same_bits(found, run(batch, tree(), gradients(STEPS)))
+    np.testing.assert_allclose(gdx.unstack(spread)[3].learning_rate, gdx.unstack(batch)[3].learning_rate, rtol=1e-6)
+
+
+def test_lax_map():
+    batch = gdx.grid(gdx.sgd, learning_rate=[0.1, 0.2])
+    found = jax.lax.map(lambda tx: tx.update(jnp.ones(()), tx.init(jnp.ones(())))[0], batch)
+    np.testing.assert_allclose(found, [-0.1, -0.2], rtol=1e-6)
+
+
+REFUSED = {
+    "nothing": (lambda: gdx.stack([]), ValueError, r"stack: got no optimizers; expected at least one"),
+    "optax's": (lambda: gdx.stack([optax.sgd(0.1)]), TypeError, r"optimizer 0 is .*; expected one of gdx's"),
+    "another kind": (
+        lambda: gdx.stack([gdx.sgd(0.1), gdx.adam(0.1)]),
+        ValueError,
+        r"optimizer 1 is adam\(learning_rate=0\.1\), another program than optimizer 0, sgd\(learning_rate=0\.1\)",
+    ),
+    "another static field": (
+        lambda: gdx.stack([gdx.adam(0.1), gdx.adam(0.1, nesterov=True)]),
+        ValueError,
+        r"optimizer 1 is adam\(learning_rate=0\.1, nesterov=True\), another program",
+    ),
+    "other closures": (
+        lambda: gdx.stack([gdx.sgd(lambda count: 0.1), gdx.sgd(lambda count: 0.2)]),
+        ValueError,
+        r"take gdx\.schedule for schedules whose numbers differ",
+    ),
+    "a batch among them": (
+        lambda: gdx.stack([gdx.sgd(0.1), gdx.grid(gdx.sgd, learning_rate=[0.1, 0.2])]),
+        ValueError,
+        r"optimizer 1, sgd\(learning_rate=<float64\[2\]>\), has other shapes than optimizer 0",
+    ),
+    "an empty axis": (
+        lambda: gdx.grid(gdx.sgd, learning_rate=[]),
+        ValueError,
+        r"grid: learning_rate is empty; expected at least one value",
+    ),
+    "an empty array": (lambda: gdx.grid(gdx.sgd, learning_rate=np.ones(0)), ValueError, r"learning_rate is empty"),
+    "a bad point": (
+        lambda: gdx.grid(gdx.sgd, learning_rate=[0.1, -1.0]),
+        ValueError,
+        r"sgd: learning_rate is -1\.0; expected a finite number >= 0",
+    ),
+    "an axis of a switch": (
+        lambda: gdx.grid(gdx.adam, learning_rate=[0.1], nesterov=[True, False]),
+        TypeError,
+        r"nesterov is \[True, False\]; expected True or False",
+    ),
+    "a table": (
+        lambda: gdx.grid(gdx.sgd, learning_rate=np.ones((2, 2))),
+        ValueError,
+        r"learning_rate has shape \(2, 2\); .*gdx\.stack or gdx\.grid",
+    ),
+    "an unknown name": (lambda: gdx.grid(gdx.sgd, rate=[0.1]), TypeError, r"unexpected keyword argument 'rate'"),
+    "a single one": (
+        lambda: gdx.unstack(gdx.sgd(0.1)),
+        ValueError,
+        r"sgd\.learning_rate has shape \(\); expected a batch, in which every hyperparameter has shape \(members,\)",
+    ),
+    "uneven": (
+        lambda: gdx.labels(jax.tree.map(lambda h: np.ones(2) if h == 0.1 else np.ones(3), gdx.sgd(0.1, 0.5))),
+        ValueError,
+        r"has shape \([23],\); expected a batch",
+    ),
+    "its own update": (
+        lambda: gdx.grid(gdx.sgd, learning_rate=[0.1, 0.2]).init(jnp.ones(2)),
+        ValueError,
+        r"learning_rate has shape \(2,\): this is a batch of optimizers; .*jax\.vmap, or train it with gdx\.sweep",
+    ),
+    "nothing to vary": (
+        lambda: gdx.unstack(gdx.chain(optax.identity())),
+        ValueError,
+        r"has no hyperparameters to tell members apart",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses(case):
+    make, error, words = REFUSED[case]
+    with pytest.raises(error, match=words):
+        make()

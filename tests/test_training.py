@@ -1,0 +1,276 @@
+"""Training in one program: the same steps as one by one, populations, the range test and hypergradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import gdx
+from tests.contract.table import assert_same_bits
+
+random = np.random.default_rng(0)
+INPUTS = jnp.asarray(random.standard_normal((64, 5)).astype(np.float32))
+TARGETS = jnp.sin(INPUTS[:, :1])
+START = {"a": jnp.asarray(random.standard_normal((5, 8)).astype(np.float32)) / 2, "b": jnp.zeros((8, 1))}
+EXAMPLES = jnp.asarray(random.integers(0, 64, (23, 16)))
+
+
+def loss(params, examples):
+    predictions = jnp.tanh(INPUTS[examples].astype(params["a"].dtype) @ params["a"]) @ params["b"]
+    return jnp.mean((predictions - TARGETS[examples].astype(params["a"].dtype)) ** 2)
+
+
+def final_loss(params):
+    return {"loss": loss(params, jnp.arange(64))}
+
+
+def one_by_one(tx):
+    params, state, losses = START, tx.init(START), []
+
+    @jax.jit
+    def step(tx, params, state, examples):
+        value, gradients = jax.value_and_grad(loss)(params, examples)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    for examples in EXAMPLES:
+        params, state, value = step(tx, params, state, examples)
+        losses.append(value)
+    return params, state, jnp.stack(losses)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_takes_the_steps_of_a_loop(remat):
+    tx = gdx.adamw(0.01)
+    found = jax.jit(lambda tx: gdx.train(loss, tx, START, EXAMPLES, remat=remat))(tx)
+    for a, b in zip(jax.tree.leaves(tuple(found)), jax.tree.leaves(one_by_one(tx))):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6)
+
+
+def test_goes_on_from_a_state():
+    tx = gdx.adamw(0.01)
+    train = jax.jit(lambda tx, params, examples, state: gdx.train(loss, tx, params, examples, state=state))
+    whole = train(tx, START, EXAMPLES, tx.init(START))
+    first = train(tx, START, EXAMPLES[:10], tx.init(START))
+    second = train(tx, first.params, EXAMPLES[10:], first.state)
+    assert_same_bits((second.params, second.state), (whole.params, whole.state))
+    assert_same_bits(jnp.concatenate([first.losses, second.losses]), whole.losses)
+
+
+def test_takes_optax_and_python_floats():
+    found = gdx.train(lambda p, batch: (p["x"] - batch) ** 2, optax.sgd(0.1), {"x": 1.0}, jnp.zeros(3))
+    np.testing.assert_allclose(found.params["x"], 0.8**3, rtol=1e-6)
+    np.testing.assert_allclose(found.losses, [1, 0.8**2, 0.8**4], rtol=1e-6)
+
+
+def hyperparameters_and_slopes(tx, remat):
+    leaves, structure = jax.tree.flatten(tx)
+    start = jax.tree.map(lambda p: p.astype(float), START)
+
+    def after(leaves):
+        trained = gdx.train(loss, jax.tree.unflatten(structure, list(leaves)), start, EXAMPLES, remat=remat)
+        return loss(trained.params, jnp.arange(64))
+
+    return jnp.asarray(leaves), jax.jit(after), jax.jit(jax.grad(after))
+
+
+OPTIMIZERS = [
+    gdx.chain(gdx.add_decoupled_weight_decay(0.01), gdx.sgd(0.05, 0.8, nesterov=True)),
+    gdx.adamw(
+        gdx.schedule(
+            optax.warmup_cosine_decay_schedule, init_value=0.01, peak_value=0.1, warmup_steps=5.3, decay_steps=19.7
+        ),
+        b1=0.8,
+        weight_decay=0.1,
+        eps=1e-3,
+        eps_root=1e-4,
+    ),
+]
+
+
+@pytest.mark.parametrize("tx", OPTIMIZERS, ids=["sgd", "adamw"])
+@pytest.mark.parametrize("remat", [False, True])
+def test_slopes_in_every_hyperparameter_match_finite_differences(tx, remat):
+    with jax.enable_x64(True):
+        values, after, slopes = hyperparameters_and_slopes(tx, remat)
+        found = slopes(values)
+        for i, value in enumerate(values):
+            step = 1e-5 * value
+            a, b, c, d = (after(values.at[i].add(k * step)) for k in (1, -1, 2, -2))
+            np.testing.assert_allclose(found[i], (8 * (a - b) - (c - d)) / (12 * step), rtol=1e-5, atol=1e-9)
+
+
+def test_rematerialisation_keeps_memory_for_the_root_of_the_steps():
+    def temporary(steps, remat):
+        def after(tx):
+            return loss(gdx.train(loss, tx, START, examples, remat=remat).params, jnp.arange(64))
+
+        examples = jnp.zeros((steps, 16), int)
+        return jax.jit(jax.grad(after)).lower(gdx.adam(0.1)).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(1024, True) < 0.1 * temporary(1024, False)
+    assert temporary(1024, True) < 6 * temporary(64, True)  # 4 for the root, 16 for all
+
+
+GRID = gdx.grid(gdx.adamw, learning_rate=np.geomspace(1e-3, 1e-1, 4), weight_decay=[0.0, 0.1])
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 3, 8, 100])
+def test_a_sweep_trains_each_member(chunk_size):
+    found = gdx.sweep(loss, GRID, START, EXAMPLES, chunk_size=chunk_size)
+    assert found.losses.shape == (8, len(EXAMPLES)) and found.final["a"].shape == (8, 5, 8)
+    for i, member in enumerate(gdx.unstack(GRID)):
+        params, _, losses = one_by_one(member)
+        np.testing.assert_allclose(found.losses[i], losses, rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(found.final["a"][i], params["a"], rtol=1e-3, atol=1e-4)
+    assert found.labels == gdx.labels(GRID) and not np.any(found.diverged)
+
+
+def test_another_grid_compiles_nothing(monkeypatch):
+    from gdx import training
+
+    gdx.sweep(loss, GRID, START, EXAMPLES, evaluate=final_loss)
+    size = training._sweep._cache_size()
+    gdx.sweep(loss, jax.tree.map(lambda h: h / 2, GRID), START, EXAMPLES, evaluate=final_loss)
+    assert training._sweep._cache_size() == size
+
+
+def test_chunks_bound_the_memory():
+    from gdx import training
+
+    def temporary(size):
+        batch = gdx.grid(gdx.adamw, learning_rate=np.geomspace(1e-3, 1e-1, 256))
+        wide = {"a": jnp.zeros((5, 512)), "b": jnp.zeros((512, 1))}
+        compiled = training._sweep.lower(loss, final_loss, None, size, batch, wide, EXAMPLES).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(16) < temporary(256) / 10
+
+
+def test_members_that_diverge_touch_no_other():
+    rates = [1e-2, 1e30, 2e-2, 1e-1]
+    found = gdx.sweep(loss, gdx.grid(gdx.sgd, learning_rate=rates), START, EXAMPLES, evaluate=final_loss)
+    assert found.diverged.tolist() == [False, True, False, False]
+    calm = gdx.sweep(
+        loss, gdx.grid(gdx.sgd, learning_rate=[1e-2, 1e-3, 2e-2, 1e-1]), START, EXAMPLES, evaluate=final_loss
+    )
+    assert_same_bits(found.losses[::2], calm.losses[::2])
+    assert found.ranking(found.final["loss"]) == [3, 2, 0]
+    assert found.ranking(-found.losses[:, 0]) == [0, 2, 3]
+
+
+def test_a_member_whose_last_step_diverges_is_marked():
+    found = gdx.sweep(loss, gdx.grid(gdx.sgd, learning_rate=[0.1, 3e38]), START, EXAMPLES[:1], evaluate=final_loss)
+    assert np.all(np.isfinite(found.losses)) and found.diverged.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+@pytest.mark.parametrize("chunk_size", [None, 8])
+def test_a_sharded_population_is_trained_in_place(kind, chunk_size):
+    mesh = jax.make_mesh((8,), ("members",), axis_types=(kind,))
+    batch = gdx.grid(gdx.adamw, learning_rate=np.geomspace(1e-3, 1e-1, 16))
+    spread = jax.device_put(batch, jax.NamedSharding(mesh, jax.P("members")))
+    found = gdx.sweep(loss, spread, START, EXAMPLES, chunk_size=chunk_size)
+    assert found.losses.sharding.spec[0] == "members"
+    assert {shard.data.shape for shard in found.final["a"].addressable_shards} == {(2, 5, 8)}
+    expected = gdx.sweep(loss, batch, START, EXAMPLES, chunk_size=chunk_size)
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-4)
+    assert not np.any(found.diverged)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_progress_comes_from_inside(chunk_size):
+    calls = []
+
+    def progress(done, losses):
+        calls.append((done, losses))
+
+    gdx.sweep(loss, GRID, START, jnp.tile(EXAMPLES, (10, 1)), chunk_size=chunk_size, progress=progress)
+    jax.effects_barrier()
+    fractions = [done for done, _ in calls]
+    assert fractions == sorted(fractions) and fractions[-1] == 1 and 100 <= len(calls) <= 200
+    assert {losses.shape for _, losses in calls} == {(chunk_size or 8,)}
+    assert calls[-1][1].min() < calls[0][1].min()
+
+
+def test_progress_of_few_steps():
+    calls = []
+    gdx.sweep(loss, GRID, START, EXAMPLES[:2], progress=lambda done, losses: calls.append(done))
+    jax.effects_barrier()
+    assert calls == [0.5, 1.0]
+
+
+def bowl(params, batch):
+    return 2 * jnp.sum(params**2)  # its curvature is 4
+
+
+@pytest.mark.parametrize(
+    ("tx", "edge"),
+    [(gdx.gradient_descent(0.1), 0.5), (gdx.momentum(0.1, 0.5), 0.75), (gdx.sgd(0.1, momentum=0.5), 0.75)],
+)
+def test_the_range_test_finds_the_edge_of_a_bowl(tx, edge):
+    """2 / lambda, and 2 (1 + momentum) / lambda for the heavy ball."""
+    found = gdx.range_test(bowl, tx, jnp.ones(3), jnp.zeros((200, 1)), low=1e-2, high=10, points=200)
+    assert abs(found.edge / edge - 1) < 0.03
+    assert found.learning_rates[0] == 0.01 and found.losses.shape == (200,) and found.start == 6
+    assert found.suggested < found.edge
+
+
+def test_the_range_test_suggests_the_best_rate():
+    found = gdx.range_test(
+        bowl, gdx.gradient_descent(0.1), jnp.ones(3), jnp.zeros((3, 1)), low=1e-2, high=10, points=99
+    )
+    assert abs(found.suggested / 0.25 - 1) < 0.05
+    assert np.all(found.losses[found.learning_rates > 1] > found.start)
+
+
+def test_the_range_test_without_an_edge():
+    found = gdx.range_test(
+        bowl, gdx.gradient_descent(0.1), jnp.ones(3), jnp.zeros((9, 1)), low=1e-3, high=0.1, points=5
+    )
+    assert found.edge == np.inf and found.suggested == 0.1
+
+
+REFUSED = {
+    "no batches": (
+        lambda: gdx.train(loss, gdx.sgd(0.1), START, ()),
+        r"there are no arrays; expected arrays with a leading",
+    ),
+    "uneven batches": (
+        lambda: gdx.train(loss, gdx.sgd(0.1), START, (jnp.ones(3), {"y": jnp.ones(4)})),
+        r"\[0\] has shape \(3,\), \[1\]\['y'\] has shape \(4,\); expected arrays with a leading axis of steps",
+    ),
+    "a scalar": (lambda: gdx.train(loss, gdx.sgd(0.1), START, jnp.ones(())), r"the root has shape \(\)"),
+    "no steps": (lambda: gdx.sweep(loss, GRID, START, EXAMPLES[:0]), r"the root has shape \(0, 16\)"),
+    "a single optimizer": (lambda: gdx.sweep(loss, gdx.sgd(0.1), START, EXAMPLES), r"expected a batch"),
+    "no chunk": (lambda: gdx.sweep(loss, GRID, START, EXAMPLES, chunk_size=0), r"chunk_size is 0; expected at least 1"),
+    "a range upside down": (
+        lambda: gdx.range_test(bowl, gdx.sgd(0.1), START, EXAMPLES, low=1, high=0.1),
+        r"low is 1 and high is 0\.1; expected 0 < low < high",
+    ),
+    "one point": (
+        lambda: gdx.range_test(bowl, gdx.sgd(0.1), START, EXAMPLES, points=1),
+        r"points is 1; expected at least 2",
+    ),
+    "no rate to replace": (
+        lambda: gdx.range_test(bowl, gdx.scale_by_adam(), jnp.ones(2), EXAMPLES),
+        r"'learning_rate' is unknown; choose from b1",
+    ),
+    "nothing trains": (
+        lambda: gdx.range_test(bowl, gdx.sgd(0.1), jnp.ones(2), EXAMPLES, low=1, high=10),
+        r"no learning rate from 1 to 10 ends below the loss of the start, 4; try others",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses(case):
+    run, words = REFUSED[case]
+    with pytest.raises(ValueError, match=words):
+        run()
+
+
+def test_a_loss_that_is_no_scalar_is_refused_by_jax():
+    with pytest.raises(TypeError, match="scalar-output"):
+        gdx.train(lambda p, batch: p["a"], gdx.sgd(0.1), START, EXAMPLES)
