@@ -16,8 +16,9 @@ from gdx.transform import Transform
 Loss = Callable[[Any, Any], jax.Array]
 """The loss of parameters on a batch of data: a function that returns a real scalar."""
 
-Progress = Callable[[float, np.ndarray], None]
-"""Called now and then with the fraction of the work that is done, in (0, 1], and the members' losses."""
+Progress = Callable[[float, float, int], None]
+"""Called now and then with the fraction of the work that is done, in (0, 1], and of the members now at work the
+least loss and how many of their losses are infinite or NaN."""
 
 REPORTS = 100
 
@@ -136,8 +137,8 @@ def sweep(
       evaluate: what to keep of a member's final parameters, a function of them; None for all of them.
       chunk_size: how many members are trained at the same time, which bounds the memory; None for all.
         The last chunk is filled up with copies of the last member.
-      progress: called about 100 times while it runs, with the fraction that is done and the losses of
-        the members at work.
+      progress: called about 100 times while it runs, with the fraction that is done and, of the members
+        at work, the least loss and how many have diverged.
 
     Raises:
       ValueError: optimizers is no batch, chunk_size is less than 1, or the leaves of batches do not
@@ -346,17 +347,18 @@ def _reporting(step: Callable, progress: Progress, *, before: jax.Array, total: 
     """The step, that calls `progress` about `REPORTS` times in all, and once for all lanes of `vmap`."""
     every = max(total // REPORTS, 1)
 
-    def call(done: Any, losses: Any) -> None:
-        progress(float(done) / total, np.atleast_1d(losses))
+    def call(done: Any, least: Any, diverged: Any) -> None:
+        progress(float(done) / total, float(least), int(diverged))
 
     @jax.custom_batching.custom_vmap
-    def report(done: jax.Array, losses: jax.Array) -> tuple:
-        jax.debug.callback(call, done, losses)
+    def report(done: jax.Array, loss: jax.Array) -> tuple:
         return ()
 
     @report.def_vmap
     def report_all(size: int, batched: Any, done: jax.Array, losses: jax.Array) -> tuple:
-        return report(done, losses), ()
+        finite = jnp.isfinite(losses)
+        jax.debug.callback(call, done, jnp.min(jnp.where(finite, losses, jnp.inf)), jnp.sum(~finite))
+        return (), ()
 
     def reporting(carry: Any, inputs: Any) -> Any:
         number, batch = inputs

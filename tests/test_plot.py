@@ -106,3 +106,52 @@ def test_lines_differ_in_colour_and_in_style(ax):
     plot.loss_curves({str(index): [1.0, 0.5] for index in range(6)}, ax)
     assert len({line.get_color() for line in ax.lines}) == 6
     assert len({str(line._unscaled_dash_pattern) for line in ax.lines}) == 6
+
+
+def grid(first: list[float], second: list[float]) -> list[dict[str, float]]:
+    return [{"learning_rate": a, "weight_decay": b} for a in first for b in second]
+
+
+def test_a_sweep_of_one_hyperparameter_is_a_curve(ax):
+    points = [{"learning_rate": rate} for rate in (1e-3, 1e-2, 1e-1, 1.0)]
+    assert plot.sweep(points, [3.0, 0.1, 1.0, np.nan], ax) is ax
+    assert (ax.get_xlabel(), ax.get_xscale(), ax.get_yscale()) == ("learning rate", "log", "log")
+    assert labels(ax) == ["best: 0.01", "diverged"]
+    ax.figure.canvas.draw()
+
+
+def test_a_sweep_of_two_is_a_heat_map(ax):
+    plot.sweep(grid([1e-2, 1e-1], [0.0, 1.0, 2.0]), [1.0, 2.0, 3.0, 40.0, np.inf, 0.5], ax, name="error")
+    np.testing.assert_array_equal(ax.images[0].get_array().filled(-1), [[1, 2, 3], [40, -1, 0.5]])
+    assert (ax.get_ylabel(), ax.get_xlabel()) == ("learning rate", "weight decay")
+    assert ax.lines[1].get_xydata().tolist() == [[2.0, 1.0]]  # the best
+    assert labels(ax) == ["diverged", "best"] and len(ax.figure.axes) == 2
+    ax.figure.canvas.draw()
+
+
+def test_a_sweep_of_three_shows_the_least_over_the_third(ax):
+    points = [{**point, "b1": b1} for point in grid([0.1, 0.2], [1.0, 2.0]) for b1 in (0.5, 0.9)]
+    plot.sweep(points, [5, 1, 6, 2, 3, 7, np.nan, np.nan], ax)
+    np.testing.assert_array_equal(ax.images[0].get_array().filled(-1), [[1, 2], [3, -1]])
+
+
+@pytest.mark.parametrize("score", [[np.nan, np.nan], [0.0, -1.0], [1.0, 1.0]])
+def test_sweeps_without_a_logarithm(ax, score):
+    plot.sweep([{"b1": 0.0}, {"b1": 0.9}], score, ax)
+    ax.figure.canvas.draw()
+    plot.sweep(grid([0.1, 0.2], [1.0]), score)
+
+
+def test_a_sweep_of_nothing():
+    with pytest.raises(ValueError, match=r"differ in no hyperparameter; expected labels such as gdx\.labels gives"):
+        plot.sweep([{}, {}], [1.0, 2.0])
+
+
+@pytest.mark.parametrize("edge", [0.5, np.inf])
+def test_a_range_test(ax, edge):
+    from gdx import RangeTest
+
+    result = RangeTest(np.geomspace(1e-3, 1, 4), np.array([1.0, 0.5, 0.2, np.inf]), 1.1, edge, 0.1)
+    assert plot.range_test(result, ax) is ax
+    assert labels(ax)[2:] == (["suggested: 0.1", "edge: 0.5"] if edge == 0.5 else ["suggested: 0.1"])
+    ax.figure.canvas.draw()

@@ -183,22 +183,23 @@ def test_a_sharded_population_is_trained_in_place(kind, chunk_size):
 def test_progress_comes_from_inside(chunk_size):
     calls = []
 
-    def progress(done, losses):
-        calls.append((done, losses))
+    def progress(done, least, diverged):
+        calls.append((done, least, diverged))
 
     gdx.sweep(loss, GRID, START, jnp.tile(EXAMPLES, (10, 1)), chunk_size=chunk_size, progress=progress)
     jax.effects_barrier()
-    fractions = [done for done, _ in calls]
+    fractions = [done for done, *_ in calls]
     assert fractions == sorted(fractions) and fractions[-1] == 1 and 100 <= len(calls) <= 200
-    assert {losses.shape for _, losses in calls} == {(chunk_size or 8,)}
-    assert calls[-1][1].min() < calls[0][1].min()
+    assert calls[-1][1] < calls[0][1] and all(diverged == 0 for *_, diverged in calls)
 
 
 def test_progress_of_few_steps():
     calls = []
-    gdx.sweep(loss, GRID, START, EXAMPLES[:2], progress=lambda done, losses: calls.append(done))
+    batch = gdx.grid(gdx.sgd, learning_rate=[1e-2, 1e30])
+    result = gdx.sweep(loss, batch, START, EXAMPLES[:2], progress=lambda *call: calls.append(call))
     jax.effects_barrier()
-    assert calls == [0.5, 1.0]
+    assert [(done, diverged) for done, _, diverged in calls] == [(0.5, 0), (1.0, 1)]
+    assert calls[1][1] == result.losses[0, 1]
 
 
 def bowl(params, batch):

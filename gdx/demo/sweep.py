@@ -122,11 +122,12 @@ def plan(arguments: argparse.Namespace) -> Plan:
     optimizers = gdx.grid(lambda **point: tx.replace(**point), **given)
     if arguments.chunk_size is not None and arguments.chunk_size < 1:
         raise ValueError(f"--chunk-size is {arguments.chunk_size}; expected at least 1")
+    batch_size = check_batch_size(arguments.batch_size, arguments.data)
     return Plan(
         arguments.data,
         arguments.optimizer,
         optimizers,
-        check_batch_size(arguments.batch_size, arguments.data) if arguments.data == "digits" else 0,
+        batch_size if arguments.data == "digits" else 0,
         check_steps(STEPS if arguments.steps is None else arguments.steps),
         check_seed(arguments.seed),
         arguments.chunk_size,
@@ -192,10 +193,10 @@ def _progress(to: "Console") -> Iterator[gdx.training.Progress]:
     if not to.is_terminal:
         following = 0.25
 
-        def line(done: float, losses: np.ndarray) -> None:
+        def line(done: float, least: float, diverged: int) -> None:
             nonlocal following
             if done >= following:
-                to.print(f"{done:.0%}: {_status(losses)}")
+                to.print(f"{done:.0%}: least loss {least:.3g}, {diverged} diverged")
                 following += 0.25
 
         yield line
@@ -205,13 +206,11 @@ def _progress(to: "Console") -> Iterator[gdx.training.Progress]:
     columns = TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.percentage:.0f} %")
     with Progress(*columns, TimeElapsedColumn(), console=to, transient=True) as bars:
         task = bars.add_task("compiling", total=1.0)
-        yield lambda done, losses: bars.update(task, completed=done, description=_status(losses))
 
+        def bar(done: float, least: float, diverged: int) -> None:
+            bars.update(task, completed=done, description=f"least loss {least:.3g}, {diverged} diverged")
 
-def _status(losses: np.ndarray) -> str:
-    finite = losses[np.isfinite(losses)]
-    best = f"best loss {finite.min():.3g}" if len(finite) else "no finite loss"
-    return f"{best}, {len(losses) - len(finite)} of {len(losses)} diverged"
+        yield bar
 
 
 def _table(result: gdx.Sweep, ranking: list[int]) -> "Table":

@@ -1,0 +1,125 @@
+"""`python -m gdx sweep` and `python -m gdx learn`, from their options to their tables and pictures."""
+
+import argparse
+import re
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+pytest.importorskip("sklearn")
+
+from gdx.__main__ import main
+from gdx.demo import learn
+from gdx.demo.sweep import values
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def ranks(text):
+    """The table's cells after the rank."""
+    rows = (line.replace(" %", "%").split() for line in text.splitlines())
+    return [cells[1:] for cells in rows if cells and all(re.fullmatch(r"[\d.e+-]+%?", c) for c in cells)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0.5", [0.5]),
+        ("1,2,4", [1, 2, 4]),
+        ("1e-3:1:4", [1e-3, 1e-2, 1e-1, 1]),
+        ("0:3:4", [0, 1, 2, 3]),
+        ("1:100:3:linear", [1, 50.5, 100]),
+        ("1:4:3:log", [1, 2, 4]),
+    ],
+)
+def test_forms_of_values(text, expected):
+    assert values(text) == expected
+    assert len(values("0:1")) == 12
+
+
+@pytest.mark.parametrize("text", ["x", "1:", "2:1", "1:2:1", "1:2:3:4:5", "-1:1:5:log", "1:2:3:cubic", ""])
+def test_what_is_no_form_of_values(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is none of X, A,B,C, LOW:HIGH"):
+        values(text)
+
+
+def test_a_grid_of_two_on_a_function(capsys, folder):
+    options = "sweep --data quadratic --optimizer nesterov --learning-rate 1e-3:10:9 --momentum 0,0.5,0.9 --steps 50"
+    assert main(options.split()) == 0
+    text = capsys.readouterr().out
+    assert "nesterov, 27 points, 50 steps" in text and "100%: least loss" in text
+    table = ranks(text)
+    assert len(table) == 10 and table == sorted(table, key=lambda cells: float(cells[2]))
+    assert int(re.search(r"(\d+) of 27 points diverged", text).group(1)) >= 3
+    assert (folder / "gdx-sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_digits_in_chunks_give_the_same_points(capsys):
+    options = ["sweep", "--learning-rate", "1e-3,1e-2,3e-2", "--steps", "20"]
+    assert main(options) == 0
+    whole = ranks(capsys.readouterr().out)
+    assert main([*options, "--chunk-size", "2", "--output", "other.pdf"]) == 0
+    assert ranks(capsys.readouterr().out) == whole
+    assert whole[0][0] in ("0.01", "0.03") and float(whole[0][2].rstrip("%")) > 50
+
+
+def test_where_everything_diverges(capsys):
+    options = "sweep --data quadratic --optimizer gradient_descent --learning-rate 10,20 --steps 100"
+    assert main(options.split()) == 1
+    assert "2 of 2 points diverged" in capsys.readouterr().out
+
+
+def test_a_terminal_shows_a_bar(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(["sweep", "--data", "rosenbrock", "--steps", "20"]) == 0
+    assert "\x1b[" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [
+        ("sweep --optimizer adagrad", "choose from gradient_descent, sgd"),
+        ("sweep --momentum 0:0.9", "--momentum does not apply to adamw; choose --optimizer sgd, momentum or nesterov"),
+        ("sweep --learning-rate 1:0", "is none of X, A,B,C"),
+        ("sweep --learning-rate 0.1,-1", "expected a finite number >= 0"),
+        ("sweep --b1 0:1:3", "expected a finite number in [0, 1)"),
+        ("sweep --chunk-size 0", "--chunk-size is 0; expected at least 1"),
+        ("sweep --steps 0", "--steps is 0; expected at least 1"),
+        ("sweep --batch-size 9999", "expected 1 to 1437"),
+        ("sweep --data quadratic --batch-size 8", "which has no data; use it with digits"),
+        ("sweep --seed -1", "expected 0 to"),
+        ("sweep --output x.gif", "ends in .png, .pdf or .svg"),
+        ("learn --momentum 1", "expected a finite number in [0, 1)"),
+        ("learn --learning-rate 0", "--learning-rate is 0; expected more"),
+        ("learn --rounds 0", "--rounds is 0; expected at least 1"),
+        ("learn --batch-size 1200", "expected 1 to 1149"),
+        ("learn --steps 0", "--steps is 0"),
+    ],
+)
+def test_a_wrong_option_says_what_is_allowed(options, allowed, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(options.split())
+    assert exit_.value.code == 2
+    output = capsys.readouterr()
+    assert allowed in " ".join(output.err.split()) and output.out == ""
+
+
+def test_learning_beats_its_own_start(capsys, folder):
+    assert main(["learn", "--steps", "60", "--rounds", "12"]) == 0
+    table = ranks(capsys.readouterr().out)
+    first, best = table[0], table[-1]
+    assert float(best[3]) < 0.7 * float(first[3]) and float(best[4].rstrip("%")) > float(first[4].rstrip("%"))
+    assert (folder / "gdx-learn.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_points_and_optimizers_are_the_same():
+    tx = learn.optimizer(0.05, 0.9, 1e-3)
+    found = learn.from_point(learn.to_point(tx)).hyperparams
+    assert {name: pytest.approx(value, rel=1e-5) for name, value in tx.hyperparams.items()} == dict(found)
