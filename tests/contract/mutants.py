@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+TESTS = ["tests/test_optimizers.py", "tests/contract", "tests/test_transform.py"]  # after the file's own
 ADAM, MOMENTUM, DECAY = "links/adam.py", "links/momentum.py", "links/decay.py"
 
 # what is wrong, the file, the right text, the wrong text
@@ -66,14 +67,29 @@ MUTANTS = [
     ("array dtypes kept", "fields.py", "return value.astype(jnp.result_type(float)) if isinstance(value, jax.Array)", "return value if isinstance(value, jax.Array)"),
     ("rounding to one allowed", "fields.py", "and minimum <= rounded < below and", "and"),
     ("static fields not compared", "transform.py", "value if isinstance(value, _PLAIN) else Static(value)", "None"),
+    ("numbers of a schedule folded", "schedules.py", "jnp.asarray(number, dtype) + 0 * count.astype(dtype)", "jnp.asarray(number, dtype)"),
+    ("conditions of a schedule inverted", "schedules.py", "condition if choice else ~condition", "~condition if choice else condition"),
+    ("one way of a schedule", "schedules.py", "untried += way.others()", "pass"),
+    ("numbers of a schedule unnamed", "transform.py", "for name in value.numbers:", "for name in ():"),
+    ("another order of the grid", "population.py", "itertools.product(*axes.values())", "itertools.product(*list(axes.values())[::-1])"),
+    ("programs not compared", "population.py", "if structure != jax.tree.structure(members[0]):", "if False:"),
+    ("labels of one member", "population.py", "column[i] for name", "column[0] for name"),
+    ("chunks in another order", "training.py", "filled.reshape(size, chunks).T", "filled.reshape(chunks, size)"),
+    ("chunks filled from the front", "training.py", "np.minimum(np.arange(size * chunks), members - 1)", "np.arange(size * chunks)[::-1] % members"),
+    ("steps after the last segment left out", "training.py", "x[whole:], batches", "x[steps:], batches"),
+    ("nothing rematerialised", "training.py", "    @jax.checkpoint\n", ""),
+    ("state of before forgotten", "training.py", "tx.init(params) if state is None else state", "tx.init(params)"),
+    ("divergence of the end unseen", "training.py", "jax.tree.leaves((self.losses, self.final))", "jax.tree.leaves(self.losses)"),
+    ("edge one rate too far", "training.py", "rates[best + fails[0] - 1] * rates[best + fails[0]]", "rates[best + fails[0]] * rates[best + fails[0]]"),
 ]
 # fmt: on
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="run the variants whose description contains this")
-    chosen = [mutant for mutant in MUTANTS if parser.parse_args().only in mutant[0]]
+    parser.add_argument("--only", default="", help="run the variants whose description contains this, or of this file")
+    words = parser.parse_args().only
+    chosen = [mutant for mutant in MUTANTS if words in mutant[0] or words == mutant[1]]
     survivors = 0
     for what, file, right, wrong in chosen:
         caught_by = run(file, right, wrong)
@@ -95,18 +111,10 @@ def run(file: str, right: str, wrong: str) -> str | None:
         if right not in text:
             raise SystemExit(f"{file} has no {right!r}; bring the list of variants up to date")
         source.write_text(text.replace(right, wrong, 1))
-        options = [
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            "--tb=no",
-            "-q",
-            "tests/test_optimizers.py",
-            "tests/contract",
-            "tests/test_transform.py",
-        ]
+        own = f"tests/test_{source.stem}.py"
+        tests = [own, *TESTS] if (copy / own).exists() and own not in TESTS else TESTS
         outcome = subprocess.run(
-            [sys.executable, "-m", "pytest", *options],
+            [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--tb=no", "-q", *tests],
             cwd=copy,
             env={**os.environ, "PYTHONPATH": str(copy)},
             capture_output=True,

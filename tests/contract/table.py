@@ -118,7 +118,7 @@ _BAD_RATE = (
     ({"learning_rate": "0.1"}, TypeError, r"learning_rate is '0\.1'; expected a finite number >= 0"),
     ({"learning_rate": True}, TypeError, r"learning_rate is True; expected a finite number"),
     ({"learning_rate": 1j}, TypeError, r"learning_rate is 1j; expected a finite number"),
-    ({"learning_rate": np.ones(3)}, ValueError, r"learning_rate has shape \(3,\); expected .* jax\.vmap"),
+    ({"learning_rate": np.ones(3)}, ValueError, r"learning_rate has shape \(3,\); expected .* gdx\.stack or gdx\.grid"),
     ({"learning_rate": jnp.float32(-1)}, ValueError, r"learning_rate is -1\.0; expected a finite number >= 0"),
 )
 _BAD_MOMENTUM = (
