@@ -1,0 +1,157 @@
+"""Pictures of runs: loss curves, sweeps of hyperparameters, range tests of the learning rate."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gdx.plot.style import COLOURS, add_legend, axes_or_new, finite_length, line_styles, run_label, spans_decades, words
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def loss_curves(
+    history: Mapping[str, Any], ax: "Axes | None" = None, *, steps: Mapping[str, Any] | None = None
+) -> "Axes":
+    """Draws the loss of each run by step, on a logarithmic scale.
+
+    A curve ends before the first loss that is not finite, and its run is marked as diverged.
+
+    Args:
+      history: the losses of each run, by its name.
+      ax: the axes to draw on; None for new ones.
+      steps: the step of each loss, by the run's name; None where there is one at each step from 0.
+
+    Returns:
+      The axes.
+    """
+    ax = axes_or_new(ax)
+    some_positive = False
+    for (name, losses), style in zip(history.items(), line_styles()):
+        losses = np.asarray(losses, float)
+        at = np.arange(len(losses)) if steps is None else np.asarray(steps[name])
+        end = finite_length(losses)
+        some_positive |= bool(np.any(losses[:end] > 0))
+        (line,) = ax.plot(at[:end], losses[:end], label=run_label(name, end < len(losses)), **style)
+        if 0 < end < len(losses):
+            ax.plot(at[end - 1], losses[end - 1], marker="x", color=line.get_color())
+    if some_positive:
+        ax.set_yscale("log")
+    ax.set_xlabel("step")
+    ax.set_ylabel("loss")
+    ax.grid(alpha=0.3)
+    add_legend(ax)
+    return ax
+
+
+def sweep(labels: Sequence[Mapping[str, float]], score: Any, ax: "Axes | None" = None, *, name: str = "loss") -> "Axes":
+    """Draws the score of each point of a sweep: a curve over one hyperparameter, a heat map over two.
+
+    Of more hyperparameters the first two are shown, with the least score over the others. The
+    least score of all is marked, and so is every point without a finite one ("diverged").
+
+    Args:
+      labels: the hyperparameters of each point, as `gdx.labels` gives them.
+      score: of shape (points,): the smaller the better; NaN or infinite for a point that diverged.
+      ax: the axes to draw on; None for new ones.
+      name: what the score is.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ValueError: the points differ in no hyperparameter.
+    """
+    if not labels or not labels[0]:
+        raise ValueError("plot.sweep: the points differ in no hyperparameter; expected labels such as gdx.labels gives")
+    ax = axes_or_new(ax)
+    names = list(labels[0])[:2]
+    values = [sorted({point[key] for point in labels}) for key in names]
+    best = np.full([len(v) for v in values], np.nan)
+    for point, value in zip(labels, np.asarray(score, float)):
+        cell = tuple(v.index(point[key]) for key, v in zip(names, values))
+        best[cell] = np.fmin(best[cell], value if np.isfinite(value) else np.nan)
+    (_curve if len(names) == 1 else _heat_map)(ax, names, values, best, name)
+    return ax
+
+
+def range_test(result: Any, ax: "Axes | None" = None) -> "Axes":
+    """Draws loss against learning rate, with the suggested rate and the edge beyond which training fails.
+
+    Args:
+      result: what `gdx.range_test` returned.
+      ax: the axes to draw on; None for new ones.
+
+    Returns:
+      The axes.
+    """
+    ax = axes_or_new(ax)
+    rates, losses = np.asarray(result.learning_rates), np.asarray(result.losses)
+    shown = np.where(losses <= 10 * result.start, losses, np.nan)  # what failed would hide all else
+    ax.plot(rates, shown, marker="o", markersize=3, color=COLOURS[0], label="loss at the end")
+    ax.axhline(result.start, color="0.5", linewidth=1, linestyle=":", label="loss at the start")
+    ax.axvline(result.suggested, color=COLOURS[2], linestyle="-", label=f"suggested: {result.suggested:.2g}")
+    if np.isfinite(result.edge):
+        ax.axvline(result.edge, color=COLOURS[1], linestyle="--", label=f"edge: {result.edge:.2g}")
+        ax.axvspan(result.edge, max(rates[-1], result.edge), color=COLOURS[1], alpha=0.1, linewidth=0)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlim(rates[0], rates[-1])
+    ax.set_xlabel("learning rate")
+    ax.set_ylabel("loss")
+    ax.grid(alpha=0.3)
+    add_legend(ax)
+    return ax
+
+
+def _curve(ax: "Axes", names: list[str], values: list[list[float]], best: np.ndarray, name: str) -> None:
+    x = np.asarray(values[0])
+    ax.plot(x, best, marker="o", markersize=4, color=COLOURS[0])
+    diverged = ~np.isfinite(best)
+    if not diverged.all():
+        at = int(np.nanargmin(best))
+        ax.plot(
+            x[at], best[at], marker="*", markersize=15, color=COLOURS[1], linestyle="none", label=f"best: {x[at]:.3g}"
+        )
+    if diverged.any():
+        # along the upper edge: there is no loss to draw them at
+        top = ax.get_xaxis_transform()
+        ax.plot(x[diverged], np.full(diverged.sum(), 0.97), "x", color="0.4", transform=top, label="diverged")
+    if np.all(x > 0) and x[-1] >= 10 * x[0]:
+        ax.set_xscale("log")
+    if spans_decades(best):
+        ax.set_yscale("log")
+    ax.set_xlabel(words(names[0]))
+    ax.set_ylabel(name)
+    ax.grid(alpha=0.3)
+    add_legend(ax)
+
+
+def _heat_map(ax: "Axes", names: list[str], values: list[list[float]], best: np.ndarray, name: str) -> None:
+    from matplotlib.colors import LogNorm
+
+    norm = LogNorm() if spans_decades(best) else None
+    image = ax.imshow(np.ma.masked_invalid(best), origin="lower", aspect="auto", cmap="viridis_r", norm=norm)
+    ax.figure.colorbar(image, ax=ax, label=name)
+    diverged = np.argwhere(~np.isfinite(best))
+    if len(diverged):
+        ax.plot(diverged[:, 1], diverged[:, 0], "x", color="0.4", linestyle="none", label="diverged")
+    if len(diverged) < best.size:
+        row, column = np.unravel_index(np.nanargmin(best), best.shape)
+        ax.plot(
+            column,
+            row,
+            marker="*",
+            markersize=15,
+            color="white",
+            markeredgecolor="black",
+            linestyle="none",
+            label="best",
+        )
+    for axis, key, points in ((ax.yaxis, names[0], values[0]), (ax.xaxis, names[1], values[1])):
+        shown = np.unique(np.linspace(0, len(points) - 1, min(len(points), 9)).round().astype(int))
+        axis.set_ticks(shown, [f"{points[i]:.2g}" for i in shown])
+        axis.set_label_text(words(key))
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2, frameon=False)
