@@ -5,9 +5,11 @@ Links:      scale_by_learning_rate, scale_by_momentum, scale_by_adam, add_decoup
 Composing:  chain, lift, Composed.
 Batches:    stack, unstack, grid, labels.
 Training:   train, sweep, range_test, schedule.
+Few bits:   storage (formats), round_stochastically, round_with_compensation, round_with_master.
 Your own:   Transform, Leafwise, hyperparameter, static, Scalar, ScheduledState.
 """
 
+from gdx import storage
 from gdx.compose import Composed, chain, lift
 from gdx.fields import Scalar, hyperparameter, static
 from gdx.leafwise import Leafwise
@@ -15,6 +17,7 @@ from gdx.links.adam import scale_by_adam
 from gdx.links.decay import add_decoupled_weight_decay
 from gdx.links.learning_rate import scale_by_learning_rate
 from gdx.links.momentum import scale_by_momentum
+from gdx.links.rounding import round_stochastically, round_with_compensation, round_with_master
 from gdx.optimizers import adam, adamw, gradient_descent, momentum, nesterov, sgd
 from gdx.population import grid, labels, stack, unstack
 from gdx.schedules import schedule
@@ -44,6 +47,9 @@ __all__ = [
     "momentum",
     "nesterov",
     "range_test",
+    "round_stochastically",
+    "round_with_compensation",
+    "round_with_master",
     "scale_by_adam",
     "scale_by_learning_rate",
     "scale_by_momentum",
@@ -51,6 +57,7 @@ __all__ = [
     "sgd",
     "stack",
     "static",
+    "storage",
     "sweep",
     "train",
     "unstack",

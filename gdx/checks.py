@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gdx.storage.blocks import Packed
+from gdx.storage.formats import Format, is_encoded
+
 
 def check_params(tx: Any, params: optax.Params) -> None:
     """Raises unless every leaf is a floating-point array."""
@@ -21,7 +24,7 @@ def check_gradients(tx: Any, updates: optax.Updates, params: optax.Params | None
     if params is not None:
         _check_leaves(tx, "parameter", params)
         check_like(tx, updates, "params", params)
-        check_complex(tx, updates, [params])
+        check_complex(tx, updates, [jax.tree.leaves(params)])
 
 
 def check_state(tx: Any, state: Any, kind: Any) -> None:
@@ -51,6 +54,9 @@ def check_like(tx: Any, updates: optax.Updates, name: str, tree: Any) -> None:
     """Raises unless `tree` (the parameters, a moment in the state) has the gradients' structure and shapes."""
     structure: Any = jax.tree.structure(updates)
     if structure != jax.tree.structure(tree):
+        # a moment in a storage format may be a node of its own
+        tree = jax.tree.map(_described, tree, is_leaf=lambda x: isinstance(x, Packed))
+    if structure != jax.tree.structure(tree):
         raise ValueError(
             f"{_name(tx)}: the gradients' tree differs from that of {name}: {_difference(updates, tree, name)}"
         )
@@ -62,10 +68,22 @@ def check_like(tx: Any, updates: optax.Updates, name: str, tree: Any) -> None:
             )
 
 
-def check_complex(tx: Any, updates: optax.Updates, trees: list[Any]) -> None:
-    """Raises where a gradient is complex, but in none of `trees` (the parameters, all moments) is the leaf."""
-    for i, (leaf, *others) in enumerate(zip(jax.tree.leaves(updates), *map(jax.tree.leaves, trees))):
-        if jnp.iscomplexobj(leaf) and others and not any(map(jnp.iscomplexobj, others)):
+def check_formats(tx: Any, updates: optax.Updates, names: list[str], moments: list[list[Any]]) -> None:
+    """Raises where a moment (given as lists of leaves) is not held in the storage format that the transform has."""
+    for name, format, leaves in zip(names, tx.formats, moments):
+        for i, leaf in enumerate(leaves):
+            expected = _stored_kind(format, leaf.shape) if is_encoded(format, leaf) else None
+            if isinstance(leaf, Packed) if expected is None else _kinds(leaf) != expected:
+                raise TypeError(
+                    f"{_name(tx)}: state.{name} at {_path(updates, i)} is {_array(leaf)}, which is not how "
+                    f"{_format(format)} holds it. Take it there: gdx.storage.convert(state, tx.init(params))"
+                )
+
+
+def check_complex(tx: Any, updates: optax.Updates, columns: list[list[Any]]) -> None:
+    """Raises where a gradient is complex, but in none of `columns` (leaves of the parameters, all moments) it is."""
+    for i, (leaf, *others) in enumerate(zip(jax.tree.leaves(updates), *columns)):
+        if jnp.iscomplexobj(leaf) and others and not any(map(_is_complex, others)):
             raise TypeError(
                 f"{_name(tx)}: the gradient at {_path(updates, i)} is complex, but the parameter is real; "
                 f"take the gradient's real part, or make the parameter complex"
@@ -87,6 +105,29 @@ _STATE_MEND = (
     "Pass the state that this transform's init or its last update returned, as update(gradients, state, params); "
     "restore a saved one with init(params) as the target."
 )
+
+
+def _is_complex(x: Any) -> bool:
+    return not isinstance(x, Packed) and jnp.iscomplexobj(x)
+
+
+def _described(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, Packed) else x
+
+
+def _kinds(moment: Any) -> tuple:
+    leaves, structure = jax.tree.flatten(moment)
+    return structure, tuple(leaf.dtype for leaf in leaves)
+
+
+@functools.cache
+def _stored_kind(format: Format, shape: tuple[int, ...]) -> tuple:
+    """The structure and dtypes of what a format makes of an array of this shape."""
+    return _kinds(jax.eval_shape(format.zeros, jax.ShapeDtypeStruct(shape, np.float32)))
+
+
+def _format(format: Any) -> str:
+    return repr(format) if isinstance(format, Format) else "an optimizer without a storage format"
 
 
 @functools.cache
@@ -131,6 +172,8 @@ def _path(tree: Any, index: int) -> str:
 
 
 def _array(leaf: Any) -> str:
+    if isinstance(leaf, Packed):
+        return repr(leaf)
     if hasattr(leaf, "dtype"):
         return f"{leaf.dtype if leaf.dtype != jax.dtypes.float0 else 'float0'}[{','.join(map(str, leaf.shape))}]"
     return f"{type(leaf).__name__} {leaf!r}"

@@ -2,8 +2,8 @@
 
 import dataclasses
 import reprlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import optax
 
@@ -31,11 +31,37 @@ class Composed(Transform):
     def update(
         self, updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        links = self.links
-        check_chain_state(self, state, len(links))
-        if all(isinstance(link, Leafwise) and link.is_plain and not link.has_schedule for link in links):
-            return update_leaves(tuple(link.at(None) for link in links), updates, state, params)
-        return optax.chain(*links).update(updates, state, params, **extra_args)
+        check_chain_state(self, state, len(self.links))
+        if not all(map(_is_leafwise, self.links)):
+            return optax.chain(*self.links).update(updates, state, params, **extra_args)
+        links, states = zip(*_flattened(self, state))
+        updates, states = update_leaves(links, updates, states, params)
+        return updates, _nested(self, iter(states))
+
+
+def _is_leafwise(link: optax.GradientTransformation) -> bool:
+    """Whether it is a plain leafwise link or composed of such, so that all can share one call."""
+    if not isinstance(link, Transform) or link.has_schedule:
+        return False
+    if isinstance(link, Leafwise):
+        return link.is_plain
+    return type(link).update is Composed.update and all(map(_is_leafwise, cast(Composed, link).links))
+
+
+def _flattened(tx: Composed, states: Any) -> Iterator[tuple[Leafwise, Any]]:
+    """Each leafwise link with its state."""
+    check_chain_state(tx, states, len(tx.links))
+    for link, state in zip(tx.links, states):
+        link = cast(Transform, link).at(None)
+        if isinstance(link, Composed):
+            yield from _flattened(link, state)
+        else:
+            yield cast(Leafwise, link), state
+
+
+def _nested(tx: Composed, states: Iterator) -> tuple:
+    """The states of its leafwise links, in the order of `_flattened`, in tuples as the links are composed."""
+    return tuple(_nested(link, states) if isinstance(link, Composed) else next(states) for link in tx.links)
 
 
 class _Foreign(Transform):

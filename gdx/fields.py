@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gdx.storage.formats import Format
+
 Scalar = float | np.ndarray | jax.Array | optax.Schedule
 """A hyperparameter: a number, an array of shape (), or a schedule (a function of the step count)."""
 
@@ -88,11 +90,31 @@ def to_bool(label: str, value: Any) -> bool:
     return bool(value)
 
 
-def to_floating_dtype(label: str, value: Any) -> np.dtype | None:
-    """Converts the static field that says in which dtype a moment is kept."""
+def to_integer(label: str, value: Any) -> int:
+    """Converts a static whole number."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{label} is {reprlib.repr(value)}; expected an integer")
+    return int(value)
+
+
+def to_storage(label: str, value: Any, *, second_moment: bool = False) -> np.dtype | Format | None:
+    """Converts the static field that says in which dtype or storage format a moment is kept.
+
+    Args:
+      label: what errors start with.
+      value: a floating-point dtype, a format, or None.
+      second_moment: whether the moment is never negative, and divided by its root.
+    """
     if value is None:
         return None
-    expected = "expected a floating-point dtype such as 'bfloat16', or None"
+    good = "StochasticBfloat16() or gdx.storage." + ("FourthRoot8()" if second_moment else "SignedSqrt8()")
+    expected = f"expected a floating-point dtype such as 'bfloat16', a format such as gdx.storage.{good}, or None"
+    if isinstance(value, Format):
+        if second_moment and not value.keeps_positive:
+            raise ValueError(f"{label} is {value}, which rounds small second moments to 0, the divisor; {expected}")
+        if not (second_moment or value.signed):
+            raise ValueError(f"{label} is {value}, which holds no negative numbers; {expected}")
+        return value
     try:
         dtype = jnp.dtype(value)
     except TypeError:

@@ -1,20 +1,33 @@
 """Transforms that treat every leaf by itself: the formula for one leaf here, the trees there."""
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdx.checks import check_complex, check_like, check_state
+from gdx.checks import check_complex, check_formats, check_like, check_state
+from gdx.storage.blocks import Packed
+from gdx.storage.dither import Dither
+from gdx.storage.formats import Format, is_encoded, with_slope_of
 from gdx.transform import Transform
 
 
+class Rounding(NamedTuple):
+    """What a link that rounds parameters is given beside the leaf: the parameter's own dtype, and random bits."""
+
+    dtype: np.dtype
+    dither: Dither | None
+
+
 class Leafwise(Transform):
-    """A transform that treats every leaf by itself: a subclass gives `step`, and `start` if it keeps moments.
+    """A transform that treats every leaf by itself: a subclass gives its formula, and `start` if it keeps moments.
+
+    The formula is `step`, or `accumulate` and `direction`, of which `step` is then made: so that the
+    direction is that of the moments as they are stored, where `formats` keep them in few bits.
 
     A step is computed in the dtype of the gradient, parameter and moments together, but at least
     float32, and its hyperparameters come in that dtype too (the real one for complex leaves). The
@@ -24,9 +37,17 @@ class Leafwise(Transform):
     Attributes:
       State: the state's NamedTuple. A field `count` is the number of updates so far; every other
         field is one moment, a tree shaped like the parameters.
+      rounds: whether this is a link that rounds parameters: `step` then takes `rounding` as a keyword,
+        and its update stays in the dtype it was computed in.
     """
 
     State: ClassVar[Any] = optax.EmptyState
+    rounds: ClassVar[bool] = False
+
+    @property
+    def formats(self) -> tuple[Any, ...]:
+        """The dtype or storage format of each moment; () if all are held as `start` made them."""
+        return ()
 
     def start(self, p: jax.Array) -> tuple[jax.Array, ...]:
         """The moments of one parameter before the first step, in the order of the state's fields."""
@@ -49,7 +70,16 @@ class Leafwise(Transform):
           p: the parameter; None if update was called without parameters.
           *moments: in the order of the state's fields.
         """
-        raise NotImplementedError(f"{type(self).__name__} defines no step")
+        moments = self.accumulate(*args)
+        return self.direction(*args[:3], *moments), *moments
+
+    def accumulate(self, *args: Any) -> tuple[jax.Array, ...]:
+        """`accumulate(shared, g, p, *moments)`: the new moments, from what `step` is given."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither step nor accumulate")
+
+    def direction(self, *args: Any) -> jax.Array:
+        """`direction(shared, g, p, *moments)`: the update, from the new moments."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither step nor direction")
 
     def acts_on(self, params: optax.Params | None) -> Any:
         """True, or a tree like the parameters that is True where this transform acts; other leaves pass unchanged."""
@@ -88,25 +118,28 @@ def update_leaves(
         trees = {name: getattr(state, name) for name in _moments_of(link)}
         for name, moment in trees.items():
             check_like(link, updates, f"state.{name}", moment)
-        check_complex(link, updates, list(trees.values()))
+        kept = [leaves_like(structure, moment) for moment in trees.values()]
+        check_complex(link, updates, kept)
+        check_formats(link, updates, list(trees), kept)
         mask = link.acts_on(params) if gradients else True
         acting.append([mask] * size if isinstance(mask, bool) else jax.tree.leaves(mask))
         counts.append(optax.safe_increment(state.count) if "count" in link.State._fields else None)
-        moments.append(_columns(map(jax.tree.leaves, trees.values()), size))
+        moments.append(_columns(kept, size))
+    draws = any(link.rounds or any(isinstance(f, Format) for f in link.formats) for link in links)
 
     @functools.cache
     def scalars(dtype: np.dtype) -> tuple[Callable, list[jax.Array]]:
         """The step of one leaf, and what it is given besides the leaf."""
-        numbers, structure = jax.tree.flatten(_scalars(links, counts, dtype=dtype))
+        numbers, structure = jax.tree.flatten((*_scalars(links, counts, dtype=dtype), counts if draws else None))
         return _stepper(structure), numbers
 
-    def step(acts: tuple[bool, ...], g: Any, p: Any, moments: tuple) -> tuple:
+    def step(index: int, acts: tuple[bool, ...], g: Any, p: Any, moments: tuple) -> tuple:
         dtype = compute_dtype(*jax.tree.leaves((g, p, moments)))
         jitted, numbers = scalars(jnp.finfo(dtype).dtype)
-        return jitted(acts, numbers, g, p, moments)
+        return jitted(acts, numbers, g, p, moments, np.uint32(index) if draws else None)
 
     parameters = [None] * size if params is None else jax.tree.leaves(params)
-    stepped = list(map(step, zip(*acting), gradients, parameters, zip(*moments)))
+    stepped = list(map(step, range(size), zip(*acting), gradients, parameters, zip(*moments)))
 
     new_updates, new_moments = _columns(stepped, 2)
     new_states = []
@@ -129,38 +162,71 @@ def _stepper(structure: Any) -> Callable:
     """The jitted step of one leaf through links of this structure: each shape and dtype is traced once."""
 
     @functools.partial(jax.jit, static_argnums=0)
-    def step(acting: tuple, numbers: list, g: Any, p: Any, moments: tuple) -> tuple:
-        links, shared = jax.tree.unflatten(structure, numbers)
+    def step(acting: tuple, numbers: list, g: Any, p: Any, moments: tuple, index: Any) -> tuple:
+        links, shared, counts = jax.tree.unflatten(structure, numbers)
         dtype = compute_dtype(*jax.tree.leaves((g, p, moments)))
-        new_moments = []
-        for link, common, acts, kept in zip(links, shared, acting, moments):
+        # between links the update stays as it was computed: in bfloat16 a small decay would vanish beside it
+        u, new_moments, is_rounded = g, [], False
+        for i, (link, common, acts, kept) in enumerate(zip(links, shared, acting, moments)):
             if acts:
-                g, *kept = _step_one(link, common, g, p, kept, dtype)
+                dither = None if counts is None or counts[i] is None else Dither(counts[i].astype(jnp.uint32), index)
+                u, *kept = _step_one(link, common, u, p, kept, dtype, dither)
+                is_rounded = link.rounds
             new_moments.append(tuple(kept))
-        return g, tuple(new_moments)
+        return u if is_rounded else u.astype(g.dtype), tuple(new_moments)
 
     return step
 
 
-def _step_one(link: Leafwise, shared: Any, g: Any, p: Any, moments: Iterable, dtype: np.dtype) -> Iterable[jax.Array]:
+def _step_one(
+    link: Leafwise, shared: Any, g: Any, p: Any, moments: Sequence, dtype: np.dtype, dither: Dither | None
+) -> Iterable[Any]:
     def cast(x: Any) -> Any:
         return None if x is None else x.astype(dtype if jnp.iscomplexobj(x) else jnp.finfo(dtype).dtype)
 
+    formats = link.formats or (None,) * len(moments)
+    encoded = [is_encoded(format, old) for format, old in zip(formats, moments)]
+
+    def decode(stored: Sequence) -> list[Any]:
+        return [cast(format.decode(x) if few else x) for format, few, x in zip(formats, encoded, stored)]
+
+    def encode(new: Sequence) -> list[Any]:
+        return [
+            format.encode(x, dither and dither._replace(field=field)) if few else x.astype(old.dtype)
+            for field, (x, old, format, few) in enumerate(zip(new, moments, formats, encoded, strict=True))
+        ]
+
     # only a real hyperparameter and a complex leaf of its precision are left to promote
     with jax.numpy_dtype_promotion("standard"):
-        stepped = link.step(shared, *map(cast, (g, p, *moments)))
-    return [new.astype(old.dtype) for new, old in zip(stepped, (g, *moments), strict=True)]
+        if type(link).step is Leafwise.step and any(few or x.dtype.itemsize < 4 for few, x in zip(encoded, moments)):
+
+            def accumulate() -> tuple[jax.Array, ...]:
+                return link.accumulate(shared, cast(g), cast(p), *decode(moments))
+
+            stored = _once(lambda: encode(accumulate()), list(moments))
+            u = link.direction(shared, cast(g), cast(p), *map(with_slope_of, accumulate(), decode(stored)))
+        else:
+            rounding = {"rounding": Rounding(p.dtype, dither)} if link.rounds else {}
+            u, *new = link.step(shared, cast(g), cast(p), *decode(moments), **rounding)
+            stored = encode(new)
+            if link.rounds and stored:
+                # else what rounding keeps is worked out after the parameters have been overwritten, from a copy
+                u, *stored = _once(lambda: [u, *stored], [])
+    return [u, *stored]
 
 
-def uncontracted(product: jax.Array) -> jax.Array:
-    """A product that is rounded by itself, never as part of a fused multiply-add.
+def _once(renew: Callable[[], list[Any]], old: list[Any]) -> list[Any]:
+    """`renew()`, on CPUs worked out once: XLA would do it again there, for each element that reads the result."""
 
-    In a sum of two products a compiler may fuse either, and chooses by the program around them:
-    with this around one of them, a step has the same bits in every program. A product that
-    overflows to infinity becomes NaN, to be seen.
-    """
-    # barriers and reduce_precision are removed before the compiler fuses
-    return jnp.where(product < jnp.inf, product, jnp.nan) if jnp.isrealobj(product) else product
+    def fenced() -> list[Any]:
+        packed = [moment for moment in old if isinstance(moment, Packed)]
+        if not packed:
+            return jax.lax.optimization_barrier(renew())
+        # around block scales it ignores the barrier, at 6 times the time; a condition, always true, it heeds
+        true = jax.lax.bitcast_convert_type(jnp.ravel(packed[0].scales)[0], jnp.int32) != -1
+        return jax.lax.cond(true, renew, lambda: old)
+
+    return jax.lax.platform_dependent(cpu=fenced, default=renew)
 
 
 def compute_dtype(*arrays: Any) -> np.dtype:
@@ -168,20 +234,29 @@ def compute_dtype(*arrays: Any) -> np.dtype:
     return functools.reduce(np.promote_types, (jnp.result_type(x) for x in arrays), np.dtype(np.float32))
 
 
-def moment_like(p: jax.Array, dtype: Any = None, *, real: bool = False) -> jax.Array:
+def moment_like(p: jax.Array, dtype: Any = None, *, real: bool = False) -> Any:
     """Zeros shaped and sharded like a parameter.
 
     Args:
       p: the parameter.
-      dtype: the moment's dtype; None for the parameter's, but at least float32. Where a complex
-        parameter needs a complex moment, the complex dtype of that precision.
+      dtype: the moment's dtype or storage format; None for the parameter's dtype, but at least
+        float32. Where a complex parameter needs a complex moment, the complex dtype of that
+        precision; a format then holds none.
       real: whether the moment is real also where the parameter is complex.
     """
+    if isinstance(dtype, Format):
+        moment = moment_like(p, real=real)
+        return dtype.zeros(moment) if jnp.isrealobj(moment) and dtype.fits(moment.shape) else moment
     if dtype is None:
         dtype = jnp.finfo(compute_dtype(p)).dtype
     if jnp.iscomplexobj(p) and not real:
         dtype = np.promote_types(dtype, np.complex64)
     return jnp.zeros_like(p, dtype=dtype)
+
+
+def leaves_like(structure: Any, moment: Any) -> list[Any]:
+    """The leaves of a tree of moments, of which one in a storage format may be a node of its own."""
+    return structure.flatten_up_to(moment)
 
 
 def _moments_of(link: Leafwise) -> list[str]:

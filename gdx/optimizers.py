@@ -7,11 +7,12 @@ import numpy as np
 import optax
 
 from gdx.compose import Composed
-from gdx.fields import Scalar, hyperparameter, static, to_bool, to_floating_dtype
-from gdx.links.adam import scale_by_adam
+from gdx.fields import Scalar, hyperparameter, static, to_bool, to_storage
+from gdx.links.adam import check_second_moment, scale_by_adam, to_second_moment
 from gdx.links.decay import add_decoupled_weight_decay
 from gdx.links.learning_rate import scale_by_learning_rate
 from gdx.links.momentum import scale_by_momentum
+from gdx.storage.formats import Format
 from gdx.transform import Transform
 
 
@@ -55,7 +56,7 @@ class sgd(Composed):
       learning_rate: $\eta \ge 0$.
       momentum: $\mu$ in [0, 1); None for plain SGD, which keeps no state.
       nesterov: whether to look ahead; needs momentum.
-      accumulator_dtype: dtype of the velocity; None for the parameter's, but at least float32.
+      accumulator_dtype: dtype or storage format of the velocity; None for the parameter's, but at least float32.
 
     Raises:
       ValueError: a value is out of range, or nesterov is set without momentum.
@@ -70,7 +71,7 @@ class sgd(Composed):
     learning_rate: Scalar = hyperparameter(minimum=0)
     momentum: Scalar | None = hyperparameter(default=None, minimum=0, below=1, optional=True)
     nesterov: bool = static(default=False, convert=to_bool)
-    accumulator_dtype: np.dtype | None = static(default=None, convert=to_floating_dtype)
+    accumulator_dtype: np.dtype | Format | None = static(default=None, convert=to_storage)
 
     def validate(self) -> None:
         if self.nesterov and self.momentum is None:
@@ -98,7 +99,7 @@ class momentum(Composed):
     Args:
       learning_rate: $\eta \ge 0$.
       momentum: $\mu$ in [0, 1).
-      accumulator_dtype: dtype of the velocity; None for the parameter's, but at least float32.
+      accumulator_dtype: dtype or storage format of the velocity; None for the parameter's, but at least float32.
 
     Raises:
       ValueError: a value is out of range.
@@ -112,7 +113,7 @@ class momentum(Composed):
 
     learning_rate: Scalar = hyperparameter(minimum=0)
     momentum: Scalar = hyperparameter(default=0.9, minimum=0, below=1)
-    accumulator_dtype: np.dtype | None = static(default=None, convert=to_floating_dtype)
+    accumulator_dtype: np.dtype | Format | None = static(default=None, convert=to_storage)
 
     @property
     def links(self) -> tuple[Transform, ...]:
@@ -133,7 +134,7 @@ class nesterov(Composed):
     Args:
       learning_rate: $\eta \ge 0$.
       momentum: $\mu$ in [0, 1).
-      accumulator_dtype: dtype of the velocity; None for the parameter's, but at least float32.
+      accumulator_dtype: dtype or storage format of the velocity; None for the parameter's, but at least float32.
 
     Raises:
       ValueError: a value is out of range.
@@ -148,7 +149,7 @@ class nesterov(Composed):
 
     learning_rate: Scalar = hyperparameter(minimum=0)
     momentum: Scalar = hyperparameter(default=0.9, minimum=0, below=1)
-    accumulator_dtype: np.dtype | None = static(default=None, convert=to_floating_dtype)
+    accumulator_dtype: np.dtype | Format | None = static(default=None, convert=to_storage)
 
     @property
     def links(self) -> tuple[Transform, ...]:
@@ -166,7 +167,7 @@ class adam(Composed):
 
     Args:
       learning_rate: $\eta \ge 0$, about the length of a step in each parameter.
-      b1, b2, eps, eps_root, mu_dtype, nesterov: as in `scale_by_adam`.
+      b1, b2, eps, eps_root, mu_dtype, nesterov, nu_dtype: as in `scale_by_adam`.
 
     Raises:
       ValueError: a value is out of range.
@@ -183,13 +184,16 @@ class adam(Composed):
     b2: Scalar = hyperparameter(default=0.999, minimum=0, below=1)
     eps: Scalar = hyperparameter(default=1e-8, minimum=0)
     eps_root: Scalar = hyperparameter(default=0.0, minimum=0)
-    mu_dtype: np.dtype | None = static(default=None, convert=to_floating_dtype)
+    mu_dtype: np.dtype | Format | None = static(default=None, convert=to_storage)
     nesterov: bool = static(default=False, convert=to_bool, kw_only=True)
+    nu_dtype: np.dtype | Format | None = static(default=None, convert=to_second_moment, kw_only=True)
+
+    def validate(self) -> None:
+        check_second_moment(self)
 
     @property
     def links(self) -> tuple[Transform, ...]:
-        direction = scale_by_adam(self.b1, self.b2, self.eps, self.eps_root, self.mu_dtype, nesterov=self.nesterov)
-        return direction, scale_by_learning_rate(self.learning_rate)
+        return _adam_direction(self), scale_by_learning_rate(self.learning_rate)
 
 
 class adamw(Composed):
@@ -206,7 +210,7 @@ class adamw(Composed):
 
     Args:
       learning_rate: $\eta \ge 0$, about the length of a step in each parameter.
-      b1, b2, eps, eps_root, mu_dtype, nesterov: as in `scale_by_adam`.
+      b1, b2, eps, eps_root, mu_dtype, nesterov, nu_dtype: as in `scale_by_adam`.
       weight_decay: $\lambda \ge 0$.
       mask: which leaves decay, as in `add_decoupled_weight_decay`.
       schedule_multiplier: $s \ge 0$, usually a schedule that starts from 1; None for torch's and
@@ -227,17 +231,25 @@ class adamw(Composed):
     b2: Scalar = hyperparameter(default=0.999, minimum=0, below=1)
     eps: Scalar = hyperparameter(default=1e-8, minimum=0)
     eps_root: Scalar = hyperparameter(default=0.0, minimum=0)
-    mu_dtype: np.dtype | None = static(default=None, convert=to_floating_dtype)
+    mu_dtype: np.dtype | Format | None = static(default=None, convert=to_storage)
     weight_decay: Scalar = hyperparameter(default=1e-4, minimum=0)
     mask: Any | Callable[[optax.Params], Any] = static(default=None)
     nesterov: bool = static(default=False, convert=to_bool, kw_only=True)
     schedule_multiplier: Scalar | None = hyperparameter(default=None, minimum=0, optional=True, kw_only=True)
+    nu_dtype: np.dtype | Format | None = static(default=None, convert=to_second_moment, kw_only=True)
+
+    def validate(self) -> None:
+        check_second_moment(self)
 
     @property
     def links(self) -> tuple[Transform, ...]:
-        direction = scale_by_adam(self.b1, self.b2, self.eps, self.eps_root, self.mu_dtype, nesterov=self.nesterov)
+        direction = _adam_direction(self)
         decay = add_decoupled_weight_decay(self.weight_decay, self.mask)
         if self.schedule_multiplier is None:
             return direction, decay, scale_by_learning_rate(self.learning_rate)
         base_rate = scale_by_learning_rate(self.learning_rate, flip_sign=False)
         return direction, base_rate, decay, scale_by_learning_rate(self.schedule_multiplier)
+
+
+def _adam_direction(tx: adam | adamw) -> scale_by_adam:
+    return scale_by_adam(tx.b1, tx.b2, tx.eps, tx.eps_root, tx.mu_dtype, nesterov=tx.nesterov, nu_dtype=tx.nu_dtype)

@@ -1,14 +1,30 @@
 """Adam: steps of about one learning rate per parameter, whatever the scale of the gradient."""
 
-from typing import ClassVar, NamedTuple
+import functools
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdx.fields import Scalar, hyperparameter, static, to_bool, to_floating_dtype
-from gdx.leafwise import Leafwise, moment_like, uncontracted
+from gdx.fields import Scalar, hyperparameter, is_concrete, static, text, to_bool, to_storage
+from gdx.leafwise import Leafwise, moment_like
+from gdx.numerics import uncontracted
+from gdx.storage.formats import Format
+
+to_second_moment = functools.partial(to_storage, second_moment=True)
+
+
+def check_second_moment(tx: Any) -> None:
+    """Raises where the second moment of an Adam would be rounded to nearest in a way that stops it from following."""
+    nearest = isinstance(tx.nu_dtype, np.dtype) and tx.nu_dtype.itemsize < 4
+    if nearest and (callable(tx.b2) or (is_concrete(tx.b2) and np.any(np.asarray(tx.b2) >= 0.99))):
+        raise ValueError(
+            f"{type(tx).__name__}: nu_dtype is {tx.nu_dtype.name!r} with b2 = {text(tx.b2)}: rounded to nearest, the "
+            f"second moment stands still when it should shrink by {1 - 0.99:.0%} or less in a step. Round it "
+            f"stochastically, nu_dtype=gdx.storage.StochasticBfloat16(), or take b2 below 0.99"
+        )
 
 
 class _Shared(NamedTuple):
@@ -48,13 +64,17 @@ class scale_by_adam(Leafwise):
       eps: $\varepsilon \ge 0$, outside the square root. With 0, a parameter whose gradient was always zero
         makes no step, and slopes with respect to the hyperparameters are NaN there.
       eps_root: $\bar\varepsilon \ge 0$, inside it.
-      mu_dtype: dtype of the first moment; None keeps it in the parameter's dtype, but at least
-        float32, like the second moment (optax: both in the parameter's dtype).
+      mu_dtype: dtype or storage format of the first moment; None keeps it in the parameter's dtype,
+        but at least float32 (optax: in the parameter's dtype). In fewer bits than that, the
+        direction is that of the moment as it is stored.
       nesterov: whether the first moment looks ahead.
+      nu_dtype: the same for the second moment, for which see `gdx.storage`: rounded to nearest, it
+        stands still once gradients shrink.
 
     Raises:
       ValueError: b1 or b2 is outside [0, 1), also once rounded to float32; eps or eps_root is
-        negative; mu_dtype is no floating-point dtype.
+        negative; mu_dtype or nu_dtype is no floating-point dtype or not a format for that moment;
+        nu_dtype is a dtype below float32 where b2 >= 0.99 or is a schedule.
 
     Sources: Kingma & Ba, Adam: A Method for Stochastic Optimization (2014), algorithm 1; Dozat,
     Incorporating Nesterov Momentum into Adam (2016), algorithm 2 as optax and torch read it.
@@ -72,11 +92,19 @@ class scale_by_adam(Leafwise):
     b2: Scalar = hyperparameter(default=0.999, minimum=0, below=1)
     eps: Scalar = hyperparameter(default=1e-8, minimum=0)
     eps_root: Scalar = hyperparameter(default=0.0, minimum=0)
-    mu_dtype: np.dtype | None = static(default=None, convert=to_floating_dtype)
+    mu_dtype: np.dtype | Format | None = static(default=None, convert=to_storage)
     nesterov: bool = static(default=False, convert=to_bool, kw_only=True)
+    nu_dtype: np.dtype | Format | None = static(default=None, convert=to_second_moment, kw_only=True)
 
-    def start(self, p: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return moment_like(p, self.mu_dtype), moment_like(p, real=True)
+    def validate(self) -> None:
+        check_second_moment(self)
+
+    @property
+    def formats(self) -> tuple[Any, Any]:
+        return self.mu_dtype, self.nu_dtype
+
+    def start(self, p: jax.Array) -> tuple[Any, Any]:
+        return moment_like(p, self.mu_dtype), moment_like(p, self.nu_dtype, real=True)
 
     def shared(self, count: jax.Array) -> _Shared:
         # reciprocals, to be multiplied: the compiler rewrites a division by a scalar case by case
@@ -87,15 +115,18 @@ class scale_by_adam(Leafwise):
         eps = jnp.maximum(self.eps, jnp.finfo(self.eps.dtype).tiny)
         return _Shared(1 - self.b1, 1 - self.b2, from_mu, from_g, 1 / _correction(self.b2, count), eps)
 
-    def step(
+    def accumulate(
         self, shared: _Shared, g: jax.Array, p: jax.Array | None, mu: jax.Array, nu: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array]:
         mu = self.b1 * mu + uncontracted(shared.w1 * g)
         nu = self.b2 * nu + uncontracted(shared.w2 * _square(g))
+        return mu, nu
+
+    def direction(self, shared: _Shared, g: jax.Array, p: jax.Array | None, mu: jax.Array, nu: jax.Array) -> jax.Array:
         mu_hat = mu * shared.from_mu
         if shared.from_g is not None:
             mu_hat += uncontracted(g * shared.from_g)
-        return mu_hat / (_sqrt(nu * shared.from_nu + self.eps_root) + shared.eps), mu, nu
+        return mu_hat / (_sqrt(nu * shared.from_nu + self.eps_root) + shared.eps)
 
 
 def _square(x: jax.Array) -> jax.Array:

@@ -1,13 +1,27 @@
 """Momentum: heavy ball and Nesterov."""
 
-from typing import ClassVar
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 
-from gdx.fields import Scalar, hyperparameter, static, to_bool, to_floating_dtype
-from gdx.leafwise import Leafwise, moment_like, uncontracted
+from gdx.fields import Scalar, hyperparameter, static, to_bool, to_storage
+from gdx.leafwise import Leafwise, moment_like
+from gdx.numerics import uncontracted
+from gdx.storage.formats import Format
+
+
+class CountedTraceState(NamedTuple):
+    """`optax.TraceState` with the number of updates so far, for a velocity that is rounded at random.
+
+    Attributes:
+      count: int32 scalar.
+      trace: the velocity.
+    """
+
+    count: jax.Array  # type: ignore[assignment]
+    trace: Any
 
 
 class scale_by_momentum(Leafwise):
@@ -21,17 +35,20 @@ class scale_by_momentum(Leafwise):
 
     Range: the velocity of a float32 leaf is finite while gradients stay below (1 - momentum) 3.4e38.
 
-    State: `optax.TraceState(trace)`, the velocity, shaped like the parameters. Computed in at least
-    float32; updates are returned in the gradient's dtype.
+    State: `optax.TraceState(trace)`, the velocity, shaped like the parameters; where a format rounds
+    it at random, `CountedTraceState(count, trace)`. Computed in at least float32; updates are
+    returned in the gradient's dtype.
 
     Args:
       momentum: $\mu$ in [0, 1).
       nesterov: whether to look ahead.
-      accumulator_dtype: dtype of the velocity; None keeps it in the parameter's dtype, but at
-        least float32 (optax: in the parameter's dtype).
+      accumulator_dtype: dtype or storage format of the velocity; None keeps it in the parameter's dtype,
+        but at least float32 (optax: in the parameter's dtype). In fewer bits than that, the
+        direction is that of the velocity as it is stored.
 
     Raises:
-      ValueError: momentum is outside [0, 1), or accumulator_dtype is no floating-point dtype.
+      ValueError: momentum is outside [0, 1), or accumulator_dtype is no floating-point dtype
+        or a format without negative numbers.
 
     Sources: Polyak, Some methods of speeding up the convergence of iteration methods (1964);
     Nesterov, A method of solving a convex programming problem with convergence rate O(1/k^2)
@@ -47,16 +64,23 @@ class scale_by_momentum(Leafwise):
     [1.75]
     """
 
-    State: ClassVar = optax.TraceState
-
     momentum: Scalar = hyperparameter(default=0.9, minimum=0, below=1)
     nesterov: bool = static(default=False, convert=to_bool)
-    accumulator_dtype: np.dtype | None = static(default=None, convert=to_floating_dtype)
+    accumulator_dtype: np.dtype | Format | None = static(default=None, convert=to_storage)
 
-    def start(self, p: jax.Array) -> tuple[jax.Array]:
+    @property
+    def State(self) -> Any:
+        return CountedTraceState if getattr(self.accumulator_dtype, "stochastic", False) else optax.TraceState
+
+    @property
+    def formats(self) -> tuple[Any]:
+        return (self.accumulator_dtype,)
+
+    def start(self, p: jax.Array) -> tuple[Any]:
         return (moment_like(p, self.accumulator_dtype),)
 
-    def step(self, shared: tuple, g: jax.Array, p: jax.Array | None, trace: jax.Array) -> tuple[jax.Array, jax.Array]:
-        g = uncontracted(g)
-        trace = self.momentum * trace + g
-        return g + self.momentum * trace if self.nesterov else trace, trace
+    def accumulate(self, shared: tuple, g: jax.Array, p: jax.Array | None, trace: jax.Array) -> tuple[jax.Array]:
+        return (self.momentum * trace + uncontracted(g),)
+
+    def direction(self, shared: tuple, g: jax.Array, p: jax.Array | None, trace: jax.Array) -> jax.Array:
+        return uncontracted(g) + self.momentum * trace if self.nesterov else trace

@@ -14,8 +14,14 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TESTS = ["tests/test_optimizers.py", "tests/contract", "tests/test_transform.py"]  # after the file's own
+TESTS = [
+    "tests/test_optimizers.py",
+    "tests/contract",
+    "tests/test_transform.py",
+    "tests/test_leafwise.py",
+]  # after the file's own
 ADAM, MOMENTUM, DECAY = "links/adam.py", "links/momentum.py", "links/decay.py"
+ROUNDING, BLOCKS, FORMATS = "links/rounding.py", "storage/blocks.py", "storage/formats.py"
 
 # what is wrong, the file, the right text, the wrong text
 # fmt: off
@@ -37,11 +43,11 @@ MUTANTS = [
     ("zero over zero", ADAM, "jnp.maximum(self.eps, jnp.finfo(self.eps.dtype).tiny)", "self.eps"),
     ("slope of the root at zero", ADAM, "jnp.where(root > 0, root, jnp.inf)", "root"),
     ("slope of the correction", ADAM, "-t * b ** (t - 1)", "-t * b**t"),
-    ("complex second moment", ADAM, "moment_like(p, real=True)", "moment_like(p)"),
-    ("momentum with factor 1 - mu", MOMENTUM, "trace = self.momentum * trace + g", "trace = self.momentum * trace + (1 - self.momentum) * g"),
-    ("nesterov ignored", MOMENTUM, "if self.nesterov else trace, trace", "if False else trace, trace"),
-    ("nesterov with the old velocity", MOMENTUM, "return g + self.momentum * trace if", "return g + self.momentum * (trace - g) if"),
-    ("velocity contracted freely", MOMENTUM, "        g = uncontracted(g)\n", ""),
+    ("complex second moment", ADAM, "moment_like(p, self.nu_dtype, real=True)", "moment_like(p, self.nu_dtype)"),
+    ("momentum with factor 1 - mu", MOMENTUM, "self.momentum * trace + uncontracted(g)", "self.momentum * trace + (1 - self.momentum) * g"),
+    ("nesterov ignored", MOMENTUM, "if self.nesterov else trace", "if False else trace"),
+    ("nesterov with the old velocity", MOMENTUM, "return uncontracted(g) + self.momentum * trace if", "return uncontracted(g) + self.momentum * (trace - g) if"),
+    ("velocity contracted freely", MOMENTUM, "self.momentum * trace + uncontracted(g)", "self.momentum * trace + g"),
     ("decay with the wrong sign", DECAY, "g + self.weight_decay * p", "g - self.weight_decay * p"),
     ("mask ignored", DECAY, "if self.mask is None:", "if True:"),
     ("mask inverted", DECAY, "return jax.tree.broadcast(mask, params)", "return jax.tree.map(lambda m: not m, jax.tree.broadcast(mask, params))"),
@@ -50,11 +56,11 @@ MUTANTS = [
     ("L2 instead of decoupled", "optimizers.py", "return direction, decay, scale", "return decay, direction, scale"),
     ("L2 instead of Loshchilov & Hutter's decay", "optimizers.py", "return direction, base_rate, decay, scale", "return decay, direction, base_rate, scale"),
     ("rate outside the velocity", "optimizers.py", "return scale_by_learning_rate(self.learning_rate), velocity", "return velocity, scale_by_learning_rate(self.learning_rate)"),
-    ("overflow unseen", "leafwise.py", "jnp.where(product < jnp.inf, product", "jnp.where(product <= jnp.inf, product"),
+    ("overflow unseen", "numerics.py", "jnp.where(product < jnp.inf, product", "jnp.where(product <= jnp.inf, product"),
     ("count off by one", "leafwise.py", "optax.safe_increment(state.count) if", "state.count if"),
     ("count wraps", "leafwise.py", "optax.safe_increment(state.count) if", "state.count + 1 if"),
-    ("state in the computed dtype", "leafwise.py", "[new.astype(old.dtype) for new, old in", "[new.astype(old.dtype) if old is g else new for new, old in"),
-    ("update in the computed dtype", "leafwise.py", "[new.astype(old.dtype) for new, old in", "[new if old is g else new.astype(old.dtype) for new, old in"),
+    ("state in the computed dtype", "leafwise.py", "if few else x.astype(old.dtype)", "if few else x"),
+    ("update in the computed dtype", "leafwise.py", "u if is_rounded else u.astype(g.dtype)", "u"),
     ("computed in the leaf's dtype", "leafwise.py", "np.dtype(np.float32))\n\n\ndef moment_like", "np.dtype(jnp.result_type(arrays[0])))\n\n\ndef moment_like"),
     ("moments in the parameter's dtype", "leafwise.py", "dtype = jnp.finfo(compute_dtype(p)).dtype", "dtype = jnp.finfo(jnp.result_type(p)).dtype"),
     ("tree not compared", "checks.py", "if structure != jax.tree.structure(tree):", "if False:"),
@@ -66,6 +72,24 @@ MUTANTS = [
     ("hyperparameters kept in float32", "fields.py", "else np.float64(value)", "else np.float32(value)"),
     ("array dtypes kept", "fields.py", "return value.astype(jnp.result_type(float)) if isinstance(value, jax.Array)", "return value if isinstance(value, jax.Array)"),
     ("rounding to one allowed", "fields.py", "and minimum <= rounded < below and", "and"),
+    ("compensation ignored", ROUNDING, "s = g + compensation", "s = g"),
+    ("compensation with the wrong sign", ROUNDING, "return moved, s - moved", "return moved, moved - s"),
+    ("master rounded", ROUNDING, "return _to_bfloat16(master) - p, master", "return _to_bfloat16(master) - p, _to_bfloat16(master)"),
+    ("rounding by a pair of conversions", ROUNDING, "return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)", "return x"),
+    ("parameters and moments share random bits", ROUNDING, "_replace(field=2)", "_replace(field=0)"),
+    ("rounding always down", FORMATS, "(raw + bits) &", "raw &"),
+    ("infinities rounded", FORMATS, "jnp.where(jnp.isfinite(x), rounded, x)", "rounded"),
+    ("both moments share random bits", "storage/dither.py", "return hashed >> 16 if self.field % 2 else", "return"),
+    ("leaves share random bits", "storage/dither.py", "for number in (self.leaf, self.step):", "for number in (self.step,):"),
+    ("steps share random bits", "storage/dither.py", "for number in (self.leaf, self.step):", "for number in (self.leaf,):"),
+    ("seeds and leaves added", "storage/dither.py", "key = _lowbias32(jnp.uint32((seed + 0x9E3779B9 * (self.field // 2)) % 2**32))", "key = jnp.uint32((seed + 0x9E3779B9 * (self.field // 2)) % 2**32)"),
+    ("codes rounded evenly between themselves", BLOCKS, "chance = (root - square) * (root + square)", "chance = (jnp.sqrt(root) - below) * (next_square - square) * (next_square + square)"),
+    ("a second moment of 0", BLOCKS, "return jnp.maximum(codes, (x > 0).astype(jnp.float32))", "return codes"),
+    ("infinite scales", BLOCKS, "jnp.where(scales < jnp.inf, scales, jnp.nan)", "scales"),
+    ("small leaves in 8 bits", BLOCKS, "np.prod(shape, dtype=object) >= self.minimum_size", "True"),
+    ("the update reads what was not rounded", "leafwise.py", "*map(with_slope_of, accumulate(), decode(stored))", "*accumulate()"),
+    ("formats not compared", "checks.py", "if isinstance(leaf, Packed) if expected is None else _kinds(leaf) != expected:", "if False:"),
+    ("nearest second moment allowed", ADAM, "nearest = isinstance(tx.nu_dtype, np.dtype) and tx.nu_dtype.itemsize < 4", "nearest = False"),
     ("static fields not compared", "transform.py", "value if isinstance(value, _PLAIN) else Static(value)", "None"),
     ("numbers of a schedule folded", "schedules.py", "jnp.asarray(number, dtype) + 0 * count.astype(dtype)", "jnp.asarray(number, dtype)"),
     ("conditions of a schedule inverted", "schedules.py", "condition if choice else ~condition", "~condition if choice else condition"),
@@ -111,7 +135,7 @@ def run(file: str, right: str, wrong: str) -> str | None:
         if right not in text:
             raise SystemExit(f"{file} has no {right!r}; bring the list of variants up to date")
         source.write_text(text.replace(right, wrong, 1))
-        own = f"tests/test_{source.stem}.py"
+        own = str(Path("tests", file).with_name(f"test_{source.stem}.py"))
         tests = [own, *TESTS] if (copy / own).exists() and own not in TESTS else TESTS
         outcome = subprocess.run(
             [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--tb=no", "-q", *tests],

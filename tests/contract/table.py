@@ -4,6 +4,7 @@ A row says how to make the transform from keyword hyperparameters, its valid set
 they use every option), its invalid ones with the words of their errors, and its oracle.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ class Row:
       step: its step in `tests.oracle`.
       largest_gradient: the largest float32 gradient that gives finite steps.
       takes_schedules: whether each number may also be a schedule; it may not inside one.
+      dtype: of the parameters that it is for.
     """
 
     make: Callable[..., gdx.Transform]
@@ -37,6 +39,7 @@ class Row:
     step: Callable
     largest_gradient: float = 3e38
     takes_schedules: bool = True
+    dtype: str = "float32"
 
     @property
     def name(self) -> str:
@@ -49,10 +52,32 @@ class Row:
     def __repr__(self) -> str:
         return self.name
 
+    def tree(self, seed: int = 0) -> dict[str, Any]:
+        """Parameters of the kind that it is for."""
+        return tree(seed, self.dtype)
+
+    def injected(self, settings: dict[str, Any]) -> optax.GradientTransformation:
+        """It inside optax's wrapper, which takes numbers for hyperparameters and by default rounds them to bfloat16."""
+        static = {"seed"} & set(inspect.signature(self.make).parameters)
+        return optax.inject_hyperparams(self.make, static_args=static, hyperparam_dtype=jnp.float32)(**settings)
+
+    def rounds(self, param_dtype: Any) -> bool:
+        """Whether it rounds parameters of this dtype: its updates are then to be added in float32."""
+        return self.dtype != "float32" and jnp.dtype(param_dtype) == jnp.dtype(self.dtype)
+
     def numbers(self, settings: dict[str, Any]) -> dict[str, float]:
         """The settings that are hyperparameters."""
         names = self.make(**settings).hyperparams
         return {name: value for name, value in settings.items() if name in names}
+
+
+def few_bits(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that keep a moment in few bits.
+
+    Such a moment is rounded on purpose, so it is not exact to float32's rounding; and it moves in
+    steps, so that finite differences do not see the slope, which is that of the unrounded moment.
+    """
+    return {name: value for name, value in settings.items() if isinstance(value, str | gdx.storage.Format)}
 
 
 _IDENTITY = optax.identity()
@@ -79,6 +104,18 @@ def _in_chain(tx: gdx.Transform) -> optax.GradientTransformation:
 def lifted(learning_rate: Any, momentum: Any = 0.9) -> gdx.Transform:
     """A wrapper of optax's around a value."""
     return gdx.lift((gdx.sgd(learning_rate, momentum),), _in_chain)
+
+
+def rounded_stochastically(learning_rate: Any, seed: int = 0) -> gdx.Transform:
+    return gdx.chain(gdx.scale_by_learning_rate(learning_rate), gdx.round_stochastically(seed))
+
+
+def rounded_with_compensation(learning_rate: Any) -> gdx.Transform:
+    return gdx.chain(gdx.scale_by_learning_rate(learning_rate), gdx.round_with_compensation())
+
+
+def rounded_with_master(learning_rate: Any) -> gdx.Transform:
+    return gdx.chain(gdx.scale_by_learning_rate(learning_rate), gdx.round_with_master())
 
 
 def _link(step: Callable) -> Callable:
@@ -121,6 +158,10 @@ _BAD_RATE = (
     ({"learning_rate": np.ones(3)}, ValueError, r"learning_rate has shape \(3,\); expected .* gdx\.stack or gdx\.grid"),
     ({"learning_rate": jnp.float32(-1)}, ValueError, r"learning_rate is -1\.0; expected a finite number >= 0"),
 )
+# with these, leaves of the tree below are large enough to be held in 8 bits, with blocks that are not full
+_BLOCKS = {"block": 8, "minimum_size": 1}
+_SMALL_MU, _SMALL_NU = gdx.storage.SignedSqrt8(**_BLOCKS), gdx.storage.FourthRoot8(**_BLOCKS)
+_STOCHASTIC = gdx.storage.StochasticBfloat16()
 _BAD_MOMENTUM = (
     ({"momentum": 1.0}, ValueError, r"momentum is 1\.0; expected a finite number in \[0, 1\)"),
     ({"momentum": -0.1}, ValueError, r"momentum is -0\.1; expected a finite number in \[0, 1\)"),
@@ -128,6 +169,11 @@ _BAD_MOMENTUM = (
         {"accumulator_dtype": "int8"},
         ValueError,
         r"accumulator_dtype is 'int8', in which a moment would be rounded away",
+    ),
+    (
+        {"accumulator_dtype": gdx.storage.FourthRoot8()},
+        ValueError,
+        r"accumulator_dtype is storage\.FourthRoot8\(\), which holds no negative numbers; expected .*SignedSqrt8",
     ),
     ({"accumulator_dtype": "f3"}, TypeError, r"accumulator_dtype is 'f3'; expected a floating-point dtype"),
 )
@@ -140,6 +186,24 @@ _BAD_MOMENTS = (
     ({"eps": -1e-8}, ValueError, r"eps is -1e-08; expected a finite number >= 0"),
     ({"eps_root": -1.0}, ValueError, r"eps_root is -1\.0; expected a finite number >= 0"),
     ({"mu_dtype": "int8"}, ValueError, r"mu_dtype is 'int8', in which a moment would be rounded away"),
+    ({"mu_dtype": gdx.storage.FourthRoot8()}, ValueError, r"mu_dtype is .*, which holds no negative numbers"),
+    (
+        {"nu_dtype": gdx.storage.SignedSqrt8()},
+        ValueError,
+        r"nu_dtype is .*rounds small second moments to 0.*FourthRoot8",
+    ),
+    ({"nu_dtype": "int8"}, ValueError, r"nu_dtype is 'int8', in which a moment would be rounded away; .*FourthRoot8"),
+    (
+        {"nu_dtype": "bfloat16"},
+        ValueError,
+        r"nu_dtype is 'bfloat16' with b2 = 0\.999: rounded to nearest, .* nu_dtype=gdx\.storage\.StochasticBfloat16",
+    ),
+    ({"nu_dtype": "float16", "b2": 0.99}, ValueError, r"nu_dtype is 'float16' with b2 = 0\.99"),
+    (
+        {"nu_dtype": "bfloat16", "b2": gdx.schedule(optax.constant_schedule, value=0.5)},
+        ValueError,
+        r"nu_dtype is 'bfloat16' with b2 = schedule\(",
+    ),
     ({"nesterov": "no"}, TypeError, r"nesterov is 'no'; expected True or False"),
     ({"mu_dtype": bool}, ValueError, r"mu_dtype is 'bool', in which a moment would be rounded away"),
 )
@@ -171,6 +235,8 @@ ROWS = (
             {"momentum": 0.5, "nesterov": True},
             {"momentum": 0.0},
             {"momentum": 0.9, "accumulator_dtype": "bfloat16"},
+            {"momentum": 0.9, "accumulator_dtype": _STOCHASTIC, "nesterov": True},
+            {"momentum": 0.9, "accumulator_dtype": _SMALL_MU},
         ),
         _BAD_MOMENTUM,
         _link(oracle.sgd),
@@ -184,6 +250,8 @@ ROWS = (
             {**_MOMENTS, "nesterov": True},
             {"b1": 0.0, "b2": 0.99999, "eps": 0.0},
             {**_MOMENTS, "mu_dtype": "bfloat16"},
+            {**_MOMENTS, "mu_dtype": _STOCHASTIC, "nu_dtype": _STOCHASTIC},
+            {**_MOMENTS, "mu_dtype": _SMALL_MU, "nu_dtype": _SMALL_NU, "nesterov": True},
         ),
         _BAD_MOMENTS,
         _link(oracle.adam),
@@ -240,6 +308,7 @@ ROWS = (
             {"learning_rate": 1e-2, **_MOMENTS, "weight_decay": 0.1},
             {"learning_rate": 1e-2, **_MOMENTS, "weight_decay": 0.01, "schedule_multiplier": 0.5},
             {"learning_rate": 1e-2, **_MOMENTS, "weight_decay": 0.1, "nesterov": True},
+            {"learning_rate": 1e-2, **_MOMENTS, "weight_decay": 0.1, "mu_dtype": _SMALL_MU, "nu_dtype": _SMALL_NU},
         ),
         (
             *_BAD_RATE,
@@ -277,6 +346,25 @@ ROWS = (
         _scheduled,
         takes_schedules=False,
     ),
+)
+
+ROWS += tuple(
+    Row(
+        make,
+        settings,
+        (*_BAD_RATE, *invalid),
+        oracle.gradient_descent,
+        dtype="bfloat16",
+    )
+    for make, settings, invalid in (
+        (
+            rounded_stochastically,
+            ({"learning_rate": 0.1},),
+            _with_rate((({"seed": 0.5}, TypeError, r"round_stochastically: seed is 0\.5; expected an integer"),)),
+        ),
+        (rounded_with_compensation, ({"learning_rate": 0.1},), ()),
+        (rounded_with_master, ({"learning_rate": 0.1},), ()),
+    )
 )
 
 # large enough for a difference of rounding that few elements show

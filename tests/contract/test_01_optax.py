@@ -61,7 +61,7 @@ def test_under_multi_steps(row):
 
 @every_case
 def test_under_inject_hyperparams(row, settings):
-    tx = optax.inject_hyperparams(row.make)(**settings)
+    tx = row.injected(settings)
     assert_same_bits(steps(tx), steps(row.make(**settings)))
     state = tx.init(tree())
     for name, value in row.numbers(settings).items():

@@ -12,20 +12,20 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import gdx
-from tests.contract.table import Row, assert_same_bits, every_case, every_row, gradients, one_step, scan, tree
+from tests.contract.table import Row, assert_same_bits, every_case, every_row, gradients, one_step, scan
 
 STEPS = 200
 
 
 def by_argument(row: Row, settings: dict):
     """The reference: the optimizer is an argument of the compiled program."""
-    return jax.jit(scan)(row.make(**settings), tree(), gradients(STEPS))
+    return jax.jit(scan)(row.make(**settings), row.tree(), gradients(STEPS))
 
 
 @every_case
 def test_a_constant_in_a_closure(row, settings):
     tx = row.make(**settings)
-    assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(tree(), gradients(STEPS)), by_argument(row, settings))
+    assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(row.tree(), gradients(STEPS)), by_argument(row, settings))
 
 
 @every_case
@@ -34,26 +34,26 @@ def test_a_schedule_returning_that_value(row, settings):
         pytest.skip("its numbers are those of a schedule")
     schedules = {name: (lambda count, value=value: value) for name, value in row.numbers(settings).items()}
     tx = row.make(**{**settings, **schedules})
-    assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(tree(), gradients(STEPS)), by_argument(row, settings))
+    assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(row.tree(), gradients(STEPS)), by_argument(row, settings))
 
 
 @every_case
 def test_optax_inject_hyperparams(row, settings):
-    tx = optax.inject_hyperparams(row.make)(**settings)
-    assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(tree(), gradients(STEPS)), by_argument(row, settings))
+    tx = row.injected(settings)
+    assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(row.tree(), gradients(STEPS)), by_argument(row, settings))
 
 
 @every_case
 def test_inside_optax_chain(row, settings):
     tx = optax.chain(optax.identity(), row.make(**settings), optax.identity())
-    assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(tree(), gradients(STEPS)), by_argument(row, settings))
+    assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(row.tree(), gradients(STEPS)), by_argument(row, settings))
 
 
 @every_case
 def test_a_call_per_step(row, settings):
     """A jitted step in a Python loop instead of a scan."""
     step = jax.jit(one_step)
-    tx, params, all_gradients = row.make(**settings), tree(), gradients(STEPS)
+    tx, params, all_gradients = row.make(**settings), row.tree(), gradients(STEPS)
     state = tx.init(params)
     for i in range(STEPS):
         params, state = step(tx, params, state, jax.tree.map(lambda g: g[i], all_gradients))  # noqa: B023
@@ -69,13 +69,15 @@ def batch_of(row: Row, settings: dict):
 @every_case
 def test_lax_map(row, settings):
     batch = batch_of(row, settings)
-    found = jax.jit(lambda batch, p, g: jax.lax.map(lambda tx: scan(tx, p, g), batch))(batch, tree(), gradients(STEPS))
+    found = jax.jit(lambda batch, p, g: jax.lax.map(lambda tx: scan(tx, p, g), batch))(
+        batch, row.tree(), gradients(STEPS)
+    )
     assert_same_bits(jax.tree.map(lambda x: x[0], found), by_argument(row, settings))
 
 
 @every_case
 def test_lanes_of_vmap(row, settings):
-    batch, params, g = batch_of(row, settings), tree(), gradients(STEPS)
+    batch, params, g = batch_of(row, settings), row.tree(), gradients(STEPS)
     found = jax.jit(jax.vmap(scan, (0, None, None)))(batch, params, g)
     single = jax.jit(scan)
     for lane in range(3):
@@ -94,7 +96,7 @@ def test_any_value(row, data):
         for name in row.numbers(row.settings[0])
     }
     tx = row.make(**settings)
-    assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(tree(), gradients(STEPS)), by_argument(row, settings))
+    assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(row.tree(), gradients(STEPS)), by_argument(row, settings))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +136,7 @@ def test_a_scalar_leaf_with_other_decays(b1):
 @every_case
 def test_eager_and_jitted_steps_differ_by_one_rounding(row, settings):
     """Eagerly each leaf's step is one program and adding the update another; jitted, XLA contracts that sum."""
-    tx, params = row.make(**settings), tree()
+    tx, params = row.make(**settings), row.tree()
     g = jax.tree.map(lambda g: g[0], gradients(1))
     updates, _ = tx.update(g, tx.init(params), params)
     eager, _ = one_step(tx, params, tx.init(params), g)

@@ -20,7 +20,7 @@ def test_one_trace_and_one_text_for_all_values(row, settings):
         traces.append(1)
         return one_step(tx, params, state, g)
 
-    tx, params, g = row.make(**settings), tree(), jax.tree.map(lambda g: g[0], gradients(1))
+    tx, params, g = row.make(**settings), row.tree(), jax.tree.map(lambda g: g[0], gradients(1))
     state = tx.init(params)
     step(tx, params, state, g)
     texts = {step.lower(tx, params, state, g).as_text()}

@@ -22,7 +22,7 @@ def kind(x):
 
 
 def kinds(tree):
-    return jax.tree.map(kind, tree)
+    return jax.tree.structure(tree), list(map(kind, jax.tree.leaves(tree)))
 
 
 @every_case
@@ -34,7 +34,8 @@ def test_dtypes_never_drift(row, settings, param_dtype, gradient_dtype):
         before = jax.eval_shape(tx.init, params)
         updates, after = jax.eval_shape(tx.update, g, before, params)
         assert kinds(after) == kinds(before)
-        assert kinds(updates) == kinds(jax.eval_shape(lambda g: g, g))
+        expected = np.promote_types(jnp.dtype(gradient_dtype), "float32") if row.rounds(param_dtype) else gradient_dtype
+        assert kinds(updates) == kinds(jax.eval_shape(lambda: tree(1, expected)))
         eager = tx.init(params)
         assert kinds(eager) == kinds(before)
 
@@ -48,6 +49,8 @@ def test_works_as_a_scan_carry_and_is_donated(row, params, gradients, seed):
     assert kinds(state) == kinds(tx.init(start))
 
     state = tx.init(start)
+    if row.rounds(params) and gradients != "float32":
+        return  # updates to be added in float32 have no place in the gradients' buffers
     step = jax.jit(tx.update, donate_argnums=(0, 1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a donated buffer that cannot be used warns

@@ -7,14 +7,14 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from tests.contract.table import assert_same_bits, every_case, every_row, gradients, one_step, scan, tree
+from tests.contract.table import assert_same_bits, every_case, every_row, gradients, one_step, scan
 
 
 @every_row
 @hypothesis_settings(max_examples=3)
 @given(seed=st.integers(0, 2**16))
 def test_same_inputs_same_bits_and_inputs_untouched(row, seed):
-    tx, params, g = row.tx, tree(seed), tree(seed + 1)
+    tx, params, g = row.tx, row.tree(seed), row.tree(seed + 1)
     state = tx.init(params)
     inputs = jax.tree.map(np.array, (tx, params, g, state))
     first = tx.update(g, state, params)
@@ -24,7 +24,7 @@ def test_same_inputs_same_bits_and_inputs_untouched(row, seed):
 
 @every_row
 def test_numpy_arrays_are_not_written_to(row):
-    params, g = jax.tree.map(np.asarray, tree()), jax.tree.map(np.asarray, tree(1))
+    params, g = jax.tree.map(np.asarray, row.tree()), jax.tree.map(np.asarray, row.tree(1))
     for leaf in jax.tree.leaves((params, g)):
         assert not leaf.flags.writeable or leaf.setflags(write=False) is None
     row.tx.update(g, row.tx.init(params), params)
@@ -33,13 +33,13 @@ def test_numpy_arrays_are_not_written_to(row):
 @every_case
 def test_no_tracer_leaks(row, settings):
     with jax.checking_leaks():
-        jax.jit(scan)(row.make(**settings), tree(), gradients(2))
+        jax.jit(scan)(row.make(**settings), row.tree(), gradients(2))
 
 
 @every_case
 def test_under_debug_nans(row, settings):
     with jax.debug_nans(True):
-        params = tree()
+        params = row.tree()
         zeros = jax.tree.map(jnp.zeros_like, params)
         tx = row.make(**settings)
         state = tx.init(params)
@@ -50,7 +50,7 @@ def test_under_debug_nans(row, settings):
 @every_case
 def test_moves_nothing_between_devices(row, settings):
     """A constant optimizer in a compiled step, and one whose hyperparameters were put on the device."""
-    tx, params, g = row.make(**settings), tree(), jax.tree.map(lambda g: g[0], gradients(1))
+    tx, params, g = row.make(**settings), row.tree(), jax.tree.map(lambda g: g[0], gradients(1))
     state, on_device = tx.init(params), jax.device_put(tx)
     closed, given_tx = jax.jit(lambda p, s, g: one_step(tx, p, s, g)), jax.jit(one_step)
     with jax.transfer_guard("disallow"):

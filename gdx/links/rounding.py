@@ -1,0 +1,164 @@
+"""Links that end a chain, so that adding its update to bfloat16 parameters rounds them well."""
+
+from typing import Any, ClassVar, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gdx.checks import require_params
+from gdx.fields import static, to_integer
+from gdx.leafwise import Leafwise, Rounding
+from gdx.storage.dither import Dither
+from gdx.storage.formats import rounded_at_random
+
+
+class CompensationState(NamedTuple):
+    """What rounding has kept back.
+
+    Attributes:
+      compensation: for each parameter, in bfloat16, what is still to be added to it.
+    """
+
+    compensation: Any
+
+
+class MasterState(NamedTuple):
+    """The parameters before rounding.
+
+    Attributes:
+      master: the parameters in at least float32.
+    """
+
+    master: Any
+
+
+class _Rounding(Leafwise):
+    """Base of the links that round: they act on bfloat16 parameters."""
+
+    rounds: ClassVar[bool] = True
+
+    def acts_on(self, params: optax.Params | None) -> Any:
+        require_params(self, params)
+        return jax.tree.map(lambda p: jnp.result_type(p) == jnp.bfloat16, params)
+
+
+class round_stochastically(_Rounding):
+    r"""Rounds the new parameters to bfloat16 at random, so that on average they are the exact ones.
+
+    $$ \theta_{t+1} = \operatorname{SR}(\theta_t + u_t), \qquad E[\operatorname{SR}(x)] = x $$
+
+    Rounded to nearest, a parameter does not move by steps of less than half a unit in its last place,
+    1/512 to 1/256 of it. The update that leaves this link is $\theta_{t+1} - \theta_t$ in float32, which
+    `optax.apply_updates` adds without error (unless the parameter shrinks to less than 1/65,536 in one
+    step; then to within $2^{-24}$ of the old one). So it has to be the last link, behind weight decay and
+    learning rate.
+
+    State: only the step count. Parameters of other dtypes and their updates pass unchanged.
+
+    Args:
+      seed: of the random bits, see `gdx.storage.Dither`.
+
+    Raises:
+      TypeError: seed is no integer.
+      ValueError: update is called without parameters.
+
+    Source: Zamirai et al., Revisiting BFloat16 Training (2020), section 4.
+
+    >>> import gdx, jax.numpy as jnp
+    >>> tx = gdx.chain(gdx.sgd(1e-3), gdx.round_stochastically())
+    >>> theta = jnp.ones(1000, "bfloat16")
+    >>> updates, state = tx.update(jnp.ones(theta.shape), tx.init(theta), theta)
+    >>> updates.dtype, f"{jnp.mean(theta.astype(jnp.float32) + updates):.3f}"
+    (dtype('float32'), '0.999')
+    """
+
+    State: ClassVar = optax.ScaleByScheduleState
+
+    seed: int = static(default=0, convert=to_integer)
+
+    def step(self, shared: tuple, g: jax.Array, p: jax.Array, *, rounding: Rounding) -> tuple[jax.Array]:
+        # the first two fields are those of moments, whose rounding is not to be correlated with this one
+        bits = cast(Dither, rounding.dither)._replace(field=2).bits(p.shape, self.seed)
+        return (rounded_at_random((p + g).astype(jnp.float32), bits).astype(p.dtype) - p,)
+
+
+class round_with_compensation(_Rounding):
+    r"""Rounds the new parameters to bfloat16, and adds what that left out to the next step (Kahan's summation).
+
+    $$ s_t = u_t + c_{t-1}, \qquad \theta_{t+1} = \operatorname{bf16}(\theta_t + s_t), \qquad
+       c_t = \operatorname{bf16}(s_t - (\theta_{t+1} - \theta_t)) $$
+
+    Parameter and compensation together hold about 16 significant bits. The update that leaves this
+    link is $\theta_{t+1} - \theta_t$ in float32: see `round_stochastically`.
+
+    State: `CompensationState(compensation)`, in bfloat16. Parameters of other dtypes and their updates pass unchanged.
+
+    Raises:
+      ValueError: update is called without parameters.
+
+    Sources: Kahan, Further remarks on reducing truncation errors (1965); Zamirai et al. (2020), section 4.
+
+    >>> import gdx, jax.numpy as jnp
+    >>> tx, theta = gdx.chain(gdx.sgd(1e-3), gdx.round_with_compensation()), jnp.ones(1, "bfloat16")
+    >>> state = tx.init(theta)
+    >>> for _ in range(100):
+    ...     updates, state = tx.update(jnp.ones(theta.shape), state, theta)
+    ...     theta += updates.astype("bfloat16")
+    >>> theta.item()
+    0.8984375
+    """
+
+    State: ClassVar = CompensationState
+
+    def start(self, p: jax.Array) -> tuple[jax.Array]:
+        return (jnp.zeros_like(p, jnp.bfloat16 if jnp.isrealobj(p) else None),)
+
+    def step(
+        self, shared: tuple, g: jax.Array, p: jax.Array, compensation: jax.Array, *, rounding: Rounding
+    ) -> tuple[jax.Array, jax.Array]:
+        s = g + compensation
+        moved = _to_bfloat16(p + s) - p
+        return moved, s - moved
+
+
+class round_with_master(_Rounding):
+    r"""Keeps the parameters in float32 too, and rounds those anew in each step.
+
+    $$ \Theta_{t+1} = \Theta_t + u_t, \qquad \theta_{t+1} = \operatorname{bf16}(\Theta_{t+1}) $$
+
+    The reference for the other two, at 4 bytes per parameter. Parameters that something else changes
+    between steps are taken back to the master's. The update that leaves this link is
+    $\theta_{t+1} - \theta_t$ in float32: see `round_stochastically`.
+
+    State: `MasterState(master)`. Parameters of other dtypes and their updates pass unchanged, and
+    their master stays what it was at first.
+
+    Raises:
+      ValueError: update is called without parameters.
+
+    Source: Micikevicius et al., Mixed Precision Training (2018), section 3.1.
+
+    >>> import gdx, jax.numpy as jnp
+    >>> tx, theta = gdx.chain(gdx.sgd(1e-3), gdx.round_with_master()), jnp.ones(1, "bfloat16")
+    >>> updates, state = tx.update(jnp.ones(theta.shape), tx.init(theta), theta)
+    >>> updates.item(), state[1].master.item()
+    (0.0, 0.9990000128746033)
+    """
+
+    State: ClassVar = MasterState
+
+    def start(self, p: jax.Array) -> tuple[jax.Array]:
+        return (jnp.asarray(p, np.promote_types(jnp.result_type(p), np.float32), copy=True),)
+
+    def step(
+        self, shared: tuple, g: jax.Array, p: jax.Array, master: jax.Array, *, rounding: Rounding
+    ) -> tuple[jax.Array, jax.Array]:
+        master = master + g
+        return _to_bfloat16(master) - p, master
+
+
+def _to_bfloat16(x: jax.Array) -> jax.Array:
+    """Rounded to nearest, but in x's dtype: a pair of conversions is one that the compiler takes away."""
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)

@@ -1,0 +1,66 @@
+"""Takes an optimizer's state from one storage format to another."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gdx.storage.blocks import Packed
+from gdx.storage.dither import Dither
+
+
+def convert(state: Any, like: Any) -> Any:
+    """The same state in the storage formats and dtypes of another one.
+
+    Values that were rounded stay rounded; a count that only `like` has is taken from there, and one
+    that only `state` has is left out. Pure: works under `jax.jit` too.
+
+    Args:
+      state: an optimizer's state, say as restored from a checkpoint.
+      like: the state in the formats to go to: `tx.init(params)` of the optimizer that goes on with it.
+
+    Returns:
+      A state with the structure, shapes and dtypes of `like`, and the values of `state`.
+
+    Raises:
+      ValueError: the states differ in more than formats and counts.
+
+    >>> import gdx, jax.numpy as jnp
+    >>> params = {"w": jnp.ones((8, 512))}
+    >>> exact, small = gdx.adam(0.1), gdx.adam(0.1, nu_dtype=gdx.storage.FourthRoot8())
+    >>> _, state = exact.update(params, exact.init(params))
+    >>> state = gdx.storage.convert(state, small.init(params))
+    >>> state[0].count.item(), state[0].nu["w"].codes.max().item()
+    (1, 255)
+    """
+    found, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_packed)
+    wanted, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=_is_packed)
+    values, targets = dict(found), dict(wanted)
+    missing = [path for path in targets if path not in values and not _is_count(targets[path])]
+    extra = [path for path in values if path not in targets and not _is_count(values[path])]
+    shaped = [path for path in targets if path in values and np.shape(values[path]) != np.shape(targets[path])]
+    for what, places in (("has nothing at", missing), ("has also", extra), ("has another shape at", shaped)):
+        if places:
+            raise ValueError(
+                f"convert: the state {what} {', '.join(map(jax.tree_util.keystr, places[:3]))}, unlike the one to go "
+                f"to; pass tx.init(params) of an optimizer with the same links, and the same parameters"
+            )
+    leaves = [_recast(values.get(path, target), target, index) for index, (path, target) in enumerate(wanted)]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _recast(value: Any, target: Any, index: int) -> Any:
+    if isinstance(value, Packed) and not (isinstance(target, Packed) and value.format == target.format):
+        value = value.decode()
+    if isinstance(target, Packed) and not isinstance(value, Packed):
+        value = target.format.encode(jnp.asarray(value), Dither(np.uint32(0), np.uint32(index)))
+    return value if isinstance(target, Packed) else jnp.asarray(value).astype(target.dtype)
+
+
+def _is_packed(x: Any) -> bool:
+    return isinstance(x, Packed)
+
+
+def _is_count(x: Any) -> bool:
+    return np.shape(x) == () and jnp.issubdtype(jnp.result_type(x), jnp.integer)

@@ -1,0 +1,128 @@
+"""What a storage format is, and the one that rounds to bfloat16 stochastically."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gdx.storage.dither import Dither
+
+
+class Format:
+    """How one moment is held between steps. Derive from it, as a frozen dataclass, to write your own.
+
+    A format is a small value: optimizers hold it as a static field, print it, compare and hash it.
+    `encode` and `decode` must be functions of arrays alone, traceable by JAX.
+
+    Attributes:
+      signed: whether it holds negative numbers, as first moments and velocities need.
+      keeps_positive: whether no positive number becomes 0, as a second moment needs, for the step
+        divides by its root.
+      stochastic: whether `encode` draws from its dither.
+
+    >>> import dataclasses, gdx, jax.numpy as jnp
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Half(gdx.storage.Format):
+    ...     def encode(self, x, dither):
+    ...         return x.astype(jnp.float16)
+    ...     def decode(self, stored):
+    ...         return stored.astype(jnp.float32)
+    >>> tx = gdx.scale_by_momentum(0.9, accumulator_dtype=Half())
+    >>> tx.init(jnp.zeros(3)).trace.dtype
+    dtype('float16')
+    """
+
+    signed: ClassVar[bool] = True
+    keeps_positive: ClassVar[bool] = False
+    stochastic: ClassVar[bool] = False
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether arrays of this shape are worth it; the others stay as they would be without a format."""
+        return True
+
+    def encode(self, x: jax.Array, dither: Dither) -> Any:
+        """What is stored of a real array in at least float32: an array of the same shape, or a `Packed` one."""
+        raise NotImplementedError(f"{type(self).__name__} defines no encode")
+
+    def decode(self, stored: Any) -> jax.Array:
+        """The array that was stored, in at least float32."""
+        raise NotImplementedError(f"{type(self).__name__} defines no decode")
+
+    def zeros(self, like: jax.Array) -> Any:
+        """What is stored of zeros, shaped and sharded like this array."""
+        return self.encode(jnp.zeros_like(like), Dither(np.uint32(0), np.uint32(0)))
+
+    def __repr__(self) -> str:
+        # the name by which users reach it
+        room = "storage." if type(self).__module__.startswith("gdx.storage") else ""
+        fields: Any = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        values = {field.name: getattr(self, field.name) for field in fields}
+        shown = [f"{f.name}={values[f.name]!r}" for f in fields if values[f.name] != f.default]
+        return f"{room}{type(self).__name__}({', '.join(shown)})"
+
+
+def is_encoded(format: Any, moment: Any) -> bool:
+    """Whether a moment is what this format, a dtype or None makes of such an array."""
+    real = not jnp.issubdtype(moment.dtype, jnp.complexfloating)
+    return isinstance(format, Format) and real and format.fits(moment.shape)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class StochasticBfloat16(Format):
+    r"""bfloat16, rounded up or down at random so that the expected value is the exact one.
+
+    $$ P(\text{up}) = (x - \lfloor x \rfloor) / (\lceil x \rceil - \lfloor x \rfloor) $$
+
+    with $\lfloor x \rfloor$ and $\lceil x \rceil$ the neighbours in bfloat16, to within $2^{-17}$. A mean
+    that changes by less than half a unit in the last place per step then still moves on average,
+    where rounding to nearest leaves it standing. What bfloat16 holds exactly, infinities and NaN stay
+    as they are. A finite number beyond bfloat16's largest may become infinite, as to nearest.
+
+    The slope is that of $x$ itself (straight through).
+
+    Args:
+      seed: of the random bits.
+
+    Source: Gupta et al., Deep Learning with Limited Numerical Precision (2015), section 3.
+    """
+
+    keeps_positive: ClassVar[bool] = True
+    stochastic: ClassVar[bool] = True
+
+    seed: int = 0
+
+    def encode(self, x: jax.Array, dither: Dither) -> jax.Array:
+        # it ends in a conversion: from an integer of half the size XLA on CPU copies both moments
+        return rounded_at_random(x.astype(jnp.float32), dither.bits(x.shape, self.seed)).astype(jnp.bfloat16)
+
+    def decode(self, stored: jax.Array) -> jax.Array:
+        return stored.astype(jnp.float32)
+
+    def zeros(self, like: jax.Array) -> jax.Array:
+        return jnp.zeros_like(like, jnp.bfloat16)
+
+
+@jax.custom_jvp
+def rounded_at_random(x: jax.Array, bits: jax.Array) -> jax.Array:
+    """One of the two neighbours in bfloat16 of each float32, itself in float32, given 16 random bits in uint32."""
+    raw = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    rounded = jax.lax.bitcast_convert_type((raw + bits) & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), rounded, x)
+
+
+@rounded_at_random.defjvp
+def _rounded_at_random_jvp(primals: tuple, tangents: tuple) -> tuple:
+    return rounded_at_random(*primals), tangents[0]
+
+
+@jax.custom_jvp
+def with_slope_of(x: jax.Array, value: jax.Array) -> jax.Array:
+    """A value whose slope is that of x, which it stands for."""
+    return value
+
+
+@with_slope_of.defjvp
+def _with_slope_of_jvp(primals: tuple, tangents: tuple) -> tuple:
+    return primals[1], tangents[0]

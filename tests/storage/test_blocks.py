@@ -1,0 +1,198 @@
+"""8 bits in blocks: codes and scales, their errors, what is not finite, and where they live."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import gdx
+from gdx.storage import Dither, FourthRoot8, Packed, SignedSqrt8, StochasticBfloat16
+from tests.contract.table import assert_same_bits
+
+SIGMAS = 5.4
+FIRST = Dither(np.uint32(1), np.uint32(0))
+MU, NU = SignedSqrt8(), FourthRoot8()
+SMALL = {"block": 8, "minimum_size": 1}
+
+
+def test_signed_square_root_against_its_formula():
+    x = np.random.default_rng(0).standard_normal((3, 40)).astype(np.float32) ** 3
+    packed = SignedSqrt8(**SMALL).encode(jnp.asarray(x), None)
+    scales = abs(x.astype(float)).reshape(3, 5, 8).max(-1)
+    codes = np.round(127 * np.sqrt(abs(x) / np.repeat(scales, 8, -1))) * np.sign(x)
+    np.testing.assert_array_equal(packed.scales, scales.astype(np.float32))
+    np.testing.assert_array_equal(packed.codes, codes)
+    expected = np.sign(codes) * (codes / 127) ** 2 * np.repeat(scales, 8, -1)
+    np.testing.assert_allclose(packed.decode(), expected, rtol=1e-6)
+
+
+def test_fourth_root_is_unbiased_in_value():
+    x = np.geomspace(3e-9, 1, 256).astype(np.float32)
+    draws = 20_000
+    one = lambda t: NU.encode(jnp.asarray(x), Dither(t, jnp.uint32(0))).decode()  # noqa: E731
+    found = np.asarray(jax.jit(jax.vmap(one))(jnp.arange(1, draws + 1, dtype=jnp.uint32)), np.float64)
+    low, high = found.min(0), found.max(0)
+    gap = high - low
+    assert all(len(np.unique(column)) <= 2 for column in found.T)
+    assert np.all((low <= x * (1 + 1e-6)) & (x <= high * (1 + 1e-6)))
+    sigma = np.sqrt(np.maximum((x - low) * (high - x), 0) / draws)
+    # the chance is a multiple of 2^-16, and the numbers are float32
+    assert np.all(abs(found.mean(0) - x) <= SIGMAS * sigma + gap * 2.0**-16 + 1e-6 * x)
+
+
+def test_a_positive_second_moment_stays_positive():
+    x = jnp.asarray(np.array([1.0, 1e-12, 1e-30, 0.0, 1e-37, 0.5, 0.0, 2e-20], np.float32))
+    packed = FourthRoot8(**SMALL).encode(x, FIRST)
+    np.testing.assert_array_equal(np.asarray(packed.codes) > 0, np.asarray(x) > 0)
+    np.testing.assert_array_equal(np.asarray(packed.decode()) > 0, np.asarray(x) > 0)
+
+
+@pytest.mark.parametrize("format", [SignedSqrt8(**SMALL), FourthRoot8(**SMALL)])
+@pytest.mark.parametrize("scale", [1e-45, 1e-39, 2e-38, 1e-30, 1.0, 1e30, 3e38])
+def test_any_magnitude(format, scale):
+    x = np.array([1, 0.5, 0.25, 0.1, 0, 0.01, 1e-3, 1], np.float32) * np.float32(scale)
+    found = np.asarray(format.encode(jnp.asarray(x), FIRST).decode())
+    assert np.all(np.isfinite(found) | (x > 3.3e38))
+    if scale > 1e-36:  # below, some of the numbers are subnormal, which count as 0
+        np.testing.assert_allclose(found, x, rtol=0.2, atol=3e-3 * scale)
+    if scale < 1e-38:
+        np.testing.assert_array_equal(found, 0)
+
+
+@pytest.mark.parametrize("format", [SignedSqrt8(**SMALL), FourthRoot8(**SMALL)])
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_what_is_not_finite_makes_its_block_nan(format, bad):
+    x = np.ones(16, np.float32)
+    x[3] = bad
+    found = np.asarray(format.encode(jnp.asarray(x), FIRST).decode())
+    assert np.all(np.isnan(found[:8]))
+    assert np.all(found[8:] == 1)
+
+
+def test_small_leaves_stay_float32():
+    params = {
+        "big": jnp.zeros((16, 256)),
+        "few": jnp.zeros((15, 256)),
+        "narrow": jnp.zeros((64, 255)),
+        "s": jnp.ones(()),
+    }
+    state = gdx.scale_by_adam(mu_dtype=MU, nu_dtype=NU).init(params)
+    for moment in (state.mu, state.nu):
+        assert isinstance(moment["big"], Packed)
+        assert all(moment[name].dtype == np.float32 for name in ("few", "narrow", "s"))
+
+
+def test_bytes_per_parameter():
+    params = {"w": jnp.zeros((64, 1024)), "v": jnp.zeros(2**16)}
+    sizes = {
+        8.0: gdx.scale_by_adam(),
+        4.0: gdx.scale_by_adam(mu_dtype="bfloat16", nu_dtype=StochasticBfloat16()),
+        2.03125: gdx.scale_by_adam(mu_dtype=MU, nu_dtype=NU),
+    }
+    for expected, tx in sizes.items():
+        state = tx.init(params)
+        assert sum(x.nbytes for x in jax.tree.leaves((state.mu, state.nu))) == expected * 2 * 2**16
+
+
+def test_a_node_of_two_arrays():
+    packed = MU.encode(jnp.ones((16, 512)), None)
+    assert (packed.shape, packed.ndim, packed.size, packed.dtype) == ((16, 512), 2, 16 * 512, np.int8)
+    assert packed.nbytes == 16 * 512 + 16 * 2 * 4
+    assert repr(packed) == "Packed(codes=int8[16,512], scales=float32[16,2], format=storage.SignedSqrt8())"
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(packed)]
+    assert paths == [".codes", ".scales"]
+    assert_same_bits(jax.jit(lambda x: x)(packed), packed)
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec("a"), PartitionSpec("a", "b"), PartitionSpec(None, "b")])
+def test_sharded_like_the_parameter_with_the_same_bits(spec):
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    random = np.random.default_rng(0)
+    params, g = (jnp.asarray(random.standard_normal((8, 1024)).astype(np.float32)) for _ in range(2))
+    tx = gdx.chain(gdx.adamw(0.1, mu_dtype=MU, nu_dtype=NU), gdx.round_stochastically())
+
+    def run(params, g):
+        params = params.astype(jnp.bfloat16)
+        state = tx.init(params)
+        update = jax.jit(tx.update)
+        for _ in range(3):
+            updates, state = update(g, state, params)
+            params = (params.astype(jnp.float32) + updates).astype(jnp.bfloat16)
+        return params, state
+
+    sharding = NamedSharding(mesh, spec)
+    found, state = run(jax.device_put(params, sharding), jax.device_put(g, sharding))
+    assert_same_bits((found, state), run(params, g))
+    fresh = tx.init(jax.device_put(params, sharding))[0][0].nu
+    assert fresh.codes.sharding.is_equivalent_to(sharding, 2)
+    assert fresh.scales.sharding.is_equivalent_to(sharding, 2)
+
+
+def test_scales_that_do_not_divide_are_replicated_along_their_axis():
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    like = jax.device_put(jnp.zeros((8, 512)), NamedSharding(mesh, PartitionSpec(None, "a")))
+    scales = MU.zeros(like).scales
+    assert scales.shape == (8, 2)
+    assert scales.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec()), 2)
+
+
+def test_the_update_is_that_of_the_stored_moments():
+    random = np.random.default_rng(0)
+    g = jnp.asarray(random.standard_normal((16, 256)).astype(np.float32))
+    tx = gdx.scale_by_adam(mu_dtype=MU, nu_dtype=NU)
+    updates, state = jax.jit(tx.update)(g, tx.init(g))
+    mu, nu = (np.asarray(moment.decode(), float) for moment in (state.mu, state.nu))
+    expected = mu / (1 - np.float32(0.9)) / (np.sqrt(nu / (1 - np.float32(0.999))) + 1e-8)
+    np.testing.assert_allclose(updates, expected, rtol=1e-5)
+
+
+def test_a_state_in_another_format_is_refused():
+    params = {"w": jnp.ones((16, 256))}
+    exact, small = gdx.adam(0.1), gdx.adam(0.1, nu_dtype=NU)
+    words = r"state\.nu at \['w'\] is float32\[16,256\], which is not how storage\.FourthRoot8\(\) holds it.*convert"
+    with pytest.raises(TypeError, match=words):
+        small.update(params, exact.init(params), params)
+    with pytest.raises(TypeError, match=r"state\.nu at \['w'\] is Packed.*without a storage format"):
+        exact.update(params, small.init(params), params)
+    with pytest.raises(ValueError, match=r"state\.mu.*no gradient for"):
+        small.update({}, small.init(params), {})
+
+
+@pytest.mark.parametrize(("settings", "words"), [({"block": 0}, "block is 0"), ({"minimum_size": 1.5}, "minimum_size")])
+def test_refused_settings(settings, words):
+    with pytest.raises(ValueError, match=f"SignedSqrt8: {words}.*expected an integer >= 1"):
+        SignedSqrt8(**settings)
+
+
+def test_in_a_batch_of_optimizers():
+    """Each lane of vmap, with its own state, has the bits of the optimizer alone."""
+    g = jnp.asarray(np.random.default_rng(0).standard_normal((16, 256)).astype(np.float32))
+
+    def run(rate):
+        tx = gdx.adam(rate, mu_dtype=MU, nu_dtype=NU)
+        step = lambda carry, _: (tx.update(g, carry)[::-1][0], None)  # noqa: E731
+        state, _ = jax.lax.scan(step, tx.init(g), None, 5)
+        return tx.update(g, state)
+
+    rates = jnp.array([0.1, 0.2])
+    batch = jax.jit(jax.vmap(run))(rates)
+    for lane in range(2):
+        assert_same_bits(jax.tree.map(lambda x: x[lane], batch), jax.jit(run)(rates[lane]))  # noqa: B023
+
+
+def test_training_lowers_the_loss_as_in_float32():
+    target = jnp.asarray(np.random.default_rng(0).standard_normal((16, 256)).astype(np.float32))
+
+    def final(tx):
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(params - target, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        params = jnp.zeros_like(target)
+        (params, _), _ = jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), None, 500))(params)
+        return float(jnp.mean((params - target) ** 2))
+
+    assert final(gdx.adam(0.02, mu_dtype=MU, nu_dtype=NU)) < 1.2 * final(gdx.adam(0.02)) + 1e-3

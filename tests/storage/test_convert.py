@@ -1,0 +1,95 @@
+"""A state taken from one format to another, and a training resumed from a file."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gdx
+from gdx.storage import FourthRoot8, Packed, SignedSqrt8, StochasticBfloat16, convert
+from tests.contract.table import assert_same_bits
+
+EIGHT_BIT = {"mu_dtype": SignedSqrt8(), "nu_dtype": FourthRoot8()}
+BFLOAT16 = {"mu_dtype": StochasticBfloat16(), "nu_dtype": StochasticBfloat16()}
+PARAMS = {"w": jnp.linspace(-1, 1, 16 * 256).reshape(16, 256), "b": jnp.ones(3)}
+
+
+def gradient(step):
+    return jax.tree.map(lambda p: p + 0.1 * jnp.sin(jnp.linspace(0, 9, p.size) * (step + 1)).reshape(p.shape), PARAMS)
+
+
+def some_steps(tx, params, state, steps):
+    update = jax.jit(tx.update)
+    for step in steps:
+        updates, state = update(gradient(step), state, params)
+        params = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), params, updates)
+    return params, state
+
+
+@pytest.mark.parametrize("formats", [EIGHT_BIT, BFLOAT16])
+def test_there_and_back(formats):
+    exact, small = gdx.adamw(0.01), gdx.adamw(0.01, **formats)
+    _, state = some_steps(exact, PARAMS, exact.init(PARAMS), range(5))
+    there = convert(state, small.init(PARAMS))
+    assert jax.tree.structure(there) == jax.tree.structure(small.init(PARAMS))
+    back = convert(there, exact.init(PARAMS))
+    assert back[0].count == 5
+    assert {x.dtype for x in jax.tree.leaves(back)} == {np.dtype("float32"), np.dtype("int32")}
+    for name, error in (("mu", 1 / 127), ("nu", 0.2)):
+        found, expected = np.asarray(getattr(back[0], name)["w"]), np.asarray(getattr(state[0], name)["w"])
+        assert np.max(abs(found - expected)) <= error * np.max(abs(expected))
+    some_steps(small, PARAMS, there, range(5, 7))
+    assert_same_bits(convert(there, small.init(PARAMS)), there)
+
+
+def test_counts_come_and_go():
+    plain, random = gdx.sgd(0.1, 0.9), gdx.sgd(0.1, 0.9, accumulator_dtype=StochasticBfloat16())
+    _, state = some_steps(random, PARAMS, random.init(PARAMS), range(3))
+    assert_same_bits(convert(state, plain.init(PARAMS))[0].trace["w"], state[0].trace["w"].astype(jnp.float32))
+    assert convert(plain.init(PARAMS), random.init(PARAMS))[0].count == 0
+
+
+def test_under_jit():
+    exact, small = gdx.adam(0.01), gdx.adam(0.01, **EIGHT_BIT)
+    state = exact.init(PARAMS)
+    made = jax.jit(lambda state: convert(state, small.init(PARAMS)))(state)
+    assert isinstance(made[0].mu["w"], Packed)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (gdx.sgd(0.1, momentum=0.9), r"has nothing at \[0\]\.trace"),
+        (gdx.sgd(0.1), r"has also \[0\]\.mu"),
+    ],
+)
+def test_states_that_differ_in_more(other, words):
+    with pytest.raises(ValueError, match=f"convert: the state {words}.*same links, and the same parameters"):
+        convert(gdx.adam(0.1).init(PARAMS), other.init(PARAMS))
+
+
+def test_other_parameters():
+    tx = gdx.adam(0.1)
+    with pytest.raises(ValueError, match=r"has another shape at \[0\]\.mu\['b'\]"):
+        convert(tx.init(PARAMS), tx.init({**PARAMS, "b": jnp.ones(4)}))
+
+
+@pytest.mark.parametrize("formats", [EIGHT_BIT, BFLOAT16], ids=["8-bit", "bfloat16"])
+@pytest.mark.parametrize(
+    "rounding", [gdx.round_stochastically(3), gdx.round_with_compensation(), gdx.round_with_master()]
+)
+def test_resumes_bit_for_bit(tmp_path, formats, rounding):
+    tx = gdx.chain(gdx.adamw(0.01, **formats), rounding)
+    start = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    expected = some_steps(tx, start, tx.init(start), range(6))
+    middle = some_steps(tx, start, tx.init(start), range(3))
+    arrays = {str(i): np.asarray(x) for i, x in enumerate(jax.tree.leaves(middle))}
+    np.savez(tmp_path / "state.npz", **{i: x.view(np.uint8) if x.ndim else x for i, x in arrays.items()})
+    with np.load(tmp_path / "state.npz") as file:
+        target = (start, tx.init(start))
+        leaves = [
+            jnp.asarray(file[str(i)].view(x.dtype) if x.ndim else file[str(i)])
+            for i, x in enumerate(jax.tree.leaves(target))
+        ]
+    restored = jax.tree.unflatten(jax.tree.structure(target), leaves)
+    assert_same_bits(some_steps(tx, *restored, range(3, 6)), expected)
