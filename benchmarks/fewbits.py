@@ -1,0 +1,211 @@
+"""What `benchmarks.storage` trains: two small problems, and the formats whose training is compared."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pydoc_data.topics import topics
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import gdx
+from gdx.demo import problems
+from gdx.storage import Blocks, Dither, Format
+
+
+@dataclasses.dataclass(frozen=True)
+class NearestBfloat16(Format):
+    """What gdx refuses for a second moment with b2 near 1."""
+
+    keeps_positive: ClassVar[bool] = True
+
+    def encode(self, x: jax.Array, dither: Dither) -> jax.Array:
+        return x.astype(jnp.bfloat16)
+
+    def decode(self, stored: jax.Array) -> jax.Array:
+        return stored.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Linear8(Blocks):
+    """Equidistant codes, to nearest: small second moments become 0."""
+
+    keeps_positive: ClassVar[bool] = True
+
+    def codes(self, x: jax.Array, scales: jax.Array, bits: Any) -> jax.Array:
+        return jnp.round(x * (127 / scales))
+
+    def values(self, codes: jax.Array) -> jax.Array:
+        return codes * jnp.float32(1 / 127)
+
+
+class Problem(NamedTuple):
+    """A network, its data and how long it is trained.
+
+    Attributes:
+      sizes: of its layers; inputs of class numbers are embedded first.
+      train, test: inputs and labels.
+      classes: how many different numbers the inputs are, and into how many each is embedded; None for real inputs.
+      steps, rate: of the training.
+    """
+
+    sizes: Sequence[int]
+    train: tuple[np.ndarray, np.ndarray]
+    test: tuple[np.ndarray, np.ndarray]
+    classes: tuple[int, int] | None
+    steps: int
+    rate: float
+
+
+@functools.cache
+def digits() -> Problem:
+    """The handwritten digits of scikit-learn."""
+    problem = problems.digits()
+    train, test = (tuple(map(np.asarray, data)) for data in (problem.train, problem.test))
+    return Problem((64, 256, 256, 10), train, test, None, steps=1500, rate=1e-3)  # type: ignore[arg-type]
+
+
+@functools.cache
+def characters() -> Problem:
+    """The next character after 16, in the help texts that come with Python."""
+    text = "".join(topics[name] for name in sorted(topics))
+    alphabet = sorted(set(text))
+    numbers = np.array([alphabet.index(c) for c in text], np.int32)
+    windows = np.lib.stride_tricks.sliding_window_view(numbers, 17)
+    inputs, labels = windows[:, :16], windows[:, 16]
+    end = int(0.9 * len(inputs))
+    test = np.random.default_rng(0).integers(end + 16, len(inputs), 8192)
+    data = (inputs[:end], labels[:end]), (inputs[test], labels[test])
+    return Problem((512, 256, 256, len(alphabet)), *data, (len(alphabet), 32), steps=3000, rate=2e-3)
+
+
+PROBLEMS: Mapping[str, Callable[[], Problem]] = {"digits": digits, "characters": characters}
+BATCH, EVALUATIONS = 128, 30
+BFLOAT16: dict[str, Any] = {"mu_dtype": "bfloat16", "nu_dtype": gdx.storage.StochasticBfloat16()}
+EIGHT_BIT: dict[str, Any] = {"mu_dtype": gdx.storage.SignedSqrt8(), "nu_dtype": gdx.storage.FourthRoot8()}
+LINEAR: dict[str, Any] = {"mu_dtype": Linear8(), "nu_dtype": Linear8()}
+
+# settings of adamw, the link that rounds parameters, their dtype
+FORMATS: dict[str, tuple[dict[str, Any], Any, Any]] = {
+    "float32": ({}, None, jnp.float32),
+    # what the least change of a run does, for comparison
+    "float32, eps = 1.1e-8": ({"eps": 1.1e-8}, None, jnp.float32),
+    "bf16 state": (BFLOAT16, None, jnp.float32),
+    "8-bit state": (EIGHT_BIT, None, jnp.float32),
+    "bf16 parameters, stochastic": ({}, gdx.round_stochastically(), jnp.bfloat16),
+    "bf16 parameters, compensated": ({}, gdx.round_with_compensation(), jnp.bfloat16),
+    "bf16 parameters, f32 master": ({}, gdx.round_with_master(), jnp.bfloat16),
+    "8-bit state, bf16 stochastic": (EIGHT_BIT, gdx.round_stochastically(), jnp.bfloat16),
+    "(refused) bf16 nu to nearest": ({"nu_dtype": NearestBfloat16()}, None, jnp.float32),
+    "(refused) linear 8-bit state": (LINEAR, None, jnp.float32),
+    "bf16 parameters to nearest": ({}, None, jnp.bfloat16),
+}
+
+
+def start(problem: Problem, key: jax.Array) -> dict[str, Any]:
+    """Initial parameters."""
+    layers = []
+    for inputs, outputs in zip(problem.sizes, problem.sizes[1:]):
+        key, draw = jax.random.split(key)
+        layers.append({"w": jax.random.normal(draw, (inputs, outputs)) * np.sqrt(2 / inputs), "b": jnp.zeros(outputs)})
+    embedding = jax.random.normal(key, problem.classes) if problem.classes else jnp.zeros(())
+    return {"layers": layers, "embedding": embedding}
+
+
+def loss(params: Any, inputs: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean cross-entropy in nats, computed in float32."""
+    params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+    x = inputs if inputs.dtype == jnp.float32 else params["embedding"][inputs].reshape(len(inputs), -1)
+    for i, layer in enumerate(params["layers"]):
+        x = x @ layer["w"] + layer["b"]
+        x = jax.nn.relu(x) if i + 1 < len(params["layers"]) else x
+    return optax.softmax_cross_entropy_with_integer_labels(x, labels).mean()
+
+
+def train(problem: Problem, tx: Any, dtype: Any, keep_gradients: int = 0) -> Callable[[int], Any]:
+    """A compiled function from a seed to the validation losses, or to the first gradients."""
+    inputs, labels = map(jnp.asarray, problem.train)
+    held_out = tuple(map(jnp.asarray, problem.test))
+
+    def step(carry: Any, key: jax.Array) -> Any:
+        params, state = carry
+        chosen = jax.random.randint(key, (BATCH,), 0, len(inputs))
+        gradient = jax.grad(loss)(params, inputs[chosen], labels[chosen])
+        updates, state = tx.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), state), gradient if keep_gradients else None
+
+    def some_steps(carry: Any, keys: jax.Array) -> Any:
+        carry, _ = jax.lax.scan(step, carry, keys)
+        return carry, loss(carry[0], *held_out)
+
+    def run(seed: jax.Array) -> Any:
+        key, draw = jax.random.split(jax.random.key(seed))
+        params = jax.tree.map(lambda p: p.astype(dtype), start(problem, draw))
+        keys = jax.random.split(key, problem.steps)
+        if keep_gradients:
+            return params, jax.lax.scan(step, (params, tx.init(params)), keys[:keep_gradients])[1]
+        return jax.lax.scan(some_steps, (params, tx.init(params)), keys.reshape(EVALUATIONS, -1))[1]
+
+    return jax.jit(run)
+
+
+def compare(name: str, seeds: int) -> tuple[tuple[np.ndarray, dict[str, np.ndarray]], dict[str, list[str]]]:
+    """The steps and mean validation losses of each format, and the cells of its row in the table."""
+    problem = PROBLEMS[name]()
+    rate = optax.cosine_decay_schedule(problem.rate, problem.steps)
+    losses = {}
+    for label, (settings, rounding, dtype) in FORMATS.items():
+        tx: Any = gdx.adamw(rate, **settings)
+        run = train(problem, tx if rounding is None else gdx.chain(tx, rounding), dtype)
+        losses[label] = np.stack([np.asarray(run(seed)) for seed in range(seeds)])
+    steps = problem.steps // EVALUATIONS * (1 + np.arange(EVALUATIONS))
+    cells = {}
+    for label, found in losses.items():
+        added = found[:, -1] - losses["float32"][:, -1]
+        cells[label] = [f"{found[:, -1].mean():.4f}", f"{added.mean():+.4f}", *(f"{x:+.4f}" for x in added)]
+    return (steps, {label: found.mean(axis=0) for label, found in losses.items()}), cells
+
+
+def eight_bit_error(name: str, counts: Sequence[int] = (10, 100, 500)) -> list[float]:
+    """Root mean square of the difference of the updates of 8-bit and float32 state, over that of the latter."""
+    problem = PROBLEMS[name]()
+    params, gradients = train(problem, gdx.adam(problem.rate), jnp.float32, keep_gradients=max(counts))(0)
+
+    def updates(tx: gdx.Transform) -> Any:
+        def step(state: Any, gradient: Any) -> Any:
+            update, state = tx.update(gradient, state)
+            return state, update["layers"][1]["w"]
+
+        return np.asarray(jax.lax.scan(step, tx.init(params), gradients)[1])
+
+    exact, found = (updates(gdx.scale_by_adam(**settings)) for settings in ({}, EIGHT_BIT))
+    return [float(np.sqrt(np.mean((found[i - 1] - exact[i - 1]) ** 2) / np.mean(exact[i - 1] ** 2))) for i in counts]
+
+
+def second_moment_after_shrinking(counts: Sequence[int]) -> dict[str, list[float]]:
+    """The mean second moment in each format over the exact one, so many steps after gradients became smaller."""
+    formats = {
+        "bf16 stochastic": gdx.storage.StochasticBfloat16(),
+        "8-bit fourth root": gdx.storage.FourthRoot8(),
+        "(refused) bf16 to nearest": NearestBfloat16(),
+        "(refused) 8-bit linear": Linear8(),
+    }
+    shape, before = (32, 256), 3000
+
+    def run(tx: gdx.Transform) -> np.ndarray:
+        def step(state: Any, t: jax.Array) -> Any:
+            noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), t), shape)
+            _, state = tx.update(noise * jnp.where(t < before, 1.0, 0.01), state)
+            nu = state.nu.decode() if isinstance(state.nu, gdx.storage.Packed) else state.nu
+            return state, nu.astype(jnp.float32).mean()
+
+        steps = jnp.arange(before + max(counts))
+        return np.asarray(jax.jit(lambda: jax.lax.scan(step, tx.init(jnp.zeros(shape)), steps)[1])())
+
+    exact = run(gdx.scale_by_adam())
+    found = {name: run(gdx.scale_by_adam(nu_dtype=format)) for name, format in formats.items()}
+    at = before + np.array(counts) - 1
+    return {name: list(nu[at] / exact[at]) for name, nu in found.items()}
