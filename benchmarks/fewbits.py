@@ -85,7 +85,7 @@ def characters() -> Problem:
 PROBLEMS: Mapping[str, Callable[[], Problem]] = {"digits": digits, "characters": characters}
 BATCH, EVALUATIONS = 128, 30
 BFLOAT16: dict[str, Any] = {"mu_dtype": "bfloat16", "nu_dtype": gdx.storage.StochasticBfloat16()}
-EIGHT_BIT: dict[str, Any] = {"mu_dtype": gdx.storage.SignedSqrt8(), "nu_dtype": gdx.storage.FourthRoot8()}
+EIGHT_BIT: dict[str, Any] = {"mu_dtype": gdx.storage.SignedFourthRoot8(), "nu_dtype": gdx.storage.FourthRoot8()}
 LINEAR: dict[str, Any] = {"mu_dtype": Linear8(), "nu_dtype": Linear8()}
 
 # settings of adamw, the link that rounds parameters, their dtype

@@ -37,7 +37,7 @@ except ImportError:
 RATE = 1e-3
 SIZES = {"1x32M": [32_000_000], "100x320k": [320_000] * 100}
 BFLOAT16: dict[str, Any] = {"mu_dtype": "bfloat16", "nu_dtype": gdx.storage.StochasticBfloat16()}
-EIGHT_BIT: dict[str, Any] = {"mu_dtype": gdx.storage.SignedSqrt8(), "nu_dtype": gdx.storage.FourthRoot8()}
+EIGHT_BIT: dict[str, Any] = {"mu_dtype": gdx.storage.SignedFourthRoot8(), "nu_dtype": gdx.storage.FourthRoot8()}
 
 
 def _rounded(rounding: gdx.Transform, **formats: Any) -> gdx.Transform:

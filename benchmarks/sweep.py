@@ -120,17 +120,9 @@ def time_sweeps(steps: int, rounds: int) -> list[list[object]]:
         rounds,
         dict.fromkeys(ways, jax.clear_caches),
     )
-    kept = {name: make() for name, make in ways.items() if "closure" not in name}
-    warm = interleaved({name: lambda run=run: run(1.01 * RATES) for name, run in kept.items()}, 3 * rounds)  # type: ignore[misc]
-    return [
-        [
-            name,
-            counts[name],
-            ratio(cold, name, baseline),
-            ratio(warm, name, baseline) if name in kept else "compiles again",
-        ]
-        for name in ways
-    ]
+    kept = {name: make() for name, make in ways.items()}
+    warm = interleaved({name: lambda run=run: run(1.01 * RATES) for name, run in kept.items()}, rounds)  # type: ignore[misc]
+    return [[name, counts[name], ratio(cold, name, baseline), ratio(warm, name, baseline)] for name in ways]
 
 
 def time_steps(name: str, rounds: int) -> list[object]:

@@ -107,7 +107,7 @@ def to_storage(label: str, value: Any, *, second_moment: bool = False) -> np.dty
     """
     if value is None:
         return None
-    good = "StochasticBfloat16() or gdx.storage." + ("FourthRoot8()" if second_moment else "SignedSqrt8()")
+    good = "StochasticBfloat16() or gdx.storage." + ("FourthRoot8()" if second_moment else "SignedFourthRoot8()")
     expected = f"expected a floating-point dtype such as 'bfloat16', a format such as gdx.storage.{good}, or None"
     if isinstance(value, Format):
         if second_moment and not value.keeps_positive:

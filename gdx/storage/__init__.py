@@ -1,11 +1,11 @@
 """How moments and parameters are held in few bits.
 
 Wherever an optimizer takes a dtype for a moment, it takes a format too: `StochasticBfloat16`,
-`SignedSqrt8` (first moment, velocity), `FourthRoot8` (second moment), or a `Format` of your own. A
+`SignedFourthRoot8` (first moment, velocity), `FourthRoot8` (second moment), or a `Format` of your own. A
 dtype is the format that rounds to nearest. `convert` takes a state from one format to another.
 
 >>> import gdx, jax, jax.numpy as jnp
->>> tx = gdx.adamw(1e-3, mu_dtype=gdx.storage.SignedSqrt8(), nu_dtype=gdx.storage.FourthRoot8())
+>>> tx = gdx.adamw(1e-3, mu_dtype=gdx.storage.SignedFourthRoot8(), nu_dtype=gdx.storage.FourthRoot8())
 >>> state = tx.init({"w": jnp.zeros((16, 512))})
 >>> state[0].nu["w"]
 Packed(codes=uint8[16,512], scales=float32[16,2], format=storage.FourthRoot8())
@@ -13,9 +13,9 @@ Packed(codes=uint8[16,512], scales=float32[16,2], format=storage.FourthRoot8())
 2.03125
 """
 
-from gdx.storage.blocks import Blocks, FourthRoot8, Packed, SignedSqrt8
+from gdx.storage.blocks import Blocks, FourthRoot8, Packed, SignedFourthRoot8
 from gdx.storage.convert import convert
 from gdx.storage.dither import Dither
 from gdx.storage.formats import Format, StochasticBfloat16
 
-__all__ = ["Blocks", "Dither", "Format", "FourthRoot8", "Packed", "SignedSqrt8", "StochasticBfloat16", "convert"]
+__all__ = ["Blocks", "Dither", "Format", "FourthRoot8", "Packed", "SignedFourthRoot8", "StochasticBfloat16", "convert"]

@@ -160,7 +160,7 @@ _BAD_RATE = (
 )
 # with these, leaves of the tree below are large enough to be held in 8 bits, with blocks that are not full
 _BLOCKS = {"block": 8, "minimum_size": 1}
-_SMALL_MU, _SMALL_NU = gdx.storage.SignedSqrt8(**_BLOCKS), gdx.storage.FourthRoot8(**_BLOCKS)
+_SMALL_MU, _SMALL_NU = gdx.storage.SignedFourthRoot8(**_BLOCKS), gdx.storage.FourthRoot8(**_BLOCKS)
 _STOCHASTIC = gdx.storage.StochasticBfloat16()
 _BAD_MOMENTUM = (
     ({"momentum": 1.0}, ValueError, r"momentum is 1\.0; expected a finite number in \[0, 1\)"),
@@ -173,7 +173,7 @@ _BAD_MOMENTUM = (
     (
         {"accumulator_dtype": gdx.storage.FourthRoot8()},
         ValueError,
-        r"accumulator_dtype is storage\.FourthRoot8\(\), which holds no negative numbers; expected .*SignedSqrt8",
+        r"accumulator_dtype is storage\.FourthRoot8\(\), which holds no negative numbers; expected .*SignedFourthRoot8",
     ),
     ({"accumulator_dtype": "f3"}, TypeError, r"accumulator_dtype is 'f3'; expected a floating-point dtype"),
 )
@@ -188,7 +188,7 @@ _BAD_MOMENTS = (
     ({"mu_dtype": "int8"}, ValueError, r"mu_dtype is 'int8', in which a moment would be rounded away"),
     ({"mu_dtype": gdx.storage.FourthRoot8()}, ValueError, r"mu_dtype is .*, which holds no negative numbers"),
     (
-        {"nu_dtype": gdx.storage.SignedSqrt8()},
+        {"nu_dtype": gdx.storage.SignedFourthRoot8()},
         ValueError,
         r"nu_dtype is .*rounds small second moments to 0.*FourthRoot8",
     ),

@@ -161,4 +161,6 @@ def test_weight_decay_before_it_counts(link):
 @every_link
 def test_its_text_evaluates_to_it(link):
     assert eval(repr(link), vars(gdx)) == link
-    assert eval(repr(gdx.chain(gdx.sgd(0.1, 0.9, accumulator_dtype=gdx.storage.SignedSqrt8(128)), link)), vars(gdx))
+    assert eval(
+        repr(gdx.chain(gdx.sgd(0.1, 0.9, accumulator_dtype=gdx.storage.SignedFourthRoot8(128)), link)), vars(gdx)
+    )

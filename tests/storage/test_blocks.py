@@ -8,23 +8,23 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import gdx
-from gdx.storage import Dither, FourthRoot8, Packed, SignedSqrt8, StochasticBfloat16
+from gdx.storage import Dither, FourthRoot8, Packed, SignedFourthRoot8, StochasticBfloat16
 from tests.contract.table import assert_same_bits
 
 SIGMAS = 5.4
 FIRST = Dither(np.uint32(1), np.uint32(0))
-MU, NU = SignedSqrt8(), FourthRoot8()
+MU, NU = SignedFourthRoot8(), FourthRoot8()
 SMALL = {"block": 8, "minimum_size": 1}
 
 
-def test_signed_square_root_against_its_formula():
+def test_signed_fourth_root_against_its_formula():
     x = np.random.default_rng(0).standard_normal((3, 40)).astype(np.float32) ** 3
-    packed = SignedSqrt8(**SMALL).encode(jnp.asarray(x), None)
+    packed = SignedFourthRoot8(**SMALL).encode(jnp.asarray(x), None)
     scales = abs(x.astype(float)).reshape(3, 5, 8).max(-1)
-    codes = np.round(127 * np.sqrt(abs(x) / np.repeat(scales, 8, -1))) * np.sign(x)
+    codes = np.round(127 * (abs(x) / np.repeat(scales, 8, -1)) ** 0.25) * np.sign(x)
     np.testing.assert_array_equal(packed.scales, scales.astype(np.float32))
     np.testing.assert_array_equal(packed.codes, codes)
-    expected = np.sign(codes) * (codes / 127) ** 2 * np.repeat(scales, 8, -1)
+    expected = np.sign(codes) * (codes / 127) ** 4 * np.repeat(scales, 8, -1)
     np.testing.assert_allclose(packed.decode(), expected, rtol=1e-6)
 
 
@@ -49,7 +49,7 @@ def test_a_positive_second_moment_stays_positive():
     np.testing.assert_array_equal(np.asarray(packed.decode()) > 0, np.asarray(x) > 0)
 
 
-@pytest.mark.parametrize("format", [SignedSqrt8(**SMALL), FourthRoot8(**SMALL)])
+@pytest.mark.parametrize("format", [SignedFourthRoot8(**SMALL), FourthRoot8(**SMALL)])
 @pytest.mark.parametrize("scale", [1e-45, 1e-39, 2e-38, 1e-30, 1.0, 1e30, 3e38])
 def test_any_magnitude(format, scale):
     x = np.array([1, 0.5, 0.25, 0.1, 0, 0.01, 1e-3, 1], np.float32) * np.float32(scale)
@@ -61,7 +61,7 @@ def test_any_magnitude(format, scale):
         np.testing.assert_array_equal(found, 0)
 
 
-@pytest.mark.parametrize("format", [SignedSqrt8(**SMALL), FourthRoot8(**SMALL)])
+@pytest.mark.parametrize("format", [SignedFourthRoot8(**SMALL), FourthRoot8(**SMALL)])
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 def test_what_is_not_finite_makes_its_block_nan(format, bad):
     x = np.ones(16, np.float32)
@@ -100,7 +100,7 @@ def test_a_node_of_two_arrays():
     packed = MU.encode(jnp.ones((16, 512)), None)
     assert (packed.shape, packed.ndim, packed.size, packed.dtype) == ((16, 512), 2, 16 * 512, np.int8)
     assert packed.nbytes == 16 * 512 + 16 * 2 * 4
-    assert repr(packed) == "Packed(codes=int8[16,512], scales=float32[16,2], format=storage.SignedSqrt8())"
+    assert repr(packed) == "Packed(codes=int8[16,512], scales=float32[16,2], format=storage.SignedFourthRoot8())"
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(packed)]
     assert paths == [".codes", ".scales"]
     assert_same_bits(jax.jit(lambda x: x)(packed), packed)
@@ -162,8 +162,8 @@ def test_a_state_in_another_format_is_refused():
 
 @pytest.mark.parametrize(("settings", "words"), [({"block": 0}, "block is 0"), ({"minimum_size": 1.5}, "minimum_size")])
 def test_refused_settings(settings, words):
-    with pytest.raises(ValueError, match=f"SignedSqrt8: {words}.*expected an integer >= 1"):
-        SignedSqrt8(**settings)
+    with pytest.raises(ValueError, match=f"SignedFourthRoot8: {words}.*expected an integer >= 1"):
+        SignedFourthRoot8(**settings)
 
 
 def test_in_a_batch_of_optimizers():
