@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from gdx.checks import check_complex, check_formats, check_like, check_state
-from gdx.storage.blocks import Packed
+from gdx.storage.blocks import Blocks, InBlocks, Layout, Packed
 from gdx.storage.dither import Dither
 from gdx.storage.formats import Format, is_encoded, with_slope_of
 from gdx.transform import Transform
@@ -37,11 +37,14 @@ class Leafwise(Transform):
     Attributes:
       State: the state's NamedTuple. A field `count` is the number of updates so far; every other
         field is one moment, a tree shaped like the parameters.
+      elementwise: whether each number's step depends on that number alone, so that the leaf may be given in
+        another shape: moments in blocks of 8 bits then cost less.
       rounds: whether this is a link that rounds parameters: `step` then takes `rounding` as a keyword,
         and its update stays in the dtype it was computed in.
     """
 
     State: ClassVar[Any] = optax.EmptyState
+    elementwise: ClassVar[bool] = False
     rounds: ClassVar[bool] = False
 
     @property
@@ -164,41 +167,72 @@ def _stepper(structure: Any) -> Callable:
     @functools.partial(jax.jit, static_argnums=0)
     def step(acting: tuple, numbers: list, g: Any, p: Any, moments: tuple, index: Any) -> tuple:
         links, shared, counts = jax.tree.unflatten(structure, numbers)
-        dtype = compute_dtype(*jax.tree.leaves((g, p, moments)))
+        dtype, gradient_dtype = compute_dtype(*jax.tree.leaves((g, p, moments))), g.dtype
+        formats = [
+            list(map(_format_of, link.formats or [None] * len(kept), kept)) for link, kept in zip(links, moments)
+        ]
+        layout = _common_layout(links, formats, g.shape)
+        if layout is not None:
+            formats = [[InBlocks(f, layout.axis) if isinstance(f, Blocks) else f for f in fs] for fs in formats]
+            # or the compiler goes back to the whole array, and writes out each scale once for each number
+            g, p, moments = jax.lax.optimization_barrier(_each(layout.split, (g, p, moments)))
         # between links the update stays as it was computed: in bfloat16 a small decay would vanish beside it
         u, new_moments, is_rounded = g, [], False
-        for i, (link, common, acts, kept) in enumerate(zip(links, shared, acting, moments)):
+        for i, (link, common, acts, kept, few) in enumerate(zip(links, shared, acting, moments, formats)):
             if acts:
                 dither = None if counts is None or counts[i] is None else Dither(counts[i].astype(jnp.uint32), index)
-                u, *kept = _step_one(link, common, u, p, kept, dtype, dither)
+                u, *kept = _step_one(link, common, u, p, kept, few, dtype, dither)
                 is_rounded = link.rounds
             new_moments.append(tuple(kept))
-        return u if is_rounded else u.astype(g.dtype), tuple(new_moments)
+        stepped = u if is_rounded else u.astype(gradient_dtype), tuple(new_moments)
+        return stepped if layout is None else _each(layout.join, stepped)
 
     return step
 
 
+def _format_of(format: Any, moment: Any) -> Format | None:
+    """The storage format in which a moment is held; None for an array of its own dtype."""
+    return format if is_encoded(format, moment) else None
+
+
+def _common_layout(links: Sequence[Leafwise], formats: list[list], shape: tuple[int, ...]) -> Layout | None:
+    """How all arrays of a leaf are seen as blocks during its step, if there are whole ones and all links allow it."""
+    layouts = {f.layout(shape) for fs in formats for f in fs if isinstance(f, Blocks)}
+    fits = len(layouts) == 1 and all(link.elementwise for link in links)
+    return layouts.pop() if fits and not next(iter(layouts)).missing else None
+
+
+def _each(function: Callable[[Any], Any], tree: Any) -> Any:
+    """The function of each array or packed array of a tree."""
+    return jax.tree.map(function, tree, is_leaf=lambda x: isinstance(x, Packed))
+
+
 def _step_one(
-    link: Leafwise, shared: Any, g: Any, p: Any, moments: Sequence, dtype: np.dtype, dither: Dither | None
+    link: Leafwise,
+    shared: Any,
+    g: Any,
+    p: Any,
+    moments: Sequence,
+    formats: Sequence[Format | None],
+    dtype: np.dtype,
+    dither: Any,
 ) -> Iterable[Any]:
     def cast(x: Any) -> Any:
         return None if x is None else x.astype(dtype if jnp.iscomplexobj(x) else jnp.finfo(dtype).dtype)
 
-    formats = link.formats or (None,) * len(moments)
-    encoded = [is_encoded(format, old) for format, old in zip(formats, moments)]
-
     def decode(stored: Sequence) -> list[Any]:
-        return [cast(format.decode(x) if few else x) for format, few, x in zip(formats, encoded, stored)]
+        return [cast(x if format is None else format.decode(x)) for format, x in zip(formats, stored)]
 
     def encode(new: Sequence) -> list[Any]:
         return [
-            format.encode(x, dither and dither._replace(field=field)) if few else x.astype(old.dtype)
-            for field, (x, old, format, few) in enumerate(zip(new, moments, formats, encoded, strict=True))
+            x.astype(old.dtype) if format is None else format.encode(x, dither and dither._replace(field=field))
+            for field, (x, old, format) in enumerate(zip(new, moments, formats, strict=True))
         ]
 
     # only a real hyperparameter and a complex leaf of its precision are left to promote
     with jax.numpy_dtype_promotion("standard"):
-        if type(link).step is Leafwise.step and any(few or x.dtype.itemsize < 4 for few, x in zip(encoded, moments)):
+        is_few = [format is not None or x.dtype.itemsize < 4 for format, x in zip(formats, moments)]
+        if type(link).step is Leafwise.step and any(is_few):
 
             def accumulate() -> tuple[jax.Array, ...]:
                 return link.accumulate(shared, cast(g), cast(p), *decode(moments))

@@ -87,6 +87,7 @@ class scale_by_adam(Leafwise):
     """
 
     State: ClassVar = optax.ScaleByAdamState
+    elementwise: ClassVar[bool] = True
 
     b1: Scalar = hyperparameter(default=0.9, minimum=0, below=1)
     b2: Scalar = hyperparameter(default=0.999, minimum=0, below=1)

@@ -1,6 +1,6 @@
 """Momentum: heavy ball and Nesterov."""
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -63,6 +63,8 @@ class scale_by_momentum(Leafwise):
     >>> updates.tolist()
     [1.75]
     """
+
+    elementwise: ClassVar[bool] = True
 
     momentum: Scalar = hyperparameter(default=0.9, minimum=0, below=1)
     nesterov: bool = static(default=False, convert=to_bool)

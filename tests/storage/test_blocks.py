@@ -1,5 +1,7 @@
 """8 bits in blocks: codes and scales, their errors, what is not finite, and where they live."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -160,9 +162,55 @@ def test_a_state_in_another_format_is_refused():
         small.update({}, small.init(params), {})
 
 
-@pytest.mark.parametrize(("settings", "words"), [({"block": 0}, "block is 0"), ({"minimum_size": 1.5}, "minimum_size")])
+def test_blocks_along_another_axis():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 40, 5)).astype(np.float32))
+    for format in (SignedFourthRoot8(**SMALL), FourthRoot8(**SMALL)):
+        turned = dataclasses.replace(format, axis=-2)
+        magnitudes = x if format.signed else abs(x)
+        dither = FIRST if format.signed else Dither(FIRST.step, FIRST.leaf)
+        packed, straight = turned.encode(magnitudes, dither), format.encode(magnitudes.swapaxes(1, 2), dither)
+        assert packed.scales.shape == (3, 5, 5)
+        np.testing.assert_array_equal(packed.scales, straight.scales.swapaxes(1, 2))
+        if format.signed:
+            np.testing.assert_array_equal(packed.decode(), straight.decode().swapaxes(1, 2))
+    assert not turned.fits((4096,))
+    assert turned.fits((8, 512))
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("shape", [(16, 16), (4, 12, 20)])
+def test_a_step_in_blocks_is_that_of_separate_links(axis, shape):
+    """The step sees a leaf as blocks if they are whole, and if all links of its chain are elementwise."""
+    mu, nu = SignedFourthRoot8(**SMALL, axis=axis), FourthRoot8(**SMALL, axis=axis)
+    links = gdx.scale_by_adam(mu_dtype=mu, nu_dtype=nu), gdx.add_decoupled_weight_decay(0.1)
+    g, p = (jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)) for seed in range(2))
+
+    def run(tx):
+        state = tx.init(p)
+        for _ in range(3):
+            updates, state = jax.jit(tx.update)(g, state, p)
+        return updates, state
+
+    class rows(gdx.Leafwise):
+        """Not elementwise: the identity, but it needs rows as they are."""
+
+        def step(self, shared, g, p):
+            assert g.shape == shape
+            return (g,)
+
+    updates, state = run(gdx.chain(*links))
+    assert_same_bits((updates, state), run(optax.chain(*links)))
+    assert_same_bits(
+        (updates, state[0]), tuple(x if i == 0 else x[0] for i, x in enumerate(run(gdx.chain(*links, rows()))))
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"block": 0}, "block is 0"), ({"minimum_size": 1.5}, "minimum_size"), ({"axis": 0}, "axis is 0")],
+)
 def test_refused_settings(settings, words):
-    with pytest.raises(ValueError, match=f"SignedFourthRoot8: {words}.*expected an integer >= 1"):
+    with pytest.raises(ValueError, match=f"SignedFourthRoot8: {words}.*expected"):
         SignedFourthRoot8(**settings)
 
 
