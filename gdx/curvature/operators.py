@@ -269,10 +269,12 @@ def _is_adam(state: Any) -> bool:
 def _vector_like(operator: Operator, params: Any, vector: Any) -> Any:
     """The vector in the dtypes of the parameters, once it has their structure and shapes."""
     name = type(operator).__name__
-    given, expected = jax.tree.structure(vector), jax.tree.structure(params)
-    if not given == expected:
+    given: Any = jax.tree.structure(vector)
+    expected = jax.tree.structure(params)
+    if given != expected:
         raise ValueError(
-            f"{name}: the vector's tree is {given}, that of the parameters {expected}; pass a vector with the tree of the parameters"
+            f"{name}: the vector's tree is {given}, that of the parameters {expected}; "
+            f"pass a vector with the tree of the parameters"
         )
 
     def like(path: Any, p: jax.Array, v: Any) -> jax.Array:

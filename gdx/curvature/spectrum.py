@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdx.checks import check_params
-from gdx.curvature.krylov import from_vector, lanczos, measured, on_vectors, to_vector
+from gdx.curvature.krylov import from_vector, lanczos, measured, on_any_mesh, on_vectors, to_vector
 from gdx.curvature.operators import Operator
 from gdx.extra import needs
 from gdx.fields import is_concrete
@@ -67,11 +67,12 @@ def spectrum_edges(
     $$ \|A v - \lambda v\| \le \text{tolerance} \cdot \max(|\lambda_\min|, |\lambda_\max|) $$
 
     for both, or after `rounds`; else both vectors, weighted by their errors, start another. The
-    criterion is relative to the whole spectrum: a $\lambda_\min$ near 0 has that absolute error. Two last
+    criterion is relative to the whole spectrum: among many eigenvalues near 0, the smallest has that absolute error, and is
+    found better by a larger `krylov_size` or a smaller `tolerance`. Two last
     products measure the errors that are returned, rather than derive them. A random start misses an edge only where
     it is orthogonal to it to within rounding.
 
-    Memory: about `krylov_size` + 10 vectors like the parameters, however many rounds. A pure function, also under
+    Memory: about 2 `krylov_size` + 6 vectors like the parameters, and a gradient's, however many rounds. A pure function, also under
     `jax.jit`; outside of it, the program is compiled once for each set of shapes, functions and options, and the
     result is checked. Parameters and data may be sharded over a mesh.
 
@@ -215,6 +216,7 @@ def trace(operator: Operator, key: jax.Array, *, samples: int = 32, progress: Pr
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+@on_any_mesh
 def _edges(
     operator: Operator, key: jax.Array, size: int, rounds: int, tolerance: float, meter: "Meter | None"
 ) -> Edges:
@@ -246,6 +248,7 @@ def _edges(
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
+@on_any_mesh
 def _density(operator: Operator, key: jax.Array, size: int, probes: int, meter: "Meter | None") -> Density:
     product, sample = on_vectors(operator), _sampler(operator)
 
@@ -258,6 +261,7 @@ def _density(operator: Operator, key: jax.Array, size: int, probes: int, meter: 
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
+@on_any_mesh
 def _trace(operator: Operator, key: jax.Array, samples: int, meter: "Meter | None") -> Trace:
     with needs("curvature"):
         from matfree import stochtrace

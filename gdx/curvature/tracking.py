@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from gdx.checks import check_params
-from gdx.curvature.krylov import from_vector, lanczos, on_vectors, to_vector
+from gdx.curvature.krylov import from_vector, lanczos, on_any_mesh, on_vectors, to_vector
 from gdx.curvature.operators import Operator
 
 
@@ -46,8 +46,8 @@ def update_sharpness(state: SharpnessState, operator: Operator, *, products: int
     largest eigenvalue, and `error` says how close it is to some eigenvalue; the first few updates are those of a cold
     start. One per cent of noise in each start finds an eigenvector that overtakes the one which is followed.
 
-    A pure function, for `jax.jit`, `jax.lax.scan` and, every n-th step, `jax.lax.cond`. Memory: `products` + 4 vectors
-    like the parameters.
+    A pure function, for `jax.jit`, `jax.lax.scan` and, every n-th step, `jax.lax.cond`. Memory: two vectors for each product and a few more, like
+    the parameters.
 
     Args:
       state: from `init_sharpness` or the last update.
@@ -69,15 +69,16 @@ def update_sharpness(state: SharpnessState, operator: Operator, *, products: int
     if products < 2:
         raise ValueError(f"update_sharpness: products is {products}; expected at least 2")
     check_params(operator, operator.params)
+    return _followed(operator, state, products)
+
+
+@on_any_mesh
+def _followed(operator: Operator, state: SharpnessState, products: int) -> SharpnessState:
     key, noise_key = jax.random.split(state.key)
     vector = to_vector(state.vector)
     noise = jax.random.normal(noise_key, vector.shape, vector.dtype)
     start = vector + 0.01 * noise / jnp.linalg.norm(noise)
     found = lanczos(on_vectors(operator), start, min(products, len(start)))
     (vector,) = found.vectors(found.largest[None])
-    return SharpnessState(
-        found.values[found.largest],
-        found.errors[found.largest],
-        from_vector(vector / jnp.linalg.norm(vector), operator.params),
-        key,
-    )
+    vector = from_vector(vector / jnp.linalg.norm(vector), operator.params)
+    return SharpnessState(found.values[found.largest], found.errors[found.largest], vector, key)
