@@ -71,7 +71,7 @@ class _Averaged(Operator):
                 f"custom derivatives with jax.custom_jvp, and loops with a fixed number of turns. JAX says: {error}"
             ) from error
         # the gradient of JAX in a complex parameter is the conjugate of the direction of steepest ascent
-        return jax.tree.map(lambda x: x.conj() / np.array(count, x.real.dtype), total)
+        return jax.tree.map(lambda x: x.conj() / np.array(count, x.dtype), total)
 
     def _as_given(self, params: Any) -> Any:
         """Accurate parameters, back in the dtypes that the loss was written for."""
@@ -259,7 +259,8 @@ def adam_preconditioned(operator: Operator, tx: Transform, state: Any) -> Precon
 
 def accurate(x: Any) -> jax.Array:
     """The array in at least float32."""
-    return jnp.asarray(x).astype(jnp.promote_types(jnp.result_type(x), jnp.float32))
+    x = jnp.asarray(x)
+    return x.astype(np.promote_types(x.dtype, np.float32))
 
 
 def _is_adam(state: Any) -> bool:

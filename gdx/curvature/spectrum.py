@@ -66,15 +66,15 @@ def spectrum_edges(
 
     $$ \|A v - \lambda v\| \le \text{tolerance} \cdot \max(|\lambda_\min|, |\lambda_\max|) $$
 
-    for both, or after `rounds`; else both vectors, weighted by their errors, start another. The
-    criterion is relative to the whole spectrum: among many eigenvalues near 0, the smallest has that absolute error, and is
-    found better by a larger `krylov_size` or a smaller `tolerance`. Two last
-    products measure the errors that are returned, rather than derive them. A random start misses an edge only where
-    it is orthogonal to it to within rounding.
+    for both, or after `rounds`; else the sum of the two vectors starts another. The criterion is relative to the
+    whole spectrum: a $\lambda_\min$ near 0, with many others near 0, is only that exact, and is found better with
+    a smaller `tolerance`. Two last products measure the errors that are returned. A random start misses
+    an edge only where it is orthogonal to it to within rounding.
 
-    Memory: about 2 `krylov_size` + 6 vectors like the parameters, and a gradient's, however many rounds. A pure function, also under
-    `jax.jit`; outside of it, the program is compiled once for each set of shapes, functions and options, and the
-    result is checked. Parameters and data may be sharded over a mesh.
+    A pure function, also under `jax.jit`; outside of it, the program is compiled once for each set of shapes,
+    functions and options, and the result is checked. Memory: about 2 `krylov_size` + 6 vectors like the parameters,
+    however many rounds, and that of one product. Parameters and data may be sharded over a mesh, but each device
+    holds these vectors whole.
 
     Args:
       operator: `Hessian`, `GaussNewton`, or one of them `Preconditioned`.

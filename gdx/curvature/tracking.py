@@ -46,8 +46,8 @@ def update_sharpness(state: SharpnessState, operator: Operator, *, products: int
     largest eigenvalue, and `error` says how close it is to some eigenvalue; the first few updates are those of a cold
     start. One per cent of noise in each start finds an eigenvector that overtakes the one which is followed.
 
-    A pure function, for `jax.jit`, `jax.lax.scan` and, every n-th step, `jax.lax.cond`. Memory: two vectors for each product and a few more, like
-    the parameters.
+    A pure function, for `jax.jit`, `jax.lax.scan` and, every n-th step, `jax.lax.cond`. Memory: two vectors like the
+    parameters for each product, and a few more.
 
     Args:
       state: from `init_sharpness` or the last update.
