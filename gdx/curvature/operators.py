@@ -39,9 +39,9 @@ class Operator:
         """The product with a vector, a tree shaped like the parameters, in at least float32."""
         raise NotImplementedError(f"{type(self).__name__} defines no __call__")
 
-    def explain(self) -> str:
-        """Why products may be infinite or NaN, for an error's message."""
-        return "check that the parameters, and what is computed from them, are finite"
+    def losses(self) -> jax.Array:
+        """The loss on each batch, where the operator is that of a loss: of shape (batches,), else (0,)."""
+        return jnp.zeros(0)
 
 
 class _Averaged(Operator):
@@ -49,8 +49,14 @@ class _Averaged(Operator):
 
     batches: Any
 
+    def _value(self, params: Any, batch: Any) -> Any:
+        raise NotImplementedError
+
     def _product(self, params: Any, vector: Any, batch: Any) -> Any:
         raise NotImplementedError
+
+    def losses(self) -> jax.Array:
+        return _losses(self)
 
     def __call__(self, vector: Any) -> Any:
         check_params(self, self.params)
@@ -116,12 +122,12 @@ class Hessian(_Averaged):
     params: Any
     batches: Any
 
-    def _product(self, params: Any, vector: Any, batch: Any) -> Any:
-        gradient = jax.grad(lambda p: _checked(self, "loss", self.loss(self._as_given(p), batch)))
-        return jax.jvp(gradient, (params,), (vector,))[1]
+    def _value(self, params: Any, batch: Any) -> jax.Array:
+        return self.loss(params, batch)
 
-    def explain(self) -> str:
-        return _explain("loss", [self.loss(self.params, batch) for batch in _each(self.batches)])
+    def _product(self, params: Any, vector: Any, batch: Any) -> Any:
+        gradient = jax.grad(lambda p: _checked(self, self.loss(self._as_given(p), batch)))
+        return jax.jvp(gradient, (params,), (vector,))[1]
 
 
 @jax.tree_util.register_dataclass
@@ -158,15 +164,14 @@ class GaussNewton(_Averaged):
     params: Any
     batches: Any
 
+    def _value(self, params: Any, batch: Any) -> jax.Array:
+        return self.loss(self.outputs(params, batch), batch)
+
     def _product(self, params: Any, vector: Any, batch: Any) -> Any:
         z, forward = jax.linearize(lambda p: self.outputs(self._as_given(p), batch), params)
-        gradient = jax.grad(lambda z: _checked(self, "loss", self.loss(z, batch)))
+        gradient = jax.grad(lambda z: _checked(self, self.loss(z, batch)))
         (found,) = jax.linear_transpose(forward, params)(jax.jvp(gradient, (z,), (forward(vector),))[1])
         return found
-
-    def explain(self) -> str:
-        values = [self.loss(self.outputs(self.params, batch), batch) for batch in _each(self.batches)]
-        return _explain("loss", values)
 
 
 @jax.tree_util.register_dataclass
@@ -193,8 +198,8 @@ class Preconditioned(Operator):
 
         return scaled(self.operator(scaled(vector)))
 
-    def explain(self) -> str:
-        return f"check that the scale is finite; and in {type(self.operator).__name__}, {self.operator.explain()}"
+    def losses(self) -> jax.Array:
+        return self.operator.losses()
 
 
 def adam_preconditioned(operator: Operator, tx: Transform, state: Any) -> Preconditioned:
@@ -290,15 +295,20 @@ def _vector_like(operator: Operator, params: Any, vector: Any) -> Any:
     return jax.tree_util.tree_map_with_path(like, params, vector)
 
 
-def _checked(operator: Operator, what: str, value: Any) -> jax.Array:
+@jax.jit
+def _losses(operator: _Averaged) -> jax.Array:
+    return jax.lax.map(lambda batch: operator._value(operator.params, batch), operator.batches)
+
+
+def _checked(operator: Operator, value: Any) -> jax.Array:
     """The loss's value, once it is a real scalar."""
     name = type(operator).__name__
     if not isinstance(value, jax.Array):
-        raise TypeError(f"{name}: the {what} returns a {type(value).__name__}; expected a scalar array alone")
+        raise TypeError(f"{name}: the loss returns a {type(value).__name__}; expected a scalar array alone")
     if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise TypeError(f"{name}: the {what} returns {value.dtype}; expected a real floating-point number")
+        raise TypeError(f"{name}: the loss returns {value.dtype}; expected a real floating-point number")
     if value.shape != ():
-        raise ValueError(f"{name}: the {what} has shape {value.shape}; expected a scalar, such as the mean of it")
+        raise ValueError(f"{name}: the loss has shape {value.shape}; expected a scalar, such as the mean of it")
     return value
 
 
@@ -313,18 +323,3 @@ def _count_of(name: str, batches: Any) -> int:
             f"of one length; for a single batch, jax.tree.map(lambda x: x[None], batch)"
         )
     return lengths.pop()[0]
-
-
-def _each(batches: Any) -> list:
-    return [jax.tree.map(lambda x, i=i: x[i], batches) for i in range(_count_of("batches", batches))]
-
-
-def _explain(what: str, values: list) -> str:
-    bad = [(i, value) for i, value in enumerate(values) if not np.isfinite(value)]
-    if bad:
-        i, value = bad[0]
-        return f"the {what} itself is {value} on batch {i}; give parameters and data where it is finite"
-    return (
-        f"the {what} is finite, but has no finite second derivative at these parameters, as a square root or a norm "
-        f"has none at 0; add a small constant inside it (the corners of relu do no harm)"
-    )

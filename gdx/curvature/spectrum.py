@@ -85,7 +85,7 @@ def spectrum_edges(
       progress: called after each product.
 
     Raises:
-      ValueError: an option is out of range; outside of jit, a product is infinite or NaN.
+      ValueError: an option is out of range; outside of jit, where it is seen, the loss or a product is infinite or NaN.
 
     Sources: Lanczos (1950); Saad, Numerical Methods for Large Eigenvalue Problems (2011), chapters 6 and 7.
 
@@ -339,7 +339,19 @@ def _check_count(name: str, what: str, count: int) -> None:
 
 
 def _check_finite(name: str, operator: Operator, values: Any) -> None:
-    if all(is_concrete(x) for x in jax.tree.leaves((operator, values))) and not all(
-        bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(values)
-    ):
-        raise ValueError(f"{name}: {type(operator).__name__} times a vector is infinite or NaN: {operator.explain()}")
+    """Raises where a loss, or what was found from its products, is infinite or NaN."""
+    if not all(is_concrete(x) for x in jax.tree.leaves((operator, values))):
+        return
+    losses = np.asarray(operator.losses())
+    if not np.isfinite(losses).all():
+        bad = int(np.argmin(np.isfinite(losses)))
+        raise ValueError(
+            f"{name}: {type(operator).__name__}: the loss is {losses[bad]} on batch {bad}; expected parameters and "
+            f"data where it is finite"
+        )
+    if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(values)):
+        raise ValueError(
+            f"{name}: {type(operator).__name__} times a vector is infinite or NaN, although the loss is finite: it has "
+            f"no finite second derivative here, as a square root or a norm has none at 0; add a small constant inside "
+            f"it (the corners of relu do no harm)"
+        )

@@ -43,7 +43,7 @@ def spectrum():
         return np.linalg.eigvalsh(networks.dense(networks.loss, networks.start(), networks.data(3)))
 
 
-@pytest.mark.parametrize("krylov_size", [4, 12, 100])
+@pytest.mark.parametrize("krylov_size", [4, 100])
 def test_edges_are_those_of_the_dense_matrix(x64, spectrum, krylov_size):
     edges = curvature.spectrum_edges(network_hessian(), KEY, krylov_size=krylov_size, rounds=60, tolerance=1e-6)
     assert edges.converged
@@ -75,42 +75,28 @@ def test_in_float32_the_error_still_bounds(spectrum):
 
 @pytest.mark.parametrize(
     "eigenvalues",
-    [
-        [3.0],
-        [2.0, 2.0],
-        [-1.0, 4.0],
-        [0.0] * 7,
-        [5.0] * 40,
-        [1.0] * 20 + [3.0] * 20,
-        [-2.0] * 3 + [0.0] * 50 + [7.0] * 3,
-    ],
-    ids=["one", "equal pair", "pair", "zero", "identity", "two values", "three values"],
+    [[3.0], [-1.0, 4.0], [0.0] * 40, [5.0] * 40, [1.0] * 20 + [3.0] * 20, [-2.0] * 3 + [0.0] * 34 + [7.0] * 3],
+    ids=["one", "pair", "zero", "identity", "two values", "three values"],
 )
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_where_the_krylov_space_is_exhausted(eigenvalues, dtype):
-    with jax.enable_x64(dtype == np.float64):
-        hessian = quadratic(eigenvalues, seed=1)
-        edges = curvature.spectrum_edges(hessian, KEY)
-        assert edges.converged
-        tolerance = 1e-5 * max(map(abs, eigenvalues))
-        np.testing.assert_allclose(edges.smallest.value, min(eigenvalues), atol=tolerance, rtol=0)
-        np.testing.assert_allclose(edges.largest.value, max(eigenvalues), atol=tolerance, rtol=0)
+def test_where_the_krylov_space_is_exhausted(eigenvalues):
+    hessian = quadratic(eigenvalues, seed=1)
+    edges = curvature.spectrum_edges(hessian, KEY)
+    assert edges.converged
+    tolerance = 1e-5 * max(map(abs, eigenvalues))
+    np.testing.assert_allclose(edges.smallest.value, min(eigenvalues), atol=tolerance, rtol=0)
+    np.testing.assert_allclose(edges.largest.value, max(eigenvalues), atol=tolerance, rtol=0)
+    if len(eigenvalues) == 40:  # one program for all of them
         density = curvature.spectral_density(hessian, KEY, probes=3)
         np.testing.assert_allclose(density.weights.sum(axis=1), 1, rtol=1e-5)
         means = jnp.sum(density.weights * density.nodes, axis=1)
         assert jnp.all((means >= min(eigenvalues) - tolerance) & (means <= max(eigenvalues) + tolerance))
 
 
-def test_under_jit_and_vmap_it_is_the_same(x64):
+def test_under_jit_it_is_the_same(x64):
     hessian = network_hessian()
     outside = curvature.spectrum_edges(hessian, KEY)
     inside = jax.jit(curvature.spectrum_edges)(hessian, KEY)
     np.testing.assert_allclose(inside.largest.value, outside.largest.value, rtol=1e-12)
-    scaled = jax.tree.map(lambda p: jnp.stack([p, 1.1 * p]), hessian.params)
-    many = jax.vmap(lambda p: curvature.spectrum_edges(curvature.Hessian(networks.loss, p, hessian.batches), KEY))(
-        scaled
-    )
-    np.testing.assert_allclose(many.largest.value[0], outside.largest.value, rtol=1e-8)
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
@@ -120,9 +106,8 @@ def test_on_a_mesh_it_is_the_same(kind):
 
     def found(hessian):
         edges = curvature.spectrum_edges(hessian, KEY, krylov_size=20)
-        density = curvature.spectral_density(hessian, KEY, krylov_size=8, probes=2)
         tracked = jax.jit(curvature.update_sharpness)(state, hessian).value
-        return edges.smallest.value, edges.largest.value, curvature.trace(hessian, KEY).value, density.nodes, tracked
+        return edges.smallest.value, edges.largest.value, curvature.trace(hessian, KEY).value, tracked
 
     expected = found(alone)
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(getattr(jax.sharding.AxisType, kind),) * 2)
@@ -140,15 +125,14 @@ def test_on_a_mesh_it_is_the_same(kind):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("batches", [1, 2])
-def test_memory_is_bounded_by_the_size_of_the_krylov_space(batches):
+def test_memory_is_bounded_by_the_size_of_the_krylov_space():
     from gdx.curvature import spectrum
 
     count = 1_000_000
     hessian = curvature.Hessian(
         lambda p, batch: jnp.sum(jnp.cos(p * batch)),
         jax.ShapeDtypeStruct((count,), jnp.float32),
-        jnp.ones((batches, 1)),
+        jnp.ones((2, 1)),
     )
     key = jax.eval_shape(lambda: KEY)
     lowered = spectrum._edges.lower(hessian, key, 16, 1000, 1e-3, None)
@@ -212,19 +196,17 @@ def test_the_preconditioned_spectrum_is_that_of_the_inverse_times_the_matrix(x64
 @pytest.mark.parametrize(
     ("loss", "params", "reason"),
     [
-        (lambda p, batch: jnp.sum(jnp.log(p)), -1.0, "the loss itself is nan on batch 0"),
-        (lambda p, batch: jnp.sum(p / batch), 1.0, "the loss itself is inf on batch 1"),
-        (lambda p, batch: jnp.sum(jnp.sqrt(p)), 0.0, "has no finite second derivative at these parameters"),
+        (lambda p, batch: jnp.sum(jnp.log(p)), -1.0, "the loss is nan on batch 0"),
+        (lambda p, batch: jnp.sum(p / batch), 1.0, "the loss is inf on batch 1"),
+        (lambda p, batch: jnp.sum(jnp.sqrt(p)), 0.0, "it has no finite second derivative here"),
     ],
     ids=["nan", "inf", "root"],
 )
 @pytest.mark.parametrize("function", [curvature.spectrum_edges, curvature.spectral_density, curvature.trace])
 def test_what_is_not_finite_says_why(function, loss, params, reason):
     hessian = curvature.Hessian(loss, jnp.full(3, params), jnp.array([1.0, 0.0]))
-    with pytest.raises(ValueError, match=f"{function.__name__}: Hessian times a vector is infinite or NaN: .*{reason}"):
+    with pytest.raises(ValueError, match=f"{function.__name__}: Hessian.*{reason}"):
         function(hessian, KEY)
-    inside = jax.jit(function)(hessian, KEY)
-    assert not np.isfinite(jax.tree.leaves(inside)[0]).all()
 
 
 @pytest.mark.parametrize(
