@@ -182,7 +182,6 @@ def test_sharpness_rises_to_the_edge_and_stays_there(optimizer):
         return jax.lax.scan(segment, carry, None, 160)[1]
 
     sharpness, losses = map(np.asarray, run(params))
-    print(edge, (sharpness / edge).round(2)[::8], losses[::16])
     assert sharpness[2] < 0.7 * edge
     assert losses[-1] < 0.5 * losses[0]
     late = sharpness[-60:] / edge
