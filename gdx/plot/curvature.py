@@ -39,9 +39,9 @@ def spectral_density(
     highest = heights.max()
     # below one in a million of the peak a Gaussian only falls on, and says nothing of the spectrum
     floor = max(1e-6 * highest, np.finfo(float).tiny)
-    ax.plot(points, np.maximum(heights, floor), color=COLOURS[0], linewidth=1.8, label="density")
+    ax.plot(points, np.maximum(heights, 0.1 * floor), color=COLOURS[0], linewidth=1.8, label="density")
     if np.isfinite(errors).all():
-        bounds = np.maximum(heights - errors, floor), np.maximum(heights + errors, floor)
+        bounds = (np.maximum(heights + sign * errors, 0.1 * floor) for sign in (-1, 1))
         ax.fill_between(points, *bounds, color=COLOURS[0], alpha=0.25, linewidth=0, label="± standard error")
     if edges is not None:
         for edge, colour, style in ((edges.smallest, COLOURS[2], "-."), (edges.largest, COLOURS[1], "--")):

@@ -51,5 +51,7 @@ def test_adams_edge_is_38_over_the_rate():
 
 @pytest.mark.parametrize("tx", [gdx.scale_by_adam(), optax.sgd(0.1), gdx.sgd(optax.constant_schedule(0.1))])
 def test_what_has_no_edge(tx):
-    with pytest.raises(TypeError, match=r"stability_edge: tx is .*(expected an optimizer of gdx|replace its schedules)"):
+    with pytest.raises(
+        TypeError, match=r"stability_edge: tx is .*(expected an optimizer of gdx|replace its schedules)"
+    ):
         stability_edge(tx)
