@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import gdx
 from gdx import curvature, plot
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 EXAMPLES = """\
-The digits network is first trained towards a minimum, of the loss with an L2 penalty: without one it has none.
+The digits network, with tanh for relu, is first trained to a minimum of the loss with an L2 penalty: without
+one it has none, and relu networks end in corners.
 
 examples:
   python -m gdx curvature
@@ -120,8 +122,9 @@ def run(plan: Plan) -> int:
         for name, result in found.items():
             if not result.best["gradient_descent"].convex:
                 console.print(
-                    f"{name}: the smallest eigenvalue is not positive: there is no minimum to contract to, and no formula "
-                    f"for the best rate applies; shown is 1 / largest, where gradient descent is certain to lower the loss"
+                    f"{name}: the smallest eigenvalue is not positive: there is no minimum to contract to, and no "
+                    f"formula for the best rate applies; shown is 1 / largest, where gradient descent is certain to "
+                    f"lower the loss"
                 )
         figure = Figure(figsize=(5.6 * len(found), 8.4), layout="constrained")
         for (upper, lower), result in zip(figure.subplots(2, len(found), squeeze=False).T, found.values()):
@@ -140,14 +143,15 @@ def investigate(name: str, plan: Plan, progress: curvature.Progress) -> Found:
     title = problem.title
     keys = jax.random.split(jax.random.key(plan.seed), 3)
     if name == "digits":
-        title = f"digits network, L2 penalty {plan.penalty:g}, after {TRAINING_STEPS} steps"
+        title = f"digits network with tanh, L2 penalty {plan.penalty:g}, after {TRAINING_STEPS} steps"
         center = jax.tree.map(_in_float64, problem.start(keys[0]))
     else:
         center = jnp.asarray(SURFACES[name].minimum)
 
     def loss(params: Any, batch: Arrays) -> jax.Array:
         penalty = sum(jnp.sum(p**2) for p in jax.tree.leaves(params)) if name == "digits" else 0.0
-        return problem.loss(params, batch) + 0.5 * plan.penalty * penalty
+        value = cross_entropy(params, batch) if name == "digits" else problem.loss(params, batch)
+        return value + 0.5 * plan.penalty * penalty
 
     @jax.jit
     def train(tx: gdx.Transform, params: Any, state: Any, steps: Any, data: Arrays) -> gdx.Trained:
@@ -197,13 +201,22 @@ def _distances(
 
 
 def contraction(distances: np.ndarray, power: int) -> float:
-    """The contraction rho by step, of distances k^power rho^k, over the later half of the steps that are not rounding."""
+    """The contraction rho by step, of distances k^power rho^k, over the later half of those that are not rounding."""
     end = int(np.argmin(np.append(distances > EXACT, False))) - 1
     if end < 2:
         return float(distances[1] / distances[0])
     middle = end // 2
     ratio = distances[end] / distances[middle] * (middle / end) ** power
     return float(ratio ** (1 / (end - middle)))
+
+
+def cross_entropy(params: Any, batch: Arrays) -> jax.Array:
+    """The loss of the digits network with tanh for relu, which ends in corners rather than in a smooth minimum."""
+    images, labels = batch
+    first, last = params
+    hidden = jnp.tanh(images @ first["weights"] + first["biases"][None, :])
+    logits = hidden @ last["weights"] + last["biases"][None, :]
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
 def _in_float64(x: jax.Array) -> jax.Array:
