@@ -1,6 +1,5 @@
 """Lanczos, on all numbers of a tree in one array: matfree's, made safe for what it divides by."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -70,23 +69,6 @@ def lanczos(product: Callable[[jax.Array], jax.Array], start: jax.Array, size: i
     values, coefficients = jnp.linalg.eigh(jnp.diag(diagonal) + jnp.diag(beside, 1) + jnp.diag(beside, -1))
     errors = jnp.where(alive[-1] & goes_on[-1], coupling[-1], 0) * jnp.abs(coefficients[-1])
     return Krylov(values, coefficients, basis, alive, errors)
-
-
-def on_any_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of an operator and arrays that takes explicitly sharded ones; its results are then on every device."""
-
-    @functools.wraps(function)
-    def automatic(operator: Operator, arrays: Any, *options: Any) -> Any:
-        def run(operator: Operator, arrays: Any) -> Any:
-            return function(operator, arrays, *options)
-
-        meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(operator)]
-        if any(mesh.explicit_axes for mesh in meshes):
-            # one array of differently sharded leaves has no sharding of its own
-            run = jax.sharding.auto_axes(run, out_sharding=jax.P())
-        return run(operator, arrays)
-
-    return automatic
 
 
 def measured(product: Callable[[jax.Array], jax.Array], vector: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

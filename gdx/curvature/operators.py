@@ -6,6 +6,7 @@ parameters or other data of the same shapes compile nothing.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +57,7 @@ class _Averaged(Operator):
         raise NotImplementedError
 
     def losses(self) -> jax.Array:
-        return _losses(self)
+        return _losses(self, None)
 
     def __call__(self, vector: Any) -> Any:
         check_params(self, self.params)
@@ -70,7 +71,7 @@ class _Averaged(Operator):
         try:
             total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), self.batches)
         except (TypeError, ValueError) as error:
-            if "differentiation" not in str(error):
+            if not any(word in str(error) for word in ("differentiation", "autodiff")):
                 raise
             raise TypeError(
                 f"{type(self).__name__}: the loss cannot be differentiated twice, forward through its gradient; define "
@@ -262,6 +263,23 @@ def adam_preconditioned(operator: Operator, tx: Transform, state: Any) -> Precon
     return Preconditioned(operator, jax.tree.map(scale, adam.nu, is_leaf=lambda x: isinstance(x, Packed)))
 
 
+def on_any_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of an operator and arrays that takes explicitly sharded ones; its results are then on every device."""
+
+    @functools.wraps(function)
+    def automatic(operator: Operator, arrays: Any, *options: Any) -> Any:
+        def run(operator: Operator, arrays: Any) -> Any:
+            return function(operator, arrays, *options)
+
+        meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(operator)]
+        if any(mesh.explicit_axes for mesh in meshes):
+            # one array of differently sharded leaves has no sharding of its own
+            run = jax.sharding.auto_axes(run, out_sharding=jax.P())
+        return run(operator, arrays)
+
+    return automatic
+
+
 def accurate(x: Any) -> jax.Array:
     """The array in at least float32."""
     x = jnp.asarray(x)
@@ -295,8 +313,9 @@ def _vector_like(operator: Operator, params: Any, vector: Any) -> Any:
     return jax.tree_util.tree_map_with_path(like, params, vector)
 
 
-@jax.jit
-def _losses(operator: _Averaged) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=1)
+@on_any_mesh
+def _losses(operator: _Averaged, _: None) -> jax.Array:
     return jax.lax.map(lambda batch: operator._value(operator.params, batch), operator.batches)
 
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdx.checks import check_params
-from gdx.curvature.krylov import from_vector, lanczos, measured, on_any_mesh, on_vectors, to_vector
-from gdx.curvature.operators import Operator
+from gdx.curvature.krylov import from_vector, lanczos, measured, on_vectors, to_vector
+from gdx.curvature.operators import Operator, on_any_mesh
 from gdx.extra import needs
 from gdx.fields import is_concrete
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from gdx.checks import check_params
-from gdx.curvature.krylov import from_vector, lanczos, on_any_mesh, on_vectors, to_vector
-from gdx.curvature.operators import Operator
+from gdx.curvature.krylov import from_vector, lanczos, on_vectors, to_vector
+from gdx.curvature.operators import Operator, on_any_mesh
 
 
 class SharpnessState(NamedTuple):

@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     names = ",".join(PROBLEMS)
     add("--data", action="append", metavar="NAMES", help=f"comma separated, from {names} (default: all)")
-    add("--penalty", type=float, default=0.01, metavar="X", help="L2 penalty of the digits network (default: 0.01)")
+    add("--penalty", type=float, default=0.05, metavar="X", help="L2 penalty of the digits network (default: 0.05)")
     add("--steps", type=int, default=400, metavar="N", help="measured steps, at least 2 (default: 400)")
     add("--seed", type=int, default=0, metavar="N", help="of the initial parameters and the estimates (default: 0)")
     add_output(parser, "gdx-curvature.png")
