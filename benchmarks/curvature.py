@@ -99,11 +99,11 @@ def measure_errors() -> Iterator[tuple]:
         density = curvature.spectral_density(hessian, KEY, probes=16)
         yield (
             f"{name}, {len(spectrum)} parameters",
-            f"{abs(edges.smallest.value - spectrum[0]) / scale:.0e}",
-            f"{abs(edges.largest.value - spectrum[-1]) / scale:.0e}",
+            f"{abs(float(edges.smallest.value) - spectrum[0]) / scale:.0e}",
+            f"{abs(float(edges.largest.value) - spectrum[-1]) / scale:.0e}",
             int(edges.products),
-            f"{abs(tracked.value - spectrum[-1]) / scale:.0e}",
-            f"{(trace.value - spectrum.sum()) / trace.error:+.1f}",
+            f"{abs(float(tracked.value) - spectrum[-1]) / scale:.0e}",
+            f"{(float(trace.value) - spectrum.sum()) / float(trace.error):+.1f}",
             f"{transport(density, spectrum) / scale:.0e}",
         )
 
