@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": "gdx.demo.command",
     "sweep": "gdx.demo.sweep",
     "learn": "gdx.demo.learn",
+    "curvature": "gdx.demo.curvature",
 }
 DEFAULT = "demo"
 

@@ -155,3 +155,44 @@ def test_a_range_test(ax, edge):
     assert plot.range_test(result, ax) is ax
     assert labels(ax)[2:] == (["suggested: 0.1", "edge: 0.5"] if edge == 0.5 else ["suggested: 0.1"])
     ax.figure.canvas.draw()
+
+
+def curved(scale=1.0):
+    from gdx import curvature
+
+    density = curvature.Density(jnp.array([[-0.1, 1.0], [0.0, 2.0]]) * scale, jnp.array([[0.9, 0.1], [0.5, 0.5]]))
+    ends = [curvature.Edge(jnp.float32(x * scale), None, jnp.float32(0)) for x in (-0.2, 2.0)]
+    return density, curvature.Edges(*ends, converged=jnp.bool_(True), products=jnp.int32(4))
+
+
+def test_a_spectral_density_with_its_error_and_edges(ax):
+    density, edges = curved()
+    assert plot.spectral_density(density, ax, edges=edges) is ax
+    assert labels(ax) == ["density", "± standard error", "smallest: -0.2", "largest: 2"]
+    assert ax.get_xlim()[0] < -0.2 and ax.get_xlim()[1] > 2 and ax.get_yscale() == "log"
+    assert "eigenvalue" in ax.get_xlabel() and "density" in ax.get_ylabel()
+    ax.figure.canvas.draw()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-8, 1e8])
+def test_a_density_of_one_probe_and_any_scale(ax, scale):
+    density, _ = curved(scale)
+    plot.spectral_density(jax.tree.map(lambda x: x[:1], density), ax)
+    assert labels(ax) == ["density"]
+    ax.figure.canvas.draw()
+
+
+def test_sharpness_against_the_edge(ax):
+    assert plot.sharpness({"sgd": [1.0, 3.9, 4.1]}, 4.0, ax, steps={"sgd": [0, 10, 20]}) is ax
+    assert labels(ax) == ["sgd", "edge of stability: 4"]
+    assert ax.lines[0].get_xdata().tolist() == [0, 10, 20] and ax.get_ylim()[0] == 0
+    assert ax.get_xlabel() == "step" and "sharpness" in ax.get_ylabel()
+    ax.figure.canvas.draw()
+
+
+def test_sharpness_of_runs_with_edges_of_their_own(ax):
+    runs = {"slow": [1.0, 2.0], "fast": [1.0, np.nan]}
+    plot.sharpness(runs, {"slow": 20.0, "fast": jnp.float32(2.0)}, ax)
+    assert labels(ax) == ["slow", "edge of slow: 20", "fast (diverged)", "edge of fast: 2"]
+    with pytest.raises(ValueError, match="edge has no 'fast'; expected a number, or one for each run"):
+        plot.sharpness(runs, {"slow": 20.0}, ax)

@@ -32,7 +32,12 @@ def add_common(parser: argparse.ArgumentParser, steps: str, output: str) -> None
     add("--batch-size", type=int, metavar="N", help=f"images per step, 1 to {TRAINING_IMAGES} (default: {BATCH_SIZE})")
     add("--steps", type=int, metavar="N", help=f"at least 1 (default: {steps})")
     add("--seed", type=int, default=0, metavar="N", help="of the initial parameters and the batches (default: 0)")
-    add(
+    add_output(parser, output)
+
+
+def add_output(parser: argparse.ArgumentParser, output: str) -> None:
+    """Adds the option of where the picture goes, with its default."""
+    parser.add_argument(
         "--output",
         type=Path,
         default=Path(output),

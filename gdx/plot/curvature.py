@@ -1,0 +1,101 @@
+"""Pictures of curvature: the density of a spectrum, and sharpness against the edge of stability while training."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gdx.plot.style import COLOURS, add_legend, axes_or_new, finite_length, line_styles, run_label
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+UNIT = "loss per parameter squared"
+
+
+def spectral_density(
+    density: Any, ax: "Axes | None" = None, *, edges: Any = None, width: float | None = None
+) -> "Axes":
+    """Draws the density of eigenvalues, on a logarithmic scale, with its standard error and the edges.
+
+    Args:
+      density: what `gdx.curvature.spectral_density` returned.
+      ax: the axes to draw on; None for new ones.
+      edges: what `gdx.curvature.spectrum_edges` returned; None for no marks.
+      width: the standard deviation of the Gaussian that smooths it; None for 1 % of the spectrum's width.
+
+    Returns:
+      The axes.
+    """
+    ax = axes_or_new(ax)
+    ends = [np.min(density.nodes), np.max(density.nodes)]
+    if edges is not None:
+        ends = [min(ends[0], float(edges.smallest.value)), max(ends[1], float(edges.largest.value))]
+    low, high = map(float, ends)
+    span = high - low if high > low else max(abs(high), 1.0)
+    width = 0.01 * span if width is None else width
+    points = np.linspace(low - 0.05 * span - 2 * width, high + 0.05 * span + 2 * width, 600)
+    heights, errors = (np.asarray(x, float) for x in density.at(points, width))
+    highest = heights.max()
+    # below one in a million of the peak a Gaussian only falls on, and says nothing of the spectrum
+    floor = max(1e-6 * highest, np.finfo(float).tiny)
+    ax.plot(points, np.maximum(heights, 0.1 * floor), color=COLOURS[0], linewidth=1.8, label="density")
+    if np.isfinite(errors).all():
+        bounds = (np.maximum(heights + sign * errors, 0.1 * floor) for sign in (-1, 1))
+        ax.fill_between(points, *bounds, color=COLOURS[0], alpha=0.25, linewidth=0, label="± standard error")
+    if edges is not None:
+        for edge, colour, style in ((edges.smallest, COLOURS[2], "-."), (edges.largest, COLOURS[1], "--")):
+            name = "smallest" if edge is edges.smallest else "largest"
+            ax.axvline(float(edge.value), color=colour, linestyle=style, label=f"{name}: {float(edge.value):.3g}")
+    ax.set_yscale("log")
+    ax.set_xlim(points[0], points[-1])
+    ax.set_ylim(floor, 3 * highest)
+    ax.set_xlabel(f"eigenvalue ({UNIT})")
+    ax.set_ylabel("density (1 / eigenvalue)")
+    ax.grid(alpha=0.3)
+    add_legend(ax)
+    return ax
+
+
+def sharpness(
+    history: Mapping[str, Any], edge: Any, ax: "Axes | None" = None, *, steps: Mapping[str, Any] | None = None
+) -> "Axes":
+    r"""Draws the sharpness of each run by step, against the edge of stability that its optimizer has.
+
+    A curve ends before the first value that is not finite, and its run is marked as diverged.
+
+    Args:
+      history: the largest eigenvalues of each run, by its name.
+      edge: from which curvature on training is unstable, as `gdx.curvature.stability_edge` says, $2 / \eta$ for
+        gradient descent: one number for all runs, or by the run's name.
+      ax: the axes to draw on; None for new ones.
+      steps: the step of each value, by the run's name; None where there is one at each step from 0.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ValueError: edge lacks a run.
+    """
+    edges = edge if isinstance(edge, Mapping) else dict.fromkeys(history, edge)
+    missing = [name for name in history if name not in edges]
+    if missing:
+        raise ValueError(f"plot.sharpness: edge has no {missing[0]!r}; expected a number, or one for each run")
+    ax = axes_or_new(ax)
+    values = [float(x) for x in edges.values()]
+    for (name, curve), style in zip(history.items(), line_styles()):
+        curve = np.asarray(curve, float)
+        at = np.arange(len(curve)) if steps is None else np.asarray(steps[name])
+        end = finite_length(curve)
+        ax.plot(at[:end], curve[:end], label=run_label(name, end < len(curve)), **style)
+        if len(set(values)) > 1:  # each run has its own
+            limit = float(edges[name])
+            ax.axhline(limit, color=style["color"], linestyle=":", linewidth=1.4, label=f"edge of {name}: {limit:.3g}")
+    if len(set(values)) == 1:
+        ax.axhline(values[0], color="black", linestyle=":", linewidth=1.4, label=f"edge of stability: {values[0]:.3g}")
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("step")
+    ax.set_ylabel(f"sharpness ({UNIT})")
+    ax.grid(alpha=0.3)
+    add_legend(ax)
+    return ax

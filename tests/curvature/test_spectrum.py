@@ -1,0 +1,225 @@
+"""Edges, density and trace against dense eigensolvers, their errors, and spectra where Lanczos breaks down."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from gdx import curvature
+from tests.curvature import networks
+
+KEY = jax.random.key(0)
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def quadratic(eigenvalues, seed=None):
+    """A Hessian with this spectrum, diagonal or in random directions."""
+    spectrum = np.asarray(eigenvalues, float)
+    matrix = np.diag(spectrum)
+    if seed is not None:
+        q, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal(matrix.shape))
+        matrix = q @ matrix @ q.T
+    matrix = jnp.asarray(matrix, float)
+    return curvature.Hessian(half_square, jnp.ones(len(spectrum)), matrix[None])
+
+
+def half_square(theta, matrix):
+    return 0.5 * theta @ matrix @ theta
+
+
+def network_hessian(dtype=np.float64):
+    return curvature.Hessian(networks.loss, networks.start(dtype), networks.data(3, dtype=dtype))
+
+
+@pytest.fixture(scope="module")
+def spectrum():
+    with jax.enable_x64(True):
+        return np.linalg.eigvalsh(networks.dense(networks.loss, networks.start(), networks.data(3)))
+
+
+@pytest.mark.parametrize("krylov_size", [4, 100])
+def test_edges_are_those_of_the_dense_matrix(x64, spectrum, krylov_size):
+    edges = curvature.spectrum_edges(network_hessian(), KEY, krylov_size=krylov_size, rounds=60, tolerance=1e-6)
+    assert edges.converged
+    scale = np.max(np.abs(spectrum))
+    for edge, expected in ((edges.smallest, spectrum[0]), (edges.largest, spectrum[-1])):
+        assert abs(edge.value - expected) <= edge.error + 1e-12 and edge.error <= 1e-6 * scale
+        flat = ravel_pytree(edge.vector)[0]
+        np.testing.assert_allclose(jnp.linalg.norm(flat), 1, rtol=1e-12)
+        image = ravel_pytree(network_hessian()(edge.vector))[0]
+        np.testing.assert_allclose(jnp.linalg.norm(image - edge.value * flat), edge.error, rtol=1e-3, atol=1e-10)
+
+
+def test_rounds_end_once_converged_and_say_when_not(x64):
+    hessian = quadratic(np.linspace(1, 2, 200), seed=0)
+    short = curvature.spectrum_edges(hessian, KEY, krylov_size=5, rounds=2, tolerance=1e-6)
+    assert not short.converged and short.products == 2 * 5 + 2
+    long = curvature.spectrum_edges(hessian, KEY, krylov_size=40, rounds=50, tolerance=1e-4)
+    assert long.converged and long.products < 40 * 50
+    assert abs(long.smallest.value - 1) <= long.smallest.error < 2e-4
+    assert short.smallest.error > long.smallest.error
+
+
+def test_in_float32_the_error_still_bounds(spectrum):
+    edges = curvature.spectrum_edges(network_hessian(np.float32), KEY, tolerance=1e-4)
+    assert edges.converged
+    for edge, expected in ((edges.smallest, spectrum[0]), (edges.largest, spectrum[-1])):
+        assert abs(edge.value - expected) <= edge.error + 1e-5 * np.max(np.abs(spectrum))
+
+
+@pytest.mark.parametrize(
+    "eigenvalues",
+    [[3.0], [-1.0, 4.0], [0.0] * 40, [5.0] * 40, [1.0] * 20 + [3.0] * 20, [-2.0] * 3 + [0.0] * 34 + [7.0] * 3],
+    ids=["one", "pair", "zero", "identity", "two values", "three values"],
+)
+def test_where_the_krylov_space_is_exhausted(eigenvalues):
+    hessian = quadratic(eigenvalues, seed=1)
+    edges = curvature.spectrum_edges(hessian, KEY)
+    assert edges.converged
+    tolerance = 1e-5 * max(map(abs, eigenvalues))
+    np.testing.assert_allclose(edges.smallest.value, min(eigenvalues), atol=tolerance, rtol=0)
+    np.testing.assert_allclose(edges.largest.value, max(eigenvalues), atol=tolerance, rtol=0)
+    if len(eigenvalues) == 40:  # one program for all of them
+        density = curvature.spectral_density(hessian, KEY, probes=3)
+        np.testing.assert_allclose(density.weights.sum(axis=1), 1, rtol=1e-5)
+        means = jnp.sum(density.weights * density.nodes, axis=1)
+        assert jnp.all((means >= min(eigenvalues) - tolerance) & (means <= max(eigenvalues) + tolerance))
+
+
+def test_under_jit_it_is_the_same(x64):
+    hessian = network_hessian()
+    outside = curvature.spectrum_edges(hessian, KEY)
+    inside = jax.jit(curvature.spectrum_edges)(hessian, KEY)
+    np.testing.assert_allclose(inside.largest.value, outside.largest.value, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_on_a_mesh_it_is_the_same(kind):
+    alone = network_hessian(np.float32)
+    state = curvature.init_sharpness(alone.params, KEY)
+
+    def found(hessian):
+        edges = curvature.spectrum_edges(hessian, KEY, krylov_size=20)
+        tracked = jax.jit(curvature.update_sharpness)(state, hessian).value
+        return edges.smallest.value, edges.largest.value, curvature.trace(hessian, KEY).value, tracked
+
+    expected = found(alone)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(getattr(jax.sharding.AxisType, kind),) * 2)
+    with jax.set_mesh(mesh):
+
+        def place(x, *spec):
+            return jax.device_put(x, jax.NamedSharding(mesh, jax.P(*spec)))
+
+        params = jax.tree.map(place, alone.params)
+        params["first"] = {"w": place(params["first"]["w"], None, "model"), "b": place(params["first"]["b"], "model")}
+        params["last"] = (place(params["last"][0], "model"), *params["last"][1:])
+        batches = jax.tree.map(lambda x: place(x, None, "data"), alone.batches)
+        got = found(curvature.Hessian(networks.loss, params, batches))
+    for a, b in zip(got, expected):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
+
+
+def test_memory_is_bounded_by_the_size_of_the_krylov_space():
+    from gdx.curvature import spectrum
+
+    count = 1_000_000
+    hessian = curvature.Hessian(
+        lambda p, batch: jnp.sum(jnp.cos(p * batch)),
+        jax.ShapeDtypeStruct((count,), jnp.float32),
+        jnp.ones((2, 1)),
+    )
+    key = jax.eval_shape(lambda: KEY)
+    lowered = spectrum._edges.lower(hessian, key, 16, 1000, 1e-3, None)
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < (2 * 16 + 10) * 4 * count
+
+
+def test_progress_comes_after_each_product():
+    heard = []
+    hessian = quadratic(np.linspace(1, 9, 50), seed=0)
+    for _ in range(2):  # the second run meets the compiled program
+        heard.clear()
+        edges = curvature.spectrum_edges(hessian, KEY, krylov_size=6, rounds=20, progress=heard.append)
+        jax.effects_barrier()
+        assert edges.converged and 6 < len(heard) <= edges.products
+        assert heard == sorted(heard) and heard[0] == 1 / 120 and heard[-1] == 1
+    heard.clear()
+    curvature.trace(hessian, KEY, samples=4, progress=heard.append)
+    jax.effects_barrier()
+    assert heard == [0.25, 0.5, 0.75, 1.0]
+    heard.clear()
+    curvature.spectral_density(hessian, KEY, krylov_size=5, probes=2, progress=heard.append)
+    jax.effects_barrier()
+    np.testing.assert_allclose(heard, np.arange(1, 11) / 10)
+
+
+def test_density_has_the_moments_of_the_spectrum(x64, spectrum):
+    density = curvature.spectral_density(network_hessian(), KEY, krylov_size=20, probes=200)
+    for power in (1, 2, 3):
+        found = np.asarray(jnp.sum(density.weights * density.nodes**power, axis=1))
+        error = found.std(ddof=1) / np.sqrt(len(found))
+        assert abs(found.mean() - np.mean(spectrum**power)) < 4 * error
+
+
+def test_density_at_points_is_the_smoothed_spectrum(x64, spectrum):
+    points, width = np.linspace(spectrum[0] - 1, spectrum[-1] + 1, 40), 0.3
+    expected = np.exp(-(((points[:, None] - spectrum) / width) ** 2) / 2).mean(axis=1) / width / np.sqrt(2 * np.pi)
+    density, error = curvature.spectral_density(network_hessian(), KEY, probes=100).at(points, width)
+    assert density.shape == error.shape == (40,)
+    assert np.mean(np.abs(density - expected) < 2 * error + 1e-12) > 0.8 and np.all(error < 0.2 * expected.max())
+    alone, unknown = curvature.spectral_density(network_hessian(), KEY, probes=1).at(points, width)
+    assert np.all(np.isfinite(alone)) and np.all(np.isnan(unknown))
+
+
+def test_trace_is_unbiased_and_knows_its_error(x64, spectrum):
+    estimates = [curvature.trace(network_hessian(), jax.random.key(i), samples=16) for i in range(60)]
+    scores = np.array([(e.value - spectrum.sum()) / e.error for e in estimates])
+    assert abs(scores.mean()) < 4 / np.sqrt(60) and 0.7 < scores.std() < 1.5
+    assert np.isnan(curvature.trace(network_hessian(), KEY, samples=1).error)
+
+
+def test_the_preconditioned_spectrum_is_that_of_the_inverse_times_the_matrix(x64, spectrum):
+    hessian = network_hessian()
+    p = jax.tree.map(lambda x: 0.5 + jnp.abs(x), hessian.params)
+    operator = curvature.Preconditioned(hessian, jax.tree.map(jax.lax.rsqrt, p))
+    dense = networks.dense(networks.loss, hessian.params, hessian.batches)
+    expected = np.sort(np.linalg.eigvals(dense / np.asarray(ravel_pytree(p)[0])[:, None]).real)
+    edges = curvature.spectrum_edges(operator, KEY, tolerance=1e-6)
+    np.testing.assert_allclose([edges.smallest.value, edges.largest.value], expected[[0, -1]], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("loss", "params", "reason"),
+    [
+        (lambda p, batch: jnp.sum(jnp.log(p)), -1.0, "the loss is nan on batch 0"),
+        (lambda p, batch: jnp.sum(p / batch), 1.0, "the loss is inf on batch 1"),
+        (lambda p, batch: jnp.sum(jnp.sqrt(p)), 0.0, "it has no finite second derivative here"),
+    ],
+    ids=["nan", "inf", "root"],
+)
+@pytest.mark.parametrize("function", [curvature.spectrum_edges, curvature.spectral_density, curvature.trace])
+def test_what_is_not_finite_says_why(function, loss, params, reason):
+    hessian = curvature.Hessian(loss, jnp.full(3, params), jnp.array([1.0, 0.0]))
+    with pytest.raises(ValueError, match=f"{function.__name__}: Hessian.*{reason}"):
+        function(hessian, KEY)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda h: curvature.spectrum_edges(h, KEY, krylov_size=1), "krylov_size is 1; expected at least 2"),
+        (lambda h: curvature.spectrum_edges(h, KEY, rounds=0), "rounds is 0; expected at least 1"),
+        (lambda h: curvature.spectrum_edges(h, KEY, tolerance=0.0), "tolerance is 0.0; expected a positive number"),
+        (lambda h: curvature.spectral_density(h, KEY, probes=0), "probes is 0; expected at least 1"),
+        (lambda h: curvature.trace(h, KEY, samples=0), "samples is 0; expected at least 1"),
+        (lambda h: curvature.trace(curvature.Hessian(h.loss, {}, h.batches), KEY), "the operator has no parameters"),
+    ],
+)
+def test_options_out_of_range(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(quadratic([1.0, 2.0]))

@@ -1,0 +1,70 @@
+"""The sharpness while training, from a few products every now and then."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gdx
+from gdx import curvature
+from tests.curvature import networks
+
+KEY = jax.random.key(0)
+
+
+def test_it_follows_the_largest_eigenvalue_through_training():
+    with jax.enable_x64(True):
+        data = networks.data(1)
+
+        def mean_loss(params, _):
+            return networks.mean_loss(params, data)
+
+        @jax.jit
+        def run(params):
+            def segment(carry, _):
+                params, tracked = carry
+                params = gdx.train(mean_loss, gdx.gradient_descent(0.05), params, jnp.zeros(10)).params
+                tracked = curvature.update_sharpness(tracked, curvature.Hessian(networks.loss, params, data))
+                return (params, tracked), (params, tracked)
+
+            return jax.lax.scan(segment, (params, curvature.init_sharpness(params, KEY)), None, 12)[1]
+
+        visited, tracked = run(networks.start())
+        exact = []
+        for i in range(12):
+            params = jax.tree.map(lambda x, i=i: x[i], visited)
+            exact.append(np.linalg.eigvalsh(networks.dense(networks.loss, params, data))[-1])
+    exact, value, error = np.array(exact), np.asarray(tracked.value), np.asarray(tracked.error)
+    assert np.all(value <= exact * (1 + 1e-12))
+    np.testing.assert_allclose(value[2:], exact[2:], rtol=5e-3)
+    assert np.all(exact - value <= error)
+
+
+def test_it_finds_an_eigenvector_that_overtakes():
+    """The two directions do not mix: without noise the start would stay in the first for ever."""
+    key = jax.random.key(1)
+    state = curvature.init_sharpness(jnp.zeros(50), key)._replace(vector=jnp.eye(50)[0])
+    spectrum = jnp.full(50, 0.1).at[0].set(1.0).at[1].set(1.5)
+    hessian = curvature.Hessian(lambda p, s: 0.5 * jnp.sum(s * p**2), jnp.ones(50), spectrum[None])
+    for _ in range(10):
+        state = curvature.update_sharpness(state, hessian)
+    np.testing.assert_allclose(state.value, 1.5, rtol=1e-3)
+    assert abs(state.vector[1]) > 0.99
+
+
+def test_the_state_keeps_its_types_in_low_precision():
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), networks.start(np.float32))
+    data = jax.tree.map(lambda x: x.astype(jnp.bfloat16), networks.data(1, dtype=np.float32))
+    state = curvature.init_sharpness(params, KEY)
+    after = curvature.update_sharpness(state, curvature.Hessian(networks.loss, params, data))
+    assert jax.tree.map(jnp.result_type, state) == jax.tree.map(jnp.result_type, after)
+    assert jax.tree.structure(state) == jax.tree.structure(after)
+    assert state.value.dtype == np.float32 and np.isinf(state.error) and np.isfinite(after.error)
+
+
+def test_one_parameter_and_too_few_products():
+    hessian = curvature.Hessian(lambda p, batch: 3 * p**2, jnp.ones(()), jnp.zeros(1))
+    state = curvature.update_sharpness(curvature.init_sharpness(jnp.ones(()), KEY), hessian)
+    np.testing.assert_allclose([state.value, state.error], [6, 0], atol=1e-5)
+    with pytest.raises(ValueError, match="update_sharpness: products is 1; expected at least 2"):
+        curvature.update_sharpness(state, hessian, products=1)
