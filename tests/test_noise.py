@@ -76,11 +76,11 @@ def test_padded_epochs_weigh_every_example_once(size, batch_size, number):
 @pytest.mark.parametrize("sampler", [noise.epochs, noise.padded_epochs, noise.with_replacement])
 def test_same_key_same_batches_and_jit_vmap_and_scan(sampler):
     keys = jax.random.split(jax.random.key(1), 3)
-    eager = [sampler(key, 10, 4, 2) for key in keys]
-    assert not np.array_equal(jax.tree.leaves(eager[0])[0], jax.tree.leaves(eager[1])[0])
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *eager)
-    assert_same_bits(jax.jit(jax.vmap(lambda key: sampler(key, 10, 4, 2)))(keys), stacked)
-    assert_same_bits(jax.lax.scan(lambda carry, key: (carry, sampler(key, 10, 4, 2)), 0, keys)[1], stacked)
+    mapped = jax.jit(jax.vmap(lambda key: sampler(key, 10, 4, 2)))(keys)
+    first, second = (jax.tree.map(lambda x: x[i], mapped) for i in range(2))  # noqa: B023
+    assert_same_bits(sampler(keys[0], 10, 4, 2), first)
+    assert not np.array_equal(jax.tree.leaves(first)[0], jax.tree.leaves(second)[0])
+    assert_same_bits(jax.lax.scan(lambda carry, key: (carry, sampler(key, 10, 4, 2)), 0, keys)[1], mapped)
 
 
 def assert_uniform(counts):
@@ -351,14 +351,18 @@ def test_under_multi_steps():
         return optax.MultiSteps(tx, 4)
 
     tx = gdx.lift((gdx.chain(noise.measure_noise(0.0), gdx.sgd(0.1)),), in_four)
-    params, state, mean = tree(), tx.init(tree()), 0.0
-    with jax.numpy_dtype_promotion("standard"):
-        for i in range(12):
-            mean = 0.0 if state.mini_step == 0 else mean
-            mean += (small[i] - mean) / (state.mini_step + 1)
-            micro = noise.MicroBatches(mean, 8, 4)
-            updates, state = tx.update(jax.tree.map(lambda x: x[i], g), state, params, micro_batches=micro)  # noqa: B023
-            params = optax.apply_updates(params, updates)
+
+    def mini_step(carry, inputs):
+        params, state, mean = carry
+        g, squared_norm = inputs
+        mean = jnp.where(state.mini_step == 0, 0.0, mean)
+        mean += (squared_norm - mean) / (state.mini_step + 1)
+        updates, state = tx.update(g, state, params, micro_batches=noise.MicroBatches(mean, 8, 4))
+        return (optax.apply_updates(params, updates), state, mean), None
+
+    with jax.numpy_dtype_promotion("standard"):  # MultiSteps divides by its integer count
+        start = tree(), tx.init(tree()), jnp.zeros(())
+        (_, state, _), _ = jax.lax.scan(mini_step, start, (g, jnp.asarray(small, jnp.float32)))
     assert optax.tree.get(state, "measured") == 3
     last = jax.tree.map(lambda x: x[8:], g)
     np.testing.assert_allclose(optax.tree.get(state, "noise"), noise.of_gradients(last, 8), rtol=1e-3)

@@ -114,9 +114,9 @@ def _fed(tx: gdx.Transform) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
-def measured_noise(decay: Any) -> gdx.Transform:
-    """The link that measures, told in each step what it needs."""
-    return gdx.lift((gdx.noise.measure_noise(decay),), _fed)
+def measured(learning_rate: Any, decay: Any) -> gdx.Transform:
+    """With the link that measures noise, told in each step what it needs."""
+    return gdx.chain(gdx.lift((gdx.noise.measure_noise(decay),), _fed), gdx.sgd(learning_rate))
 
 
 def rounded_stochastically(learning_rate: Any, seed: int = 0) -> gdx.Transform:
@@ -140,8 +140,8 @@ def _descent(t: int, g: Any, theta: Any, memory: dict, *, learning_rate: Any, fl
     return -(learning_rate * g) if flip_sign else learning_rate * g
 
 
-def _unchanged(t: int, g: Any, theta: Any, memory: dict, *, decay: Any) -> Any:
-    return g
+def _measured(t: int, g: Any, theta: Any, memory: dict, *, learning_rate: Any, decay: Any) -> Any:
+    return oracle.sgd(t, g, theta, memory, learning_rate=learning_rate)
 
 
 def _decay(t: int, g: Any, theta: Any, memory: dict, *, weight_decay: Any) -> Any:
@@ -351,14 +351,16 @@ ROWS = (
         largest_gradient=3e37,
     ),
     Row(
-        measured_noise,
-        ({"decay": 0.99}, {"decay": 0.0}),
-        (
-            ({"decay": 1.0}, ValueError, r"measure_noise: decay is 1\.0; expected a finite number in \[0, 1\)"),
-            ({"decay": -0.5}, ValueError, r"measure_noise: decay is -0\.5; expected a finite number in \[0, 1\)"),
-            ({"decay": None}, TypeError, r"measure_noise: decay is None; expected"),
+        measured,
+        ({"learning_rate": 0.1, "decay": 0.99}, {"learning_rate": 0.1, "decay": 0.0}),
+        _with_rate(
+            (
+                ({"decay": 1.0}, ValueError, r"measure_noise: decay is 1\.0; expected a finite number in \[0, 1\)"),
+                ({"decay": -0.5}, ValueError, r"measure_noise: decay is -0\.5; expected a finite number in \[0, 1\)"),
+                ({"decay": None}, TypeError, r"measure_noise: decay is None; expected"),
+            )
         ),
-        _unchanged,
+        _measured,
     ),
     Row(
         scheduled,
