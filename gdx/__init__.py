@@ -8,10 +8,11 @@ Training:   train, sweep, range_test, schedule.
 Noise:      noise (mini-batches, gradient noise scale).
 Landscape:  landscape (slices of the loss, perturbations).
 Few bits:   storage (formats), round_stochastically, round_with_compensation, round_with_master.
+Curvature:  curvature (Hessian, spectrum_edges, best_learning_rate, sharpness).
 Your own:   Transform, Leafwise, hyperparameter, static, Scalar, ScheduledState.
 """
 
-from gdx import landscape, noise, storage
+from gdx import curvature, landscape, noise, storage
 from gdx.compose import Composed, chain, lift
 from gdx.fields import Scalar, hyperparameter, static
 from gdx.leafwise import Leafwise
@@ -41,6 +42,7 @@ __all__ = [
     "adamw",
     "add_decoupled_weight_decay",
     "chain",
+    "curvature",
     "gradient_descent",
     "grid",
     "hyperparameter",

@@ -1,0 +1,327 @@
+"""Symmetric linear maps on the space of the parameters: a Hessian, a Gauss-Newton matrix, either one preconditioned.
+
+An operator is a value, as an optimizer is: a pytree with the parameters and the data as its leaves and
+the functions in its structure. So it can be made outside of `jax.jit` and passed in, and other
+parameters or other data of the same shapes compile nothing.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gdx.checks import check_params
+from gdx.fields import is_concrete
+from gdx.storage.blocks import Packed
+from gdx.training import Loss
+from gdx.transform import Transform
+
+Outputs = Callable[[Any, Any], Any]
+"""What a model makes of parameters and a batch of data: a function that returns an array, or a tree of them."""
+
+
+class Operator:
+    """Base class of a symmetric linear map on trees like its parameters.
+
+    Write one as a dataclass that is a pytree, with `params` and `__call__`. Complex parameters count as
+    pairs of real ones, with the inner product Re x^H y.
+
+    Attributes:
+      params: a tree of arrays like those that it maps.
+    """
+
+    params: Any
+
+    def __call__(self, vector: Any) -> Any:
+        """The product with a vector, a tree shaped like the parameters, in at least float32."""
+        raise NotImplementedError(f"{type(self).__name__} defines no __call__")
+
+    def explain(self) -> str:
+        """Why products may be infinite or NaN, for an error's message."""
+        return "check that the parameters, and what is computed from them, are finite"
+
+
+class _Averaged(Operator):
+    """The mean over mini-batches of a product that is made from one of them."""
+
+    batches: Any
+
+    def _product(self, params: Any, vector: Any, batch: Any) -> Any:
+        raise NotImplementedError
+
+    def __call__(self, vector: Any) -> Any:
+        check_params(self, self.params)
+        params = jax.tree.map(accurate, self.params)
+        vector = _vector_like(self, params, vector)
+        count = _count_of(type(self).__name__, self.batches)
+
+        def add(total: Any, batch: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, self._product(params, vector, batch)), None
+
+        try:
+            total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), self.batches)
+        except (TypeError, ValueError) as error:
+            if "differentiation" not in str(error):
+                raise
+            raise TypeError(
+                f"{type(self).__name__}: the loss cannot be differentiated twice, forward through its gradient; define "
+                f"custom derivatives with jax.custom_jvp, and loops with a fixed number of turns. JAX says: {error}"
+            ) from error
+        # the gradient of JAX in a complex parameter is the conjugate of the direction of steepest ascent
+        return jax.tree.map(lambda x: x.conj() / np.array(count, x.real.dtype), total)
+
+    def _as_given(self, params: Any) -> Any:
+        """Accurate parameters, back in the dtypes that the loss was written for."""
+        return jax.tree.map(lambda p, given: p.astype(jnp.result_type(given)), params, self.params)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Hessian(_Averaged):
+    r"""The Hessian of a loss, as its product with a vector: exact, at the cost of a few gradients.
+
+    $$ H v = \frac{1}{B} \sum_{b=1}^B
+       \frac{\partial}{\partial \epsilon} \nabla L(\theta + \epsilon v; D_b) \Big|_{\epsilon=0} $$
+
+    The data may be several mini-batches $D_b$, over which it is averaged one at a time: memory is needed for
+    one of them. Where a loss has corners, as relu networks have, it is the Hessian of the smooth piece that
+    JAX's derivative belongs to, and the corners count for nothing. In bfloat16 or float16 parameters,
+    vectors and sums are float32, and the loss computes as it was written, which leaves two or
+    three digits.
+
+    Args:
+      loss: the loss of parameters on one batch, a real scalar, differentiable twice.
+      params: where it is taken: a tree of floating-point arrays.
+      batches: a tree of arrays with a leading axis of batches; `jax.tree.map(lambda x: x[None], batch)` for one.
+
+    Raises (when it is called):
+      TypeError: the loss is not real, not an array, or cannot be differentiated twice; a parameter is no
+        floating-point array.
+      ValueError: the loss is not scalar; the vector is not shaped like the parameters; the leaves of batches do
+        not have one leading axis in common.
+
+    Source: Pearlmutter, Fast exact multiplication by the Hessian (1994).
+
+    >>> import gdx, jax.numpy as jnp
+    >>> bowl = lambda theta, batch: 0.5 * jnp.sum(batch * theta**2)
+    >>> hessian = gdx.curvature.Hessian(bowl, jnp.ones(2), batches=jnp.array([[1.0, 9.0], [3.0, 11.0]]))
+    >>> hessian(jnp.array([1.0, 1.0])).tolist()
+    [2.0, 10.0]
+    """
+
+    loss: Loss = dataclasses.field(metadata={"static": True})
+    params: Any
+    batches: Any
+
+    def _product(self, params: Any, vector: Any, batch: Any) -> Any:
+        gradient = jax.grad(lambda p: _checked(self, "loss", self.loss(self._as_given(p), batch)))
+        return jax.jvp(gradient, (params,), (vector,))[1]
+
+    def explain(self) -> str:
+        return _explain("loss", [self.loss(self.params, batch) for batch in _each(self.batches)])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GaussNewton(_Averaged):
+    r"""The generalised Gauss-Newton matrix of a convex loss of a model's outputs, as its product with a vector.
+
+    $$ G v = \frac{1}{B} \sum_{b=1}^B J_b^\top \, \nabla_z^2 \ell(z; D_b) \, J_b v,
+       \qquad z = f(\theta; D_b), \quad J_b = \partial f / \partial \theta $$
+
+    The Hessian without the curvature of the model itself: positive semidefinite for a convex $\ell$, and equal to
+    the Fisher matrix for cross-entropy of softmax and for squared errors.
+
+    Args:
+      outputs: what the model makes of parameters and one batch: an array or a tree of arrays.
+      loss: the loss of outputs on one batch, a real scalar, convex in the outputs.
+      params, batches: as in `Hessian`.
+
+    Raises (when it is called):
+      TypeError, ValueError: as `Hessian`.
+
+    Source: Schraudolph, Fast curvature matrix-vector products for second-order gradient descent (2002).
+
+    >>> import gdx, jax.numpy as jnp
+    >>> def error(z, batch):
+    ...     return 0.5 * jnp.sum((z - batch) ** 2)
+    >>> matrix = gdx.curvature.GaussNewton(lambda theta, batch: theta**2, error, jnp.array([3.0]), jnp.ones((1, 1)))
+    >>> matrix(jnp.array([1.0])).tolist()  # (2 theta)^2; the Hessian has 6 theta^2 - 2 = 52
+    [36.0]
+    """
+
+    outputs: Outputs = dataclasses.field(metadata={"static": True})
+    loss: Callable[[Any, Any], jax.Array] = dataclasses.field(metadata={"static": True})
+    params: Any
+    batches: Any
+
+    def _product(self, params: Any, vector: Any, batch: Any) -> Any:
+        z, forward = jax.linearize(lambda p: self.outputs(self._as_given(p), batch), params)
+        gradient = jax.grad(lambda z: _checked(self, "loss", self.loss(z, batch)))
+        (found,) = jax.linear_transpose(forward, params)(jax.jvp(gradient, (z,), (forward(vector),))[1])
+        return found
+
+    def explain(self) -> str:
+        values = [self.loss(self.outputs(self.params, batch), batch) for batch in _each(self.batches)]
+        return _explain("loss", values)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Preconditioned(Operator):
+    r"""An operator between two diagonal scalings, $v \mapsto S A S v$: symmetric, as Lanczos needs.
+
+    Args:
+      operator: $A$.
+      scale: the diagonal of $S$, a tree like the parameters. With $S = P^{-1/2}$ the eigenvalues are those of
+        $P^{-1} A$, and the eigenvectors $P^{1/2}$ times those.
+    """
+
+    operator: Operator
+    scale: Any
+
+    @property
+    def params(self) -> Any:
+        return self.operator.params
+
+    def __call__(self, vector: Any) -> Any:
+        def scaled(tree: Any) -> Any:
+            return jax.tree.map(lambda x, s: x * s.astype(x.dtype), tree, self.scale)
+
+        return scaled(self.operator(scaled(vector)))
+
+    def explain(self) -> str:
+        return f"check that the scale is finite; and in {type(self.operator).__name__}, {self.operator.explain()}"
+
+
+def adam_preconditioned(operator: Operator, tx: Transform, state: Any) -> Preconditioned:
+    r"""A Hessian as Adam's steps see it: $P_t^{-1/2} H P_t^{-1/2}$, with
+
+    $$ P_t = (1 - \beta_1^t) \left( \sqrt{\nu_t / (1 - \beta_2^t) + \bar\varepsilon} + \varepsilon \right) $$
+
+    Adam is gradient descent with averaged gradients, preconditioned by $P_t$; its largest eigenvalue, the
+    preconditioned sharpness, is what `stability_edge` limits, by $38 / \eta$ for $\beta_1 = 0.9$. Decoupled weight
+    decay is no part of it.
+
+    Args:
+      operator: `Hessian` or `GaussNewton`.
+      tx: the optimizer, `gdx.adam`, `gdx.adamw`, or a chain with one `gdx.scale_by_adam`.
+      state: its state after at least one step; optax's own Adam has the same.
+
+    Raises:
+      TypeError: tx has not one Adam's hyperparameters, or the state not one Adam's state.
+      ValueError: the state has taken no step.
+
+    Source: Cohen et al., Adaptive Gradient Methods at the Edge of Stability (2022), section 2.
+
+    >>> import gdx, jax, jax.numpy as jnp
+    >>> bowl = lambda theta, batch: 0.5 * jnp.sum(batch * theta**2)
+    >>> theta, batches, tx = jnp.array([1.0, 5.0]), jnp.array([[1.0, 9.0]]), gdx.adam(0.1, b1=0.0)
+    >>> hessian = gdx.curvature.Hessian(bowl, theta, batches)
+    >>> _, state = tx.update(jax.grad(bowl)(theta, batches[0]), tx.init(theta))
+    >>> matrix = gdx.curvature.adam_preconditioned(hessian, tx, state)
+    >>> [round(x, 3) for x in matrix(jnp.ones(2)).tolist()]  # curvature over the gradient's size: 1 / 1 and 9 / 45
+    [1.0, 0.2]
+    """
+    numbers = tx.hyperparams if isinstance(tx, Transform) else {}
+    if not {"b1", "b2", "eps", "eps_root"} <= set(numbers):
+        raise TypeError(
+            f"adam_preconditioned: tx is {tx!r}; expected an optimizer with the hyperparameters of one Adam, such as "
+            f"gdx.adam(1e-3)"
+        )
+    found = [s for s in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(s)]
+    if len(found) != 1:
+        raise TypeError(
+            f"adam_preconditioned: the state has {len(found)} parts with a count and a second moment (nu); expected "
+            f"one: pass the state that the update of this optimizer returned"
+        )
+    (adam,) = found
+    if is_concrete(adam.count) and int(adam.count) < 1:
+        raise ValueError("adam_preconditioned: the state has taken no step, so that it has no scale; update it first")
+    count = jnp.asarray(adam.count).astype(float)
+    b1, b2, eps, eps_root = (
+        jnp.asarray(numbers[name](count - 1) if callable(numbers[name]) else numbers[name], float)
+        for name in ("b1", "b2", "eps", "eps_root")
+    )
+
+    def scale(nu: Any) -> jax.Array:
+        nu = accurate(nu.decode() if isinstance(nu, Packed) else nu).real
+        # -expm1(t log b): 1 - b^t without cancellation
+        c1, c2 = (-jnp.expm1(count * jnp.log(b)).astype(nu.dtype) for b in (b1, b2))
+        root = jnp.sqrt(nu / c2 + eps_root.astype(nu.dtype))
+        return jax.lax.rsqrt(c1 * (root + eps.astype(nu.dtype)))
+
+    return Preconditioned(operator, jax.tree.map(scale, adam.nu, is_leaf=lambda x: isinstance(x, Packed)))
+
+
+def accurate(x: Any) -> jax.Array:
+    """The array in at least float32."""
+    return jnp.asarray(x).astype(jnp.promote_types(jnp.result_type(x), jnp.float32))
+
+
+def _is_adam(state: Any) -> bool:
+    return {"count", "nu"} <= set(getattr(state, "_fields", ()))
+
+
+def _vector_like(operator: Operator, params: Any, vector: Any) -> Any:
+    """The vector in the dtypes of the parameters, once it has their structure and shapes."""
+    name = type(operator).__name__
+    given, expected = jax.tree.structure(vector), jax.tree.structure(params)
+    if not given == expected:
+        raise ValueError(
+            f"{name}: the vector's tree is {given}, that of the parameters {expected}; pass a vector with the tree of the parameters"
+        )
+
+    def like(path: Any, p: jax.Array, v: Any) -> jax.Array:
+        if np.shape(v) != p.shape or (jnp.iscomplexobj(v) and not jnp.iscomplexobj(p)):
+            raise ValueError(
+                f"{name}: the vector at {jax.tree_util.keystr(path) or 'the root'} is "
+                f"{jnp.result_type(v)}{list(np.shape(v))}, the parameter there {p.dtype}{list(p.shape)}; expected the "
+                f"same shape, and real where the parameter is"
+            )
+        return jnp.asarray(v).astype(p.dtype)
+
+    return jax.tree_util.tree_map_with_path(like, params, vector)
+
+
+def _checked(operator: Operator, what: str, value: Any) -> jax.Array:
+    """The loss's value, once it is a real scalar."""
+    name = type(operator).__name__
+    if not isinstance(value, jax.Array):
+        raise TypeError(f"{name}: the {what} returns a {type(value).__name__}; expected a scalar array alone")
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(f"{name}: the {what} returns {value.dtype}; expected a real floating-point number")
+    if value.shape != ():
+        raise ValueError(f"{name}: the {what} has shape {value.shape}; expected a scalar, such as the mean of it")
+    return value
+
+
+def _count_of(name: str, batches: Any) -> int:
+    """How many batches there are: the length of the leading axis that their leaves have in common."""
+    shapes = {jax.tree_util.keystr(path): np.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(batches)}
+    lengths = {shape[:1] for shape in shapes.values()}
+    if len(lengths) != 1 or lengths <= {(), (0,)}:
+        listed = ", ".join(f"{path or 'the root'} has shape {shape}" for path, shape in shapes.items())
+        raise ValueError(
+            f"{name}: in batches, {listed or 'there are no arrays'}; expected arrays with a leading axis of batches, "
+            f"of one length; for a single batch, jax.tree.map(lambda x: x[None], batch)"
+        )
+    return lengths.pop()[0]
+
+
+def _each(batches: Any) -> list:
+    return [jax.tree.map(lambda x, i=i: x[i], batches) for i in range(_count_of("batches", batches))]
+
+
+def _explain(what: str, values: list) -> str:
+    bad = [(i, value) for i, value in enumerate(values) if not np.isfinite(value)]
+    if bad:
+        i, value = bad[0]
+        return f"the {what} itself is {value} on batch {i}; give parameters and data where it is finite"
+    return (
+        f"the {what} is finite, but has no finite second derivative at these parameters, as a square root or a norm "
+        f"has none at 0; add a small constant inside it (the corners of relu do no harm)"
+    )

@@ -1,0 +1,341 @@
+"""What Lanczos finds out about an operator: the edges of its spectrum, the spectrum's density, its trace."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gdx.checks import check_params
+from gdx.curvature.krylov import from_vector, lanczos, measured, on_vectors, to_vector
+from gdx.curvature.operators import Operator
+from gdx.extra import needs
+from gdx.fields import is_concrete
+
+Progress = Callable[[float], None]
+"""Called after each product with the fraction of the largest number of products that is done, in (0, 1]."""
+
+
+class Edge(NamedTuple):
+    r"""An eigenvalue at the edge of a spectrum.
+
+    Attributes:
+      value: $\lambda$, a scalar array.
+      vector: $v$, a tree like the parameters with $\|v\| = 1$.
+      error: $\|A v - \lambda v\|$: an eigenvalue is at most so far from `value`, and in general much closer, by
+        about `error` squared over the distance to the next one.
+    """
+
+    value: jax.Array
+    vector: Any
+    error: jax.Array
+
+
+class Edges(NamedTuple):
+    """The two ends of a spectrum.
+
+    Attributes:
+      smallest: the smallest eigenvalue, which is negative where there is a direction of negative curvature.
+      largest: the largest eigenvalue: of a Hessian, the sharpness.
+      converged: bool, whether both errors are at most the tolerance times the larger absolute value.
+      products: how many products with a vector it took.
+    """
+
+    smallest: Edge
+    largest: Edge
+    converged: jax.Array
+    products: jax.Array
+
+
+def spectrum_edges(
+    operator: Operator,
+    key: jax.Array,
+    *,
+    krylov_size: int = 32,
+    rounds: int = 10,
+    tolerance: float = 1e-3,
+    progress: Progress | None = None,
+) -> Edges:
+    r"""The smallest and the largest eigenvalue with their eigenvectors, by restarted Lanczos.
+
+    Each round takes `krylov_size` products from a start vector, reorthogonalised in full, and has the extreme
+    eigenpairs $(\lambda, v)$ of the operator in their span. It ends once
+
+    $$ \|A v - \lambda v\| \le \text{tolerance} \cdot \max(|\lambda_\min|, |\lambda_\max|) $$
+
+    for both, or after `rounds`; else both vectors, weighted by their errors, start another. The
+    criterion is relative to the whole spectrum: a $\lambda_\min$ near 0 has that absolute error. Two last
+    products measure the errors that are returned, rather than derive them. A random start misses an edge only where
+    it is orthogonal to it to within rounding.
+
+    Memory: about `krylov_size` + 10 vectors like the parameters, however many rounds. A pure function, also under
+    `jax.jit`; outside of it, the program is compiled once for each set of shapes, functions and options, and the
+    result is checked. Parameters and data may be sharded over a mesh.
+
+    Args:
+      operator: `Hessian`, `GaussNewton`, or one of them `Preconditioned`.
+      key: a random key, for the first start.
+      krylov_size: products in a round, at least 2; no more are made than there are parameters.
+      rounds: the most rounds, at least 1.
+      tolerance: relative error, positive; in float32 little is gained below 1e-5.
+      progress: called after each product.
+
+    Raises:
+      ValueError: an option is out of range; outside of jit, a product is infinite or NaN.
+
+    Sources: Lanczos (1950); Saad, Numerical Methods for Large Eigenvalue Problems (2011), chapters 6 and 7.
+
+    >>> import gdx, jax, jax.numpy as jnp
+    >>> bowl = lambda theta, batch: 0.5 * jnp.sum(jnp.arange(1.0, 101.0) * theta**2)
+    >>> hessian = gdx.curvature.Hessian(bowl, jnp.ones(100), batches=jnp.zeros(1))
+    >>> edges = gdx.curvature.spectrum_edges(hessian, jax.random.key(0))
+    >>> round(edges.smallest.value.item(), 2), round(edges.largest.value.item(), 1), edges.converged.item()
+    (1.0, 100.0, True)
+    """
+    name = "spectrum_edges"
+    size = _check_size(name, operator, krylov_size)
+    _check_count(name, "rounds", rounds)
+    if not tolerance > 0:
+        raise ValueError(f"{name}: tolerance is {tolerance}; expected a positive number, such as 1e-3")
+    meter = None if progress is None else Meter(progress, size, rounds)
+    edges = _edges(operator, key, size, rounds, float(tolerance), meter)
+    _check_finite(name, operator, (edges.smallest.value, edges.largest.value))
+    return edges
+
+
+class Density(NamedTuple):
+    r"""The distribution of eigenvalues, by Gauss quadrature: sums of point masses, one row for each probe.
+
+    Attributes:
+      nodes: of shape (probes, krylov_size): where the masses are.
+      weights: of that shape: the masses, in each row with the sum 1.
+    """
+
+    nodes: jax.Array
+    weights: jax.Array
+
+    def at(self, points: Any, width: Any) -> tuple[jax.Array, jax.Array]:
+        r"""The density smoothed with a Gaussian, $\rho(x) = \sum_i w_i \, N(x; \theta_i, \text{width}^2)$.
+
+        Args:
+          points: of shape (points,).
+          width: the Gaussian's standard deviation, in the unit of the eigenvalues.
+
+        Returns:
+          The mean over the probes and its standard error (NaN for one probe), each of shape (points,).
+        """
+        points, width = (jnp.asarray(x, self.nodes.dtype) for x in (points, width))
+
+        def of_probe(nodes: jax.Array, weights: jax.Array) -> jax.Array:
+            heights = jax.scipy.stats.norm.pdf((points[:, None] - nodes[None, :]) / width)
+            return heights @ weights / width
+
+        return _mean_and_error(jax.vmap(of_probe)(self.nodes, self.weights))
+
+
+def spectral_density(
+    operator: Operator, key: jax.Array, *, krylov_size: int = 64, probes: int = 8, progress: Progress | None = None
+) -> Density:
+    r"""The density of eigenvalues by stochastic Lanczos quadrature.
+
+    From a random vector $z$ of signs, Lanczos gives the Gauss quadrature of the measure that has the mass
+    $(z^\top v_i)^2 / n$ at each eigenvalue $\lambda_i$; its mean is the density $\frac{1}{n} \sum_i
+    \delta(\lambda - \lambda_i)$. Each row is exact for polynomials of a degree below 2 `krylov_size` against
+    its own measure; how much the rows differ is the error, which `Density.at` returns.
+
+    Args:
+      operator: as in `spectrum_edges`, and so are memory, jit and meshes.
+      key: a random key.
+      krylov_size: products for each probe, at least 2; no more are made than there are parameters.
+      probes: how many random vectors, one after the other, at least 1.
+      progress: called after each product.
+
+    Raises:
+      ValueError: as `spectrum_edges`.
+
+    Sources: Golub & Meurant, Matrices, Moments and Quadrature (2010); Ghorbani et al., An Investigation into Neural
+    Net Optimization via Hessian Eigenvalue Density (2019).
+
+    >>> import gdx, jax, jax.numpy as jnp
+    >>> steep = jnp.where(jnp.arange(100) < 30, 10.0, 1.0)
+    >>> hessian = gdx.curvature.Hessian(lambda theta, batch: 0.5 * jnp.sum(steep * theta**2), steep, jnp.zeros(1))
+    >>> density = gdx.curvature.spectral_density(hessian, jax.random.key(0), probes=32)
+    >>> bool(jnp.mean(jnp.sum(density.weights * (density.nodes > 5), axis=1)).round(1) == 0.3)
+    True
+    """
+    name = "spectral_density"
+    size = _check_size(name, operator, krylov_size)
+    _check_count(name, "probes", probes)
+    density = _density(operator, key, size, probes, None if progress is None else Meter(progress, size, probes))
+    _check_finite(name, operator, density.nodes)
+    return density
+
+
+class Trace(NamedTuple):
+    """An estimate of a trace.
+
+    Attributes:
+      value: scalar.
+      error: the standard error of it, NaN for one sample.
+    """
+
+    value: jax.Array
+    error: jax.Array
+
+
+def trace(operator: Operator, key: jax.Array, *, samples: int = 32, progress: Progress | None = None) -> Trace:
+    r"""The trace by Hutchinson's estimator, unbiased: the mean of $z^\top A z$ over random vectors $z$ of signs.
+
+    Its variance is $\frac{2}{m} \sum_{i \ne j} A_{ij}^2$ for $m$ samples, 0 for a diagonal matrix.
+
+    Args:
+      operator: as in `spectrum_edges`, and so are jit and meshes; the memory is for a few vectors.
+      key: a random key.
+      samples: how many vectors and products, at least 1.
+      progress: called after each product.
+
+    Raises:
+      ValueError: as `spectrum_edges`.
+
+    Source: Hutchinson, A stochastic estimator of the trace of the influence matrix (1989).
+
+    >>> import gdx, jax, jax.numpy as jnp
+    >>> hessian = gdx.curvature.Hessian(lambda theta, batch: jnp.sum(theta**2), jnp.ones(5), jnp.zeros(1))
+    >>> gdx.curvature.trace(hessian, jax.random.key(0)).value.item()
+    10.0
+    """
+    _check_size("trace", operator, 2)
+    _check_count("trace", "samples", samples)
+    found = _trace(operator, key, samples, None if progress is None else Meter(progress, 1, samples))
+    _check_finite("trace", operator, found.value)
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _edges(
+    operator: Operator, key: jax.Array, size: int, rounds: int, tolerance: float, meter: "Meter | None"
+) -> Edges:
+    product = on_vectors(operator)
+    like = to_vector(operator.params)
+
+    def small(values: jax.Array, errors: jax.Array) -> jax.Array:
+        return jnp.all(errors <= tolerance * jnp.max(jnp.abs(values)))
+
+    def goes_on(carry: tuple) -> jax.Array:
+        number, _, _, values, errors = carry
+        return (number < rounds) & ~small(values, errors) & ~jnp.any(jnp.isnan(values))
+
+    def turn(carry: tuple) -> tuple:
+        number, start, *_ = carry
+        found = lanczos(_metered(product, meter, number), start, size)
+        ends = jnp.stack([found.smallest, found.largest])
+        vectors = found.vectors(ends)
+        return number + 1, jnp.sum(vectors, axis=0), vectors, found.values[ends], found.errors[ends]
+
+    start = jax.random.normal(key, like.shape, like.dtype)
+    nothing = jnp.zeros((2, *like.shape), like.dtype), jnp.zeros(2, like.dtype), jnp.full(2, jnp.inf, like.dtype)
+    number, _, vectors, *_ = jax.lax.while_loop(goes_on, turn, (jnp.int32(0), start, *nothing))
+    vectors, values, errors = jax.lax.map(functools.partial(measured, product), vectors)
+    if meter is not None:
+        jax.debug.callback(meter.end, values)
+    smallest, largest = (Edge(values[i], from_vector(vectors[i], operator.params), errors[i]) for i in range(2))
+    return Edges(smallest, largest, small(values, errors), number * size + 2)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _density(operator: Operator, key: jax.Array, size: int, probes: int, meter: "Meter | None") -> Density:
+    product, sample = on_vectors(operator), _sampler(operator)
+
+    def probe(inputs: tuple) -> Density:
+        number, key = inputs
+        found = lanczos(_metered(product, meter, number), sample(key), size)
+        return Density(found.values, found.coefficients[0] ** 2)
+
+    return jax.lax.map(probe, (jnp.arange(probes), jax.random.split(key, probes)))
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _trace(operator: Operator, key: jax.Array, samples: int, meter: "Meter | None") -> Trace:
+    with needs("curvature"):
+        from matfree import stochtrace
+    product, sample, integrand = on_vectors(operator), _sampler(operator), stochtrace.monte_carlo_trace()
+
+    def take(inputs: tuple) -> jax.Array:
+        number, key = inputs
+        return integrand(_metered(product, meter, number), sample(key))
+
+    return Trace(*_mean_and_error(jax.lax.map(take, (jnp.arange(samples), jax.random.split(key, samples)))))
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Meter:
+    """Counts products on the host, in rounds of one length; equal ones share a compiled program."""
+
+    progress: Progress
+    length: int
+    rounds: int
+    number: int = dataclasses.field(default=0, compare=False)
+    within: int = dataclasses.field(default=0, compare=False)
+
+    def tick(self, number: Any, _: Any) -> None:
+        if int(number) != self.number or self.within == self.length:
+            self.number, self.within = int(number), 0
+        self.within += 1
+        self.progress((self.number * self.length + self.within) / (self.rounds * self.length))
+
+    def end(self, _: Any) -> None:
+        if self.number + 1 < self.rounds:
+            self.progress(1.0)
+
+
+def _metered(product: Callable, meter: Meter | None, number: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    if meter is None:
+        return product
+
+    def counted(vector: jax.Array) -> jax.Array:
+        image = product(vector)
+        jax.debug.callback(meter.tick, number, image[0])
+        return image
+
+    return counted
+
+
+def _sampler(operator: Operator) -> Callable[[jax.Array], jax.Array]:
+    """Random signs for each parameter."""
+    with needs("curvature"):
+        from matfree import stochtrace
+    draw = stochtrace.sampler_signs(to_vector(operator.params), num=1)
+    return lambda key: draw(key)[0]
+
+
+def _mean_and_error(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The mean over the first axis and its standard error."""
+    count = len(samples)
+    error = jnp.std(samples, axis=0, ddof=1) / np.array(np.sqrt(count), samples.dtype)
+    return jnp.mean(samples, axis=0), error if count > 1 else jnp.full_like(error, jnp.nan)
+
+
+def _check_size(name: str, operator: Operator, krylov_size: int) -> int:
+    """The number of products in a round, once the operator has parameters."""
+    check_params(operator, operator.params)
+    number = sum(np.size(x) * (2 if jnp.iscomplexobj(x) else 1) for x in jax.tree.leaves(operator.params))
+    if number == 0:
+        raise ValueError(f"{name}: the operator has no parameters; expected at least one")
+    if krylov_size < 2:
+        raise ValueError(f"{name}: krylov_size is {krylov_size}; expected at least 2")
+    return min(krylov_size, number)
+
+
+def _check_count(name: str, what: str, count: int) -> None:
+    if count < 1:
+        raise ValueError(f"{name}: {what} is {count}; expected at least 1")
+
+
+def _check_finite(name: str, operator: Operator, values: Any) -> None:
+    if all(is_concrete(x) for x in jax.tree.leaves((operator, values))) and not all(
+        bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(values)
+    ):
+        raise ValueError(f"{name}: {type(operator).__name__} times a vector is infinite or NaN: {operator.explain()}")

@@ -1,0 +1,83 @@
+"""Sharpness while training: a few products every now and then, from where the last ones ended."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gdx.checks import check_params
+from gdx.curvature.krylov import from_vector, lanczos, on_vectors, to_vector
+from gdx.curvature.operators import Operator
+
+
+class SharpnessState(NamedTuple):
+    """The largest eigenvalue as it was last found.
+
+    Attributes:
+      value: scalar; 0 before the first update.
+      error: how far value and vector are from an eigenpair, as in `Edge`; infinite before the first update.
+      vector: the eigenvector, a tree like the parameters.
+      key: a random key.
+    """
+
+    value: jax.Array
+    error: jax.Array
+    vector: Any
+    key: jax.Array
+
+
+def init_sharpness(params: Any, key: jax.Array) -> SharpnessState:
+    """A state that knows nothing yet: its vector is random.
+
+    Args:
+      params: parameters, or anything with their tree and shapes.
+      key: a random key.
+    """
+    like = to_vector(params)
+    vector = jax.random.normal(key, like.shape, like.dtype)
+    vector = from_vector(vector / jnp.linalg.norm(vector), params)
+    return SharpnessState(jnp.zeros((), like.dtype), jnp.full((), jnp.inf, like.dtype), vector, key)
+
+
+def update_sharpness(state: SharpnessState, operator: Operator, *, products: int = 4) -> SharpnessState:
+    r"""Follows the largest eigenvalue to new parameters: Lanczos from the last eigenvector.
+
+    As the parameters move little between two updates, a few products do. The value is never above the
+    largest eigenvalue, and `error` says how close it is to some eigenvalue; the first few updates are those of a cold
+    start. One per cent of noise in each start finds an eigenvector that overtakes the one which is followed.
+
+    A pure function, for `jax.jit`, `jax.lax.scan` and, every n-th step, `jax.lax.cond`. Memory: `products` + 4 vectors
+    like the parameters.
+
+    Args:
+      state: from `init_sharpness` or the last update.
+      operator: `Hessian` or `GaussNewton` at the present parameters, or it `adam_preconditioned`.
+      products: products with a vector, at least 2; each costs two to three gradients.
+
+    Raises:
+      ValueError: products is less than 2.
+
+    >>> import gdx, jax, jax.numpy as jnp
+    >>> loss = lambda theta, batch: jnp.sum(jnp.arange(1.0, 9.0) * theta**4) / 12
+    >>> state = gdx.curvature.init_sharpness(jnp.ones(8), jax.random.key(0))
+    >>> for size in (1.0, 1.1, 1.2):
+    ...     hessian = gdx.curvature.Hessian(loss, jnp.full(8, size), jnp.zeros(1))
+    ...     state = gdx.curvature.update_sharpness(state, hessian)
+    >>> round(state.value.item(), 1)  # 8 * 1.2^2
+    11.5
+    """
+    if products < 2:
+        raise ValueError(f"update_sharpness: products is {products}; expected at least 2")
+    check_params(operator, operator.params)
+    key, noise_key = jax.random.split(state.key)
+    vector = to_vector(state.vector)
+    noise = jax.random.normal(noise_key, vector.shape, vector.dtype)
+    start = vector + 0.01 * noise / jnp.linalg.norm(noise)
+    found = lanczos(on_vectors(operator), start, min(products, len(start)))
+    (vector,) = found.vectors(found.largest[None])
+    return SharpnessState(
+        found.values[found.largest],
+        found.errors[found.largest],
+        from_vector(vector / jnp.linalg.norm(vector), operator.params),
+        key,
+    )
