@@ -383,8 +383,8 @@ class measure_noise(Transform):
     decay: Scalar = hyperparameter(default=0.99, minimum=0, below=1)
 
     def init(self, params: optax.Params) -> NoiseState:
-        zero = jnp.zeros([], jnp.result_type(float))
-        return NoiseState(jnp.zeros([], jnp.int32), Noise(zero, zero))
+        dtype = jnp.result_type(float)
+        return NoiseState(jnp.zeros([], jnp.int32), Noise(jnp.zeros([], dtype), jnp.zeros([], dtype)))
 
     def update(
         self, updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any

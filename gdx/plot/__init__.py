@@ -1,10 +1,13 @@
-"""Pictures of optimization: loss curves, paths down a function of the plane, sweeps of hyperparameters.
+"""Pictures of optimization: loss curves, paths down a function of the plane, sweeps of hyperparameters,
+the loss around parameters, the noise of gradients.
 
 Each function draws on the axes it is given, or on new ones, and returns them; nothing is shown or
 saved. matplotlib comes with `gdx-jax[demo]`.
 """
 
+from gdx.plot.landscape import loss_line, loss_plane
+from gdx.plot.noise import noise_scale
 from gdx.plot.plane import paths
 from gdx.plot.runs import loss_curves, range_test, sweep
 
-__all__ = ["loss_curves", "paths", "range_test", "sweep"]
+__all__ = ["loss_curves", "loss_line", "loss_plane", "noise_scale", "paths", "range_test", "sweep"]
