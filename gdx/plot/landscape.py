@@ -28,13 +28,15 @@ def loss_line(
       losses: each curve by its name, such as that of the training and that of the test loss: of shape (points,), or
         (lines, points) for several lines, of which the mean is drawn with a band from the least to the largest.
       ax: the axes to draw on; None for new ones.
-      marks: positions to mark, such as the two ends, by name.
+      marks: positions to mark, such as the two ends, by the names to write above them.
       name: what the curves are.
 
     Returns:
       The axes.
     """
     ax = axes_or_new(ax)
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     positions, drawn = np.asarray(positions, float), []
     for (label, values), style in zip(losses.items(), line_styles()):
         rows = np.atleast_2d(np.where(np.isfinite(values), values, np.nan).astype(float))
@@ -45,6 +47,9 @@ def loss_line(
             ax.fill_between(positions, *_range(rows), color=curve.get_color(), alpha=0.2, linewidth=0)
     if drawn and spans_decades(np.stack(drawn)):
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
     for label, position in (marks or {}).items():
         ax.axvline(position, color="0.5", linewidth=1, linestyle=":")
         ax.annotate(
@@ -52,8 +57,8 @@ def loss_line(
             (position, 1),
             xycoords=ax.get_xaxis_transform(),
             textcoords="offset points",
-            xytext=(3, -4),
-            va="top",
+            xytext=(0, 3),
+            ha="center",
             fontsize="small",
             color="0.3",
         )
@@ -90,9 +95,10 @@ def loss_plane(
     Returns:
       The axes.
     """
-    from matplotlib.colors import BoundaryNorm
-
     ax = axes_or_new(ax)
+    from matplotlib.colors import BoundaryNorm
+    from matplotlib.patheffects import withStroke
+
     heights = np.ma.masked_invalid(np.asarray(losses, float))
     levels = _levels(heights) if levels is None else np.asarray(levels, float)
     if levels is not None:
@@ -103,7 +109,8 @@ def loss_plane(
         bar.set_ticks(levels, labels=[f"{level:.2g}" for level in levels])
     for label, (a, b) in (points or {}).items():
         ax.plot(a, b, "o", color="white", markeredgecolor="black", markersize=7, zorder=3)
-        ax.annotate(label, (a, b), textcoords="offset points", xytext=(7, 5), color="white", fontweight="bold")
+        text = ax.annotate(label, (a, b), textcoords="offset points", xytext=(7, 5), color="white", fontweight="bold")
+        text.set_path_effects([withStroke(linewidth=2, foreground="black")])
     ax.set_xlabel("first direction")
     ax.set_ylabel("second direction")
     return ax

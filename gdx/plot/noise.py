@@ -42,15 +42,17 @@ def noise_scale(
         if len(values) <= 30:
             style |= {"marker": "o", "markersize": 5, "zorder": 3}
         ax.plot(at, shown, label=name, **style)
-    for label, size in (("batch size", batch_size), ("training examples", examples)):
+    # the scale rises as the loss falls: the lower right and the upper left corner are free
+    for label, size, x, side in (("batch size", batch_size, 0.98, "right"), ("examples", examples, 0.02, "left")):
         if size is not None:
             ax.axhline(size, color="0.4", linewidth=1)
             ax.annotate(
                 f"{label}: {size:g}",
-                (0.02, size),
+                (x, size),
                 xycoords=ax.get_yaxis_transform(),
                 textcoords="offset points",
                 xytext=(0, 3),
+                ha=side,
                 fontsize="small",
                 color="0.3",
             )
