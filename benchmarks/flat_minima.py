@@ -187,7 +187,7 @@ def picture(found: dict[Run, Found], path: str) -> None:
     positions = np.linspace(-0.5, 1.5, 41)
     for ax, (one, other) in zip(lines, COMPARED.values()):
         pairs = zip(*(_unstacked(found[run].params) for run in (other, one)))
-        along = [landscape.line(metrics, *pair, positions) for pair in pairs]
+        along = [landscape.line(metrics, start, end, positions) for start, end in pairs]
         curves = {name: np.stack([at[name] for at in along]) for name in ("training loss", "test loss")}
         plot.loss_line(positions, curves, ax, marks={_lines(other): 0.0, _lines(one): 1.0})
     grid = np.linspace(-1, 1, 31)

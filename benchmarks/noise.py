@@ -1,11 +1,11 @@
-"""The gradient noise scale: what measuring it costs, whether it is right, and whether it predicts the critical batch size.
+"""The gradient noise scale: what measuring it costs, whether it is right, and what it says of the critical batch size.
 
-Run `python -m benchmarks.noise`, with `--picture FILE` for the noise scale over training, and `--quick` for a rough look.
+Run `python -m benchmarks.noise`, with `--picture FILE` for the scale over training, and `--quick` for a rough look.
 
 1. A training step with `measure_noise` in its chain against one without it, of equal micro-batches: the median of the
    ratios of interleaved timings, with their quartiles.
-2. The noise scale on handwritten digits over training, as the link measures it from 8 micro-batches and from its
-   definition, the gradients of all examples one by one.
+2. The noise scale on handwritten digits over training, from its definition, the gradients of all examples one by one,
+   and as the link measures it from 8 micro-batches: over 200 batches at the same parameters, and on the way there.
 3. The fewest steps to a training loss for each batch size, over learning rates, against their theory.
 """
 
@@ -22,11 +22,12 @@ import optax
 import gdx
 from benchmarks.measure import calls_for, interleaved, ratio, table
 from gdx import noise
-from gdx.demo.problems import Problem, cross_entropy, digits, network
+from gdx.demo.problems import Problem, digits, network
 
-STEPS, EVERY = 600, 60
-BATCH, MICRO, RATE, DECAY = 64, 8, 0.1, 0.95
-COSTS = {"digits": (128, 64), "digits, large batch": (128, 512), "wide": (2048, 512)}
+STEPS, EVERY = 400, 40
+BATCH, MICRO, RATE, DECAY = 128, 8, 0.1, 0.98
+STILL = 200
+COSTS = (((64, 128, 10), 64), ((64, 128, 10), 512), ((64, 512, 512, 10), 512))
 TARGET = 0.2
 SIZES, RATES = (4, 8, 16, 32, 64, 128, 256), np.geomspace(0.05, 1.6, 11)
 
@@ -42,9 +43,9 @@ def micro_batched(loss: Callable, number: int) -> Callable:
     return value_and_grad
 
 
-def steps_of(problem: Problem, hidden: int, batch_size: int, way: str) -> Callable[[], None]:
-    """Some training steps in one call, of a network this wide."""
-    params = network(jax.random.key(0), (64, hidden, 10))
+def steps_of(problem: Problem, widths: tuple[int, ...], batch_size: int, way: str) -> Callable[[], None]:
+    """Some training steps in one call, of a network with these widths."""
+    params = network(jax.random.key(0), widths)
     batches = noise.epochs(jax.random.key(1), problem.train, batch_size, 4)
     tx: gdx.Transform = gdx.adamw(1e-3)
     measured = noise.value_and_grad(problem.loss_on, MICRO)
@@ -70,8 +71,8 @@ def steps_of(problem: Problem, hidden: int, batch_size: int, way: str) -> Callab
 def costs(rounds: int) -> list[Sequence[object]]:
     """The rows of the first table."""
     problem, rows = digits(), []
-    for name, (hidden, batch_size) in COSTS.items():
-        ways = {way: steps_of(problem, hidden, batch_size, way) for way in ("whole batch", "micro-batches", "measured")}
+    for widths, batch_size in COSTS:
+        ways = {way: steps_of(problem, widths, batch_size, way) for way in ("whole batch", "micro-batches", "measured")}
         calls = calls_for(ways["micro-batches"], duration=0.05)
 
         def repeated(way: str, ways: dict = ways, calls: int = calls) -> None:
@@ -80,49 +81,60 @@ def costs(rounds: int) -> list[Sequence[object]]:
 
         seconds = interleaved({way: functools.partial(repeated, way) for way in ways}, rounds)
         with_link, micro = ratio(seconds, "measured", "micro-batches"), ratio(seconds, "micro-batches", "whole batch")
-        rows.append((f"{name}: 64-{hidden}-10", batch_size, batch_size // MICRO, with_link, "<= 1.05", micro))
+        rows.append(("-".join(map(str, widths)), batch_size, batch_size // MICRO, with_link, "<= 1.05", micro))
     return rows
 
 
 class History(NamedTuple):
-    """What was measured over training.
+    """What was measured over training, before every so many steps.
 
     Attributes:
-      losses: the training loss on all examples, at every look.
-      link, direct: the `Noise` there, as the link has it and from its definition.
+      losses: the training loss on all examples, of shape (looks,).
+      direct: the `Noise` from its definition.
+      still: the mean of the link's estimates over batches at the same parameters.
+      moving: the link's averages in training after each step, of shape (looks, steps between them).
     """
 
     losses: jax.Array
-    link: noise.Noise
     direct: noise.Noise
+    still: noise.Noise
+    moving: noise.Noise
 
 
-def history(problem: Problem, steps: int) -> History:
+def history(problem: Problem) -> History:
     """Trains, and looks every few steps."""
-    images, labels = problem.train
-    params = problem.start(jax.random.key(0))
+    size = len(problem.train[0])
     value_and_grad = noise.value_and_grad(problem.loss_on, MICRO)
-    tx = gdx.chain(noise.measure_noise(DECAY), gdx.sgd(RATE))
-    batches = noise.epochs(jax.random.key(1), problem.train, BATCH, -(-steps * BATCH // len(images)) + 1)[:steps]
+    link, sgd = noise.measure_noise(DECAY), gdx.sgd(RATE)
+    mean = noise.measure_noise(1 - 1e-4)
 
-    def step(carry: tuple, batch: jax.Array) -> Any:
+    def drawn(key: jax.Array, steps: int) -> jax.Array:
+        return noise.epochs(key, size, BATCH, -(-steps // (size // BATCH)))[:steps]
+
+    def measured(carry: tuple, batch: jax.Array, link: gdx.Transform, tx: gdx.Transform) -> Any:
         params, state = carry
+        tx = gdx.chain(link, tx)
         (_, micro_batches), gradients = value_and_grad(params, batch)
         updates, state = tx.update(gradients, state, params, micro_batches=micro_batches)
-        return (optax.apply_updates(params, updates), state), None
+        return (optax.apply_updates(params, updates), state), state[0].noise
 
-    def look(carry: tuple, batches: jax.Array) -> Any:
-        carry, _ = jax.lax.scan(step, carry, batches)
-        params, state = carry
-        each = jax.lax.map(
-            lambda example: jax.grad(problem.loss_on)(params, example[None]), jnp.arange(len(images)), batch_size=64
-        )
-        direct = noise.of_gradients(each).within(len(images))
-        return carry, History(cross_entropy(params, problem.train), optax.tree.get(state, "noise"), direct)
+    def look(carry: tuple, key: jax.Array) -> Any:
+        params, _ = carry
+        still_key, moving_key = jax.random.split(key)
+        still = functools.partial(measured, link=mean, tx=gdx.sgd(0.0))
+        start = params, gdx.chain(mean, gdx.sgd(0.0)).init(params)
+        averages = jax.lax.scan(still, start, drawn(still_key, STILL))[1]
+        each = jax.lax.map(lambda i: jax.grad(problem.loss_on)(params, i[None]), jnp.arange(size), batch_size=64)
+        moving = functools.partial(measured, link=link, tx=sgd)
+        carry, on_the_way = jax.lax.scan(moving, carry, drawn(moving_key, EVERY))
+        last = jax.tree.map(lambda x: x[-1], averages)
+        loss = problem.loss(params, problem.train)
+        return carry, History(loss, *(n.within(size) for n in (noise.of_gradients(each), last, on_the_way)))
 
-    found = jax.jit(lambda carry: jax.lax.scan(look, carry, batches.reshape(-1, EVERY, BATCH))[1])
-    history = found((params, tx.init(params)))
-    return history._replace(link=history.link.within(len(images)))
+    params = problem.start(jax.random.key(0))
+    carry = params, gdx.chain(link, sgd).init(params)
+    keys = jax.random.split(jax.random.key(1), STEPS // EVERY + 1)
+    return jax.tree.map(np.asarray, jax.jit(lambda carry: jax.lax.scan(look, carry, keys)[1])(carry))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -178,14 +190,18 @@ def main() -> None:
     print(table(header, costs(8 if args.quick else 30)), end="\n\n")
 
     problem = digits()
-    found = jax.tree.map(np.asarray, history(problem, STEPS))
-    steps = np.arange(EVERY, STEPS + 1, EVERY)
-    link, direct = np.asarray(found.link.scale), np.asarray(found.direct.scale)
-    columns = zip(steps, found.losses, link, direct)
-    header = ("step", "training loss", "noise scale, by the link", "by its definition", "link / definition")
-    print(
-        table(header, [(s, f"{a:.3f}", f"{b:.0f}", f"{c:.0f}", f"{b / c:.2f}") for s, a, b, c in columns]), end="\n\n"
-    )
+    found = history(problem)
+    steps = np.arange(0, STEPS + 1, EVERY)
+    moving = np.asarray(found.moving.scale)
+    on_the_way = ["-", *(f"{scale:.0f}" for scale in moving[:-1, -1])]
+    columns = (found.losses, *found.direct, np.asarray(found.direct.scale), np.asarray(found.still.scale))
+    forms = ("{:.3f}", "{:.2g}", "{:.3g}", "{:.0f}", "{:.0f}")
+    rows: list[Sequence[object]] = [
+        (at, *(form.format(x) for form, x in zip(forms, values)), last)
+        for at, *values, last in zip(steps, *columns, on_the_way)
+    ]
+    header = ("step", "training loss", "|G|^2", "tr Sigma", "scale", "by the link, standing", "by the link, moving")
+    print(table(header, rows), end="\n\n")
 
     best = fewest_steps(problem, 1 if args.quick else 3)
     sizes, fewest, _ = map(np.array, zip(*best))
@@ -200,8 +216,9 @@ def main() -> None:
         from gdx import plot
 
         figure = Figure(figsize=(7, 4.5), layout="constrained")
-        scales = {f"{MICRO} micro-batches of {BATCH // MICRO}": link, "each example by itself": direct}
-        at = dict.fromkeys(scales, steps)
+        scales = {f"link, {MICRO} micro-batches of {BATCH // MICRO}": moving[:-1].ravel()}
+        scales["every example by itself"] = np.asarray(found.direct.scale)
+        at = dict(zip(scales, (np.arange(1, STEPS + 1), steps)))
         plot.noise_scale(scales, figure.subplots(), steps=at, batch_size=BATCH, examples=len(problem.train[0]))
         figure.savefig(args.picture, dpi=150)
         print(f"picture: {args.picture}")
