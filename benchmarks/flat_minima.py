@@ -216,16 +216,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two starts instead of five")
     args = parser.parse_args()
     found = {run: measure(run, 2 if args.quick else SEEDS) for run in (SMALL, LARGE, LOW, HIGH)}
-    header = (
-        "",
-        "steps",
-        "largest eigenvalue",
-        "trace",
-        f"rise at {RADIUS:g}",
-        "norm",
-        "test loss",
-        "test accuracy, %",
-    )
+    header = ("", "steps", *MEASURES, "test accuracy, %")
     compared = [comparison(name, found[one].measured, found[other].measured) for name, (one, other) in COMPARED.items()]
     print(table(header, [*(row(run, here.measured) for run, here in found.items()), *compared]))
     if args.picture:

@@ -70,7 +70,8 @@ def steps_of(problem: Problem, widths: tuple[int, ...], batch_size: int, way: st
 
 def costs(rounds: int) -> list[Sequence[object]]:
     """The rows of the first table."""
-    problem, rows = digits(), []
+    problem = digits()
+    rows: list[Sequence[object]] = []
     for widths, batch_size in COSTS:
         ways = {way: steps_of(problem, widths, batch_size, way) for way in ("whole batch", "micro-batches", "measured")}
         calls = calls_for(ways["micro-batches"], duration=0.05)
@@ -186,8 +187,8 @@ def main() -> None:
     parser.add_argument("--picture", metavar="FILE", help="where to write the noise scale over training")
     parser.add_argument("--quick", action="store_true", help="few rounds, one seed")
     args = parser.parse_args()
-    header = ("network", "batch", "micro-batch", "with link / without", "target", "micro-batches / whole batch")
-    print(table(header, costs(8 if args.quick else 30)), end="\n\n")
+    columns = ("network", "batch", "micro-batch", "with link / without", "target", "micro-batches / whole batch")
+    print(table(columns, costs(8 if args.quick else 30)), end="\n\n")
 
     problem = digits()
     found = history(problem)
