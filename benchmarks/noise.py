@@ -181,47 +181,59 @@ def fit(sizes: np.ndarray, steps: np.ndarray) -> tuple[float, float]:
     return float(np.exp(rest[best].mean())), float(candidates[best])
 
 
+def costs_table(rounds: int) -> str:
+    header = ("network", "batch", "micro-batch", "with link / without", "target", "micro-batches / whole batch")
+    return table(header, costs(rounds))
+
+
+def history_table(found: History) -> str:
+    on_the_way = ["-", *(f"{scale:.0f}" for scale in np.asarray(found.moving.scale)[:-1, -1])]
+    columns = (found.losses, *found.direct, np.asarray(found.direct.scale), np.asarray(found.still.scale))
+    forms = ("{:.3f}", "{:.2g}", "{:.3g}", "{:.0f}", "{:.0f}")
+    rows = [
+        (at, *(form.format(x) for form, x in zip(forms, values)), last)
+        for at, *values, last in zip(range(0, STEPS + 1, EVERY), *columns, on_the_way)
+    ]
+    header = ("step", "training loss", "|G|^2", "tr Sigma", "scale", "by the link, standing", "by the link, moving")
+    return table(header, rows)
+
+
+def steps_table(problem: Problem, seeds: int) -> str:
+    best = fewest_steps(problem, seeds)
+    sizes, fewest, _ = map(np.array, zip(*best))
+    least, critical = fit(sizes, fewest)
+    rows = [(b, f"{rate:.2g}", f"{s:.0f}", f"{least * (1 + critical / b):.0f}", f"{s * b:.0f}") for b, s, rate in best]
+    fitted = f"critical batch size of the fit: {critical:.0f}"
+    return f"{table(('batch', 'best rate', 'steps', 'of the fit', 'examples'), rows)}\n{fitted}"
+
+
+def picture(found: History, examples: int, path: str) -> None:
+    """Writes the noise scale over training."""
+    from matplotlib.figure import Figure
+
+    from gdx import plot
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    link, direct = f"link, {MICRO} micro-batches of {BATCH // MICRO}", "every example by itself"
+    scales = {link: np.asarray(found.moving.scale)[:-1].ravel(), direct: np.asarray(found.direct.scale)}
+    steps = {link: np.arange(1, STEPS + 1), direct: np.arange(0, STEPS + 1, EVERY)}
+    plot.noise_scale(scales, figure.subplots(), steps=steps, batch_size=BATCH, examples=examples)
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     """Prints the tables, and writes the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--picture", metavar="FILE", help="where to write the noise scale over training")
     parser.add_argument("--quick", action="store_true", help="few rounds, one seed")
     args = parser.parse_args()
-    columns = ("network", "batch", "micro-batch", "with link / without", "target", "micro-batches / whole batch")
-    print(table(columns, costs(8 if args.quick else 30)), end="\n\n")
-
+    print(costs_table(8 if args.quick else 30), end="\n\n")
     problem = digits()
     found = history(problem)
-    steps = np.arange(0, STEPS + 1, EVERY)
-    moving = np.asarray(found.moving.scale)
-    on_the_way = ["-", *(f"{scale:.0f}" for scale in moving[:-1, -1])]
-    columns = (found.losses, *found.direct, np.asarray(found.direct.scale), np.asarray(found.still.scale))
-    forms = ("{:.3f}", "{:.2g}", "{:.3g}", "{:.0f}", "{:.0f}")
-    rows: list[Sequence[object]] = [
-        (at, *(form.format(x) for form, x in zip(forms, values)), last)
-        for at, *values, last in zip(steps, *columns, on_the_way)
-    ]
-    header = ("step", "training loss", "|G|^2", "tr Sigma", "scale", "by the link, standing", "by the link, moving")
-    print(table(header, rows), end="\n\n")
-
-    best = fewest_steps(problem, 1 if args.quick else 3)
-    sizes, fewest, _ = map(np.array, zip(*best))
-    least, critical = fit(sizes, fewest)
-    header = ("batch", "best rate", "steps", "of the fit", "examples")
-    rows = [(b, f"{rate:.2g}", f"{s:.0f}", f"{least * (1 + critical / b):.0f}", f"{s * b:.0f}") for b, s, rate in best]
-    print(table(header, rows))
-    print(f"critical batch size of the fit: {critical:.0f}")
+    print(history_table(found), end="\n\n")
+    print(steps_table(problem, 1 if args.quick else 3))
     if args.picture:
-        from matplotlib.figure import Figure
-
-        from gdx import plot
-
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        scales = {f"link, {MICRO} micro-batches of {BATCH // MICRO}": moving[:-1].ravel()}
-        scales["every example by itself"] = np.asarray(found.direct.scale)
-        at = dict(zip(scales, (np.arange(1, STEPS + 1), steps)))
-        plot.noise_scale(scales, figure.subplots(), steps=at, batch_size=BATCH, examples=len(problem.train[0]))
-        figure.savefig(args.picture, dpi=150)
+        picture(found, len(problem.train[0]), args.picture)
         print(f"picture: {args.picture}")
 
 
