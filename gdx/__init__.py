@@ -5,12 +5,14 @@ Links:      scale_by_learning_rate, scale_by_momentum, scale_by_adam, add_decoup
 Composing:  chain, lift, Composed.
 Batches:    stack, unstack, grid, labels.
 Training:   train, sweep, range_test, schedule.
+Noise:      noise (mini-batches, gradient noise scale).
+Landscape:  landscape (slices of the loss, perturbations).
 Few bits:   storage (formats), round_stochastically, round_with_compensation, round_with_master.
 Curvature:  curvature (Hessian, spectrum_edges, best_learning_rate, sharpness).
 Your own:   Transform, Leafwise, hyperparameter, static, Scalar, ScheduledState.
 """
 
-from gdx import curvature, storage
+from gdx import curvature, landscape, noise, storage
 from gdx.compose import Composed, chain, lift
 from gdx.fields import Scalar, hyperparameter, static
 from gdx.leafwise import Leafwise
@@ -45,9 +47,11 @@ __all__ = [
     "grid",
     "hyperparameter",
     "labels",
+    "landscape",
     "lift",
     "momentum",
     "nesterov",
+    "noise",
     "range_test",
     "round_stochastically",
     "round_with_compensation",

@@ -196,3 +196,72 @@ def test_sharpness_of_runs_with_edges_of_their_own(ax):
     assert labels(ax) == ["slow", "edge of slow: 20", "fast (diverged)", "edge of fast: 2"]
     with pytest.raises(ValueError, match="edge has no 'fast'; expected a number, or one for each run"):
         plot.sharpness(runs, {"slow": 20.0}, ax)
+
+
+def test_a_loss_line_has_a_curve_for_each_loss_and_a_band_for_several_lines(ax):
+    positions = np.linspace(-0.5, 1.5, 9)
+    several = np.stack([1e-2 + positions**2, 2e-2 + positions**2])
+    losses = {"training loss": several, "test loss": 1 + positions**2}
+    assert plot.loss_line(positions, losses, ax, marks={"sgd": 0.0, "adam": 1.0}) is ax
+    assert labels(ax) == ["training loss", "test loss"]
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), several.mean(axis=0))
+    assert len(ax.collections) == 1 and [text.get_text() for text in ax.texts] == ["sgd", "adam"]
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_yscale()) == ("position on the line", "loss", "log")
+    ax.figure.canvas.draw()
+
+
+@pytest.mark.parametrize("values", [[np.nan, np.inf], [1.0, np.nan], [0.0, -1.0], [2.0, 2.0]])
+def test_loss_lines_without_a_logarithm(ax, values):
+    plot.loss_line([0.0, 1.0], {"loss": values}, ax, name="accuracy")
+    assert (ax.get_yscale(), ax.get_ylabel()) == ("linear", "accuracy")
+    assert np.array_equal(np.isnan(ax.lines[0].get_ydata()), ~np.isfinite(values))
+    ax.figure.canvas.draw()
+
+
+def test_a_loss_plane_has_x_along_its_columns(ax):
+    x, y = np.linspace(-1, 1, 5), np.linspace(0, 2, 4)
+    heights = 0.1 + x[None] ** 2 + 10 * y[:, None] ** 2
+    assert plot.loss_plane(x, y, heights, ax, points={"minimum": (0.0, 0.0)}) is ax
+    assert (ax.get_xlim(), ax.get_ylim()) == ((-1.0, 1.0), (0.0, 2.0))
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("first direction", "second direction")
+    assert [text.get_text() for text in ax.texts] == ["minimum"]
+    assert ax.figure.axes[1].get_ylabel() == "loss"
+    np.testing.assert_allclose(ax.collections[0].levels[[0, -1]], [heights.min(), heights.max()])
+    ax.figure.canvas.draw()
+
+
+@pytest.mark.parametrize("heights", [np.full((3, 3), np.nan), np.ones((3, 3)), np.diag([np.inf, -1.0, 5.0])])
+def test_loss_planes_that_are_flat_or_not_finite(ax, heights):
+    plot.loss_plane(np.arange(3), np.arange(3), heights, ax)
+    ax.figure.canvas.draw()
+
+
+def test_loss_planes_with_the_same_levels(ax):
+    plot.loss_plane(np.arange(3), np.arange(3), np.eye(3), ax, levels=[0.1, 0.5, 2.0], name="error")
+    assert ax.collections[0].levels.tolist() == [0.1, 0.5, 2.0]
+    assert ax.figure.axes[1].get_ylabel() == "error"
+    ax.figure.canvas.draw()
+
+
+def test_the_noise_scale_over_training(ax):
+    scales = {"micro-batches": [10.0, np.inf, 40.0], "each example": jnp.array(20.0)}
+    steps = {"micro-batches": [0, 1, 2], "each example": 1}
+    assert plot.noise_scale(scales, ax, steps=steps, batch_size=64, examples=1437) is ax
+    assert labels(ax) == ["micro-batches", "each example"]
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_yscale()) == ("step", "noise scale (examples)", "log")
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), [10, np.nan, 40])
+    assert ax.lines[1].get_xdata().tolist() == [1]
+    assert [text.get_text() for text in ax.texts] == ["batch size: 64", "examples: 1437"]
+    ax.figure.canvas.draw()
+
+
+@pytest.mark.parametrize("scales", [{}, {"sgd": []}, {"sgd": [np.inf, np.nan]}, {"sgd": [0.0]}])
+def test_noise_scales_that_are_not_there(ax, scales):
+    plot.noise_scale(scales, ax)
+    ax.figure.canvas.draw()
+
+
+def test_the_new_pictures_make_their_own_axes():
+    assert isinstance(plot.loss_line([0.0, 1.0], {"loss": [1.0, 2.0]}), Axes)
+    assert isinstance(plot.loss_plane([0.0, 1.0], [0.0, 1.0], np.eye(2)), Axes)
+    assert isinstance(plot.noise_scale({"sgd": [1.0, 2.0]}), Axes)

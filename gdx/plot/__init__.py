@@ -1,11 +1,23 @@
-"""Pictures of optimization: loss curves, paths down a function of the plane, sweeps of hyperparameters, curvature.
+"""Pictures of optimization: runs and sweeps, paths and slices of the loss, curvature, noise.
 
 Each function draws on the axes it is given, or on new ones, and returns them; nothing is shown or
 saved. matplotlib comes with `gdx-jax[demo]`.
 """
 
 from gdx.plot.curvature import sharpness, spectral_density
+from gdx.plot.landscape import loss_line, loss_plane
+from gdx.plot.noise import noise_scale
 from gdx.plot.plane import paths
 from gdx.plot.runs import loss_curves, range_test, sweep
 
-__all__ = ["loss_curves", "paths", "range_test", "sharpness", "spectral_density", "sweep"]
+__all__ = [
+    "loss_curves",
+    "loss_line",
+    "loss_plane",
+    "noise_scale",
+    "paths",
+    "range_test",
+    "sharpness",
+    "spectral_density",
+    "sweep",
+]

@@ -106,6 +106,19 @@ def lifted(learning_rate: Any, momentum: Any = 0.9) -> gdx.Transform:
     return gdx.lift((gdx.sgd(learning_rate, momentum),), _in_chain)
 
 
+def _fed(tx: gdx.Transform) -> optax.GradientTransformationExtraArgs:
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        micro_batches = gdx.noise.MicroBatches(jnp.full([], 1e6, jnp.float32), 8, 4)
+        return tx.update(updates, state, params, micro_batches=micro_batches, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def measured(learning_rate: Any, decay: Any) -> gdx.Transform:
+    """With the link that measures noise, told in each step what it needs."""
+    return gdx.chain(gdx.lift((gdx.noise.measure_noise(decay),), _fed), gdx.sgd(learning_rate))
+
+
 def rounded_stochastically(learning_rate: Any, seed: int = 0) -> gdx.Transform:
     return gdx.chain(gdx.scale_by_learning_rate(learning_rate), gdx.round_stochastically(seed))
 
@@ -125,6 +138,10 @@ def _link(step: Callable) -> Callable:
 
 def _descent(t: int, g: Any, theta: Any, memory: dict, *, learning_rate: Any, flip_sign: bool = True) -> Any:
     return -(learning_rate * g) if flip_sign else learning_rate * g
+
+
+def _measured(t: int, g: Any, theta: Any, memory: dict, *, learning_rate: Any, decay: Any) -> Any:
+    return oracle.sgd(t, g, theta, memory, learning_rate=learning_rate)
 
 
 def _decay(t: int, g: Any, theta: Any, memory: dict, *, weight_decay: Any) -> Any:
@@ -332,6 +349,18 @@ ROWS = (
         _with_rate((({"momentum": 1.0}, ValueError, r"sgd: momentum is 1\.0"),)),
         oracle.sgd,
         largest_gradient=3e37,
+    ),
+    Row(
+        measured,
+        ({"learning_rate": 0.1, "decay": 0.99}, {"learning_rate": 0.1, "decay": 0.0}),
+        _with_rate(
+            (
+                ({"decay": 1.0}, ValueError, r"measure_noise: decay is 1\.0; expected a finite number in \[0, 1\)"),
+                ({"decay": -0.5}, ValueError, r"measure_noise: decay is -0\.5; expected a finite number in \[0, 1\)"),
+                ({"decay": None}, TypeError, r"measure_noise: decay is None; expected"),
+            )
+        ),
+        _measured,
     ),
     Row(
         scheduled,

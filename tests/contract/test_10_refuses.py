@@ -72,7 +72,11 @@ def test_gradients_unlike_the_parameters(row, case, jitted):
 @pytest.mark.parametrize("case", ["missing", "extra", "broadcasts"])
 def test_gradients_unlike_the_state_without_parameters(row, case):
     tx, params = row.tx, tree()
-    if not jax.tree.leaves(tx.init(params)) or "weight_decay" in tx.hyperparams or row.dtype == "bfloat16":
+    if (
+        not any(map(np.ndim, jax.tree.leaves(tx.init(params))))
+        or "weight_decay" in tx.hyperparams
+        or row.dtype == "bfloat16"
+    ):
         pytest.skip("keeps nothing to compare with, or needs the parameters")
     change, error, words = GRADIENTS[case]
     with pytest.raises(error, match=words.replace("params", r"state\.\w+")):

@@ -1,0 +1,129 @@
+"""Pictures of the loss around parameters: along a line, over a plane."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gdx.plot.style import add_legend, axes_or_new, line_styles, spans_decades
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def loss_line(
+    positions: Any,
+    losses: Mapping[str, Any],
+    ax: "Axes | None" = None,
+    *,
+    marks: Mapping[str, float] | None = None,
+    name: str = "loss",
+) -> "Axes":
+    """Draws the loss along a line through the parameters, as `gdx.landscape.line` gives it.
+
+    Values that are not finite leave a gap.
+
+    Args:
+      positions: of shape (points,).
+      losses: each curve by its name, such as that of the training and that of the test loss: of shape (points,), or
+        (lines, points) for several lines, of which the mean is drawn with a band from the least to the largest.
+      ax: the axes to draw on; None for new ones.
+      marks: positions to mark, such as the two ends, by the names to write above them.
+      name: what the curves are.
+
+    Returns:
+      The axes.
+    """
+    ax = axes_or_new(ax)
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    positions, drawn = np.asarray(positions, float), []
+    for (label, values), style in zip(losses.items(), line_styles()):
+        rows = np.atleast_2d(np.where(np.isfinite(values), values, np.nan).astype(float))
+        mean = rows.mean(axis=0)  # NaN where a line is
+        drawn.append(mean)
+        (curve,) = ax.plot(positions, mean, label=label, **style)
+        if len(rows) > 1:
+            ax.fill_between(positions, *_range(rows), color=curve.get_color(), alpha=0.2, linewidth=0)
+    if drawn and spans_decades(np.stack(drawn)):
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    for label, position in (marks or {}).items():
+        ax.axvline(position, color="0.5", linewidth=1, linestyle=":")
+        ax.annotate(
+            label,
+            (position, 1),
+            xycoords=ax.get_xaxis_transform(),
+            textcoords="offset points",
+            xytext=(0, 3),
+            ha="center",
+            fontsize="small",
+            color="0.3",
+        )
+    ax.set_xlabel("position on the line")
+    ax.set_ylabel(name)
+    ax.grid(alpha=0.3)
+    add_legend(ax)
+    return ax
+
+
+def loss_plane(
+    x: Any,
+    y: Any,
+    losses: Any,
+    ax: "Axes | None" = None,
+    *,
+    points: Mapping[str, tuple[float, float]] | None = None,
+    levels: Any = None,
+    name: str = "loss",
+) -> "Axes":
+    """Draws the loss over a plane through the parameters, as `gdx.landscape.plane` gives it, as a contour map.
+
+    Values that are not finite stay white.
+
+    Args:
+      x, y: the coordinates, of shapes (columns,) and (rows,).
+      losses: of shape (rows, columns).
+      ax: the axes to draw on; None for new ones.
+      points: points to mark, by name.
+      levels: the heights of the contours, at least 2, ascending: give the same to pictures that are to be compared.
+        None for 10 between the least and the largest loss, at equal ratios where they span a decade.
+      name: what is drawn.
+
+    Returns:
+      The axes.
+    """
+    ax = axes_or_new(ax)
+    from matplotlib.colors import BoundaryNorm
+    from matplotlib.patheffects import withStroke
+
+    heights = np.ma.masked_invalid(np.asarray(losses, float))
+    levels = _levels(heights) if levels is None else np.asarray(levels, float)
+    if levels is not None:
+        norm = BoundaryNorm(levels, 256, extend="both")
+        filled = ax.contourf(x, y, heights, levels=levels, cmap="viridis", norm=norm, extend="both")
+        ax.contour(x, y, heights, levels=levels, colors="white", linewidths=0.5, alpha=0.7)
+        bar = ax.figure.colorbar(filled, ax=ax, label=name, spacing="uniform")
+        bar.set_ticks(levels, labels=[f"{level:.2g}" for level in levels])
+    for label, (a, b) in (points or {}).items():
+        ax.plot(a, b, "o", color="white", markeredgecolor="black", markersize=7, zorder=3)
+        text = ax.annotate(label, (a, b), textcoords="offset points", xytext=(7, 5), color="white", fontweight="bold")
+        text.set_path_effects([withStroke(linewidth=2, foreground="black")])
+    ax.set_xlabel("first direction")
+    ax.set_ylabel("second direction")
+    return ax
+
+
+def _range(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return rows.min(axis=0), rows.max(axis=0)
+
+
+def _levels(heights: np.ma.MaskedArray) -> np.ndarray | None:
+    """Heights of ten contours; None where nothing rises."""
+    finite = heights.compressed()
+    if not len(finite) or finite.min() == finite.max():
+        return None
+    space = np.geomspace if spans_decades(finite) else np.linspace
+    return space(finite.min(), finite.max(), 10)
