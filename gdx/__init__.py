@@ -5,11 +5,12 @@ Links:      scale_by_learning_rate, scale_by_momentum, scale_by_adam, add_decoup
 Composing:  chain, lift, Composed.
 Batches:    stack, unstack, grid, labels.
 Training:   train, sweep, range_test, schedule.
+Places:     sharding (state over a device mesh).
 Few bits:   storage (formats), round_stochastically, round_with_compensation, round_with_master.
 Your own:   Transform, Leafwise, hyperparameter, static, Scalar, ScheduledState.
 """
 
-from gdx import storage
+from gdx import sharding, storage
 from gdx.compose import Composed, chain, lift
 from gdx.fields import Scalar, hyperparameter, static
 from gdx.leafwise import Leafwise
@@ -55,6 +56,7 @@ __all__ = [
     "scale_by_momentum",
     "schedule",
     "sgd",
+    "sharding",
     "stack",
     "static",
     "storage",
