@@ -1,7 +1,6 @@
 """Compiling for accelerators that are not there, and what a compiled step holds, moves and sends.
 
-Import it before anything else of JAX: it keeps libtpu from looking for a device. `tpu` needs
-`libtpu`, `h100` the packages `jax-cuda12-plugin` and `jax-cuda12-pjrt`.
+`tpu` needs `libtpu`, `h100` the packages `jax-cuda12-plugin` and `jax-cuda12-pjrt`.
 """
 
 import functools
@@ -11,9 +10,13 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-
 import jax
+
+from benchmarks.step import train_step
+
+# no accelerator is looked for, here or by libtpu
+jax.config.update("jax_platforms", "cpu")
+os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 
 H100 = """
 gpu_device_info {
@@ -66,7 +69,6 @@ def available(kinds: list[str], count: int = 1) -> Iterator[str]:
 
 def compiled_step(tx: Any, params: Any, state: Any, options: dict[str, Any] | None = None) -> Any:
     """The optimizer's step, compiled; arrays may be abstract."""
-    from benchmarks.step import train_step
 
     def step(params: Any, state: Any, grads: Any) -> Any:
         return train_step(tx, params, state, grads)
