@@ -108,7 +108,7 @@ def _size_of(shapes: str) -> int:
 
 
 def collectives(compiled: Any, least: int = 1024) -> dict[str, int]:
-    """Bytes of what each kind of collective operation of a compiled program sends or receives, whichever is larger.
+    """Bytes that go into or come out of each kind of collective operation on each device, whichever is more.
 
     An all-reduce of which each device keeps a part counts as "reduce-scatter": TPUs fuse it into one,
     CPUs send the whole.
@@ -118,14 +118,25 @@ def collectives(compiled: Any, least: int = 1024) -> dict[str, int]:
       least: operations on fewer bytes are left out.
     """
     text = compiled.as_text()
+    sizes = {name: _size_of(shapes) for name, shapes in re.findall(r"%([\w.\-]+) = (\(.*?\)|\S+) [\w\-]+\(", text)}
     found: dict[str, int] = {}
+    seen = set()
     for computation in re.split(r"\n(?=%|ENTRY)", text):
-        for shapes, operation in re.findall(rf"= (.*?) ({_OPERATIONS})(?:-start)?\(", computation):
-            kind = "reduce-scatter" if computation.startswith("%all-reduce-scatter") else operation
-            size = max(_size_of(shape) for shape in re.findall(r"\w+\[[\d,]*\]", shapes))
-            if size >= least:
-                found[kind] = found.get(kind, 0) + size
+        is_scatter = computation.startswith("%all-reduce-scatter")
+        for shapes, operation, start, operands, channel in re.findall(_COLLECTIVE, computation):
+            # TPUs spread one gather over several fusions, which have its channel
+            is_part = operation == "all-gather" and channel in seen
+            taken = sum(sizes.get(name, 0) for name in re.findall(r"%([\w.\-]+)", operands))
+            # what starts an operation has its operands too among its results, but for an all-reduce
+            given = _size_of(shapes) - (taken if start and operation != "all-reduce" else 0)
+            if max(taken, given) >= least and not is_part:
+                kind = "reduce-scatter" if is_scatter else operation
+                found[kind] = found.get(kind, 0) + max(taken, given)
+            seen.add(channel)
     return found
 
 
-_OPERATIONS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+_COLLECTIVE = (
+    r"= (\(.*?\)|\S+) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\((.*?)\),"
+    r".*?channel_id=(\d+)"
+)

@@ -13,11 +13,19 @@ from gdx.storage.blocks import Packed
 
 
 class Plan(NamedTuple):
-    """PartitionSpecs: the parameters' own, those of what is computed with each, and of each array of the state."""
+    """How everything is split.
+
+    Attributes:
+      params: the parameters' own specs.
+      moments: of what is computed with each parameter: its gradient, its moments.
+      state: of each array of the state.
+      follows: whether each array of the state belongs to a parameter.
+    """
 
     params: list[PartitionSpec]
     moments: list[PartitionSpec]
     state: list[PartitionSpec]
+    follows: list[bool]
 
 
 def plan_of(state: Any, params: Any, mesh: Mesh | AbstractMesh, axis: str, specs: Any) -> Plan:
@@ -43,16 +51,19 @@ def plan_of(state: Any, params: Any, mesh: Mesh | AbstractMesh, axis: str, specs
         moments[index] = _split(shapes[index], own[index], mesh, axis, units[index])
 
     placed: list[PartitionSpec] = []
+    belongs: list[bool] = []
     for index, (_, leaf) in zip(follows, kept):
         if index is not None:
             # what has further axes in front, such as a history of gradients, is split as one of them
             spec = _trimmed([*[None] * (np.ndim(leaf) - len(shapes[index])), *moments[index]])
         else:
-            # an accumulator of another shape; keys and counters are left whole
-            is_float = jnp.issubdtype(leaf.dtype, np.inexact)
-            spec = _split(np.shape(leaf), PartitionSpec(), mesh, axis) if is_float else PartitionSpec()
-        placed += [spec, _scales_spec(leaf, spec, mesh)] if _is_packed(leaf) else [spec]
-    return Plan(own, moments, placed)
+            # an accumulator of another shape, such as a preconditioner; vectors, counters and keys are left whole
+            is_large = jnp.issubdtype(leaf.dtype, np.inexact) and np.ndim(leaf) > 1
+            spec = _split(np.shape(leaf), PartitionSpec(), mesh, axis) if is_large else PartitionSpec()
+        arrays = [spec, _scales_spec(leaf, spec, mesh)] if _is_packed(leaf) else [spec]
+        placed += arrays
+        belongs += [index is not None] * len(arrays)
+    return Plan(own, moments, placed, belongs)
 
 
 def _parameter_of(
@@ -66,6 +77,9 @@ def _parameter_of(
     return None
 
 
+_LANES = 128
+
+
 def _split(
     shape: tuple[int, ...], own: PartitionSpec, mesh: Mesh | AbstractMesh, axis: str, unit: int = 1
 ) -> PartitionSpec:
@@ -76,10 +90,12 @@ def _split(
     last = len(shape) - 1
     candidates = []
     for dimension, (size, entry) in enumerate(zip(shape, entries)):
-        parts = mesh.shape[axis] * _parts(entry, mesh) * (unit if dimension == last else 1)
-        if size and size % parts == 0:
-            # along the last one, parts are no longer contiguous
-            candidates.append((entry is not None, dimension == last, dimension))
+        own_parts = _parts(entry, mesh)
+        part, rest = divmod(size, mesh.shape[axis] * own_parts)
+        if part and not rest and part % (unit if dimension == last else 1) == 0:
+            # rows narrower than a TPU's tile are laid out anew before they are gathered, at half the cost of a step
+            is_narrow = dimension == last > 0 and part % _LANES != 0
+            candidates.append((is_narrow, own_parts > 1, dimension == last, dimension))
     if not candidates:
         return own
     dimension = min(candidates)[-1]

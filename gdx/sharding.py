@@ -54,10 +54,11 @@ class shard_state(Transform):
     """Keeps the state of any transform split over an axis of a mesh, and computes each part where it is.
 
     Each moment has the sharding of its parameter and is split further along the axis, on the first
-    dimension that divides into equal parts: on one that is not split already if it can be, and on the
-    last only if no other will do. Scalars are on every device, and so is what does not divide (see
-    `report`). `init` makes the state in its places, also outside `jax.jit`; `update` keeps it there,
-    and its updates have the parameters' own sharding. The state's structure is that of `tx` alone.
+    dimension that divides into equal parts: rather on one that is not split already, and on the last
+    only if no other will do or its parts are multiples of 128. Scalars are on every device, and so
+    is what does not divide (see `report`). `init` makes the state in its places, also outside
+    `jax.jit`; `update` keeps it there, and its updates have the parameters' own sharding. The state's
+    structure is that of `tx` alone.
 
     With automatic axes a function under `jax.jit` cannot see how its arguments are sharded: pass
     `specs` if the parameters themselves are split over the mesh. With explicit axes nothing is needed.
@@ -259,23 +260,23 @@ def report(
     _check_axis("report", mesh, axis)
     state, plan = _abstract(tx, params, mesh, axis, specs)
     places = []
-    for (path, leaf), spec in zip(jax.tree_util.tree_leaves_with_path(state), plan.state):
+    for (path, leaf), spec, follows in zip(jax.tree_util.tree_leaves_with_path(state), plan.state, plan.follows):
         part = NamedSharding(mesh, spec).shard_shape(leaf.shape)
         nbytes, nbytes_per_device = (math.prod(shape) * leaf.dtype.itemsize for shape in (leaf.shape, part))
         is_split = axis in (name for entry in spec for name in names_of(entry))
-        why = "" if is_split else _why_whole(leaf, part, mesh.shape[axis])
+        why = "" if is_split else _why_whole(part, mesh.shape[axis], follows)
         places.append(Place(jax.tree_util.keystr(path), spec, nbytes, nbytes_per_device, why))
     return Report(tuple(places))
 
 
-def _why_whole(leaf: Any, part: tuple[int, ...], count: int) -> str:
-    if leaf.ndim == 0:
+def _why_whole(part: tuple[int, ...], count: int, follows: bool) -> str:
+    if not part:
         return "a scalar"
     if not any(size and size % count == 0 for size in part):
         return f"no dimension of {part} divides into {count}"
-    if jnp.issubdtype(leaf.dtype, np.inexact) or leaf.ndim > 1:
+    if follows:
         return f"no dimension of {part} divides into {count} parts of whole blocks"
-    return "integers of no parameter"
+    return "shaped like no parameter, and small"
 
 
 def _abstract(
