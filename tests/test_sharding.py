@@ -508,3 +508,18 @@ def test_it_is_a_value():
         "shard_state(tx=adam(learning_rate=0.1), mesh=Mesh(axis_sizes=(8,), axis_names=('data',)"
     )
     assert tx.replace(learning_rate=0.2).hyperparams["learning_rate"] == 0.2
+
+
+@both_kinds
+@pytest.mark.parametrize("where", [lambda f: f, jax.jit], ids=["eager", "jitted"])
+def test_parameters_on_no_mesh_yet(kind, where):
+    params = make_params(shapes=FEW)
+    tx = gdx.sharding.shard_state(gdx.momentum(0.1, 0.9), make_mesh(8, kind))
+    state = where(tx.init)(params)
+    updates, after = where(tx.update)(params, state, params)
+    for kept in (state, after):
+        moments = optax.tree.get(kept, "trace")
+        assert {"data"} == set(moments["w"].sharding.spec) - {None} == set(moments["wide"].sharding.spec) - {None}
+    assert all(
+        update.sharding.is_fully_replicated and len(update.sharding.device_set) == 8 for update in updates.values()
+    )
