@@ -52,10 +52,12 @@ def costs(count: float, data: int, model: int, state: float) -> Costs:
     Parameters and gradients take $8 P / M$, the state $s P / D M$. Of $4 P / M$ gradients a device sends, or receives,
     all but its own part, as of the updates: $2 \cdot 4 P / M \cdot (D - 1) / D$. Its part of the step reads the
     state, parameters and gradients and writes the state and updates, $(2 s + 12) P / D M$; the gather reads
-    a part and writes all, and adding reads updates and parameters and writes these: $4 P / D M + 16 P / M$.
+    a part and writes all, and adding reads updates and parameters and writes these: $4 P / D M + 16 P / M$. (Where
+    $D = 1$ nothing is gathered, and the new parameters are written instead of the updates.)
     """
     whole, part = count / model, count / (data * model)
-    return Costs(8 * whole, state * part, 8 * (whole - part), (2 * state + 16) * part + 16 * whole)
+    gathered = 4 * part + 16 * whole if data > 1 else 0
+    return Costs(8 * whole, state * part, 8 * (whole - part), (2 * state + 12) * part + gathered)
 
 
 def shapes(layers: int, width: int) -> list[dict[str, tuple[int, ...]]]:
@@ -134,8 +136,8 @@ def measure_compiled(kinds: list[str]) -> None:
     count = sum(math.prod(shape) for block in shapes(layers, width) for shape in block.values())
     rows = []
     for kind in available(kinds, 8):
-        for (data, model), (name, tx) in ((grid, item) for grid in ((8, 1), (4, 2)) for item in STATES.items()):
-            if (data, model) == (4, 2) and name != "f32":
+        for (data, model), (name, tx) in ((grid, item) for grid in ((8, 1), (4, 2), (1, 8)) for item in STATES.items()):
+            if model > 1 and name != "f32":
                 continue
             mesh = Mesh(np.array(devices(kind, 8)).reshape(data, model), ("data", "model"))
             sharded, params, state, x = setting(tx, mesh, layers, width, batch)

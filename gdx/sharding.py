@@ -101,7 +101,7 @@ class shard_state(Transform):
     ) -> tuple[optax.Updates, optax.OptState]:
         like = updates if params is None else params
         self._check_places(like)
-        expected, plan = _abstract(self.tx, like, self.mesh, self.axis, self.specs)
+        expected, plan = _abstract("shard_state", self.tx, like, self.mesh, self.axis, self.specs)
         check_state_like(self, state, expected)
 
         def step(tx: Transform, updates: Any, state: Any, params: Any, arrays: dict[str, Any]) -> tuple[Any, Any]:
@@ -172,8 +172,7 @@ def state_shardings(
     >>> gdx.sharding.state_shardings(gdx.sgd(0.1, 0.9), params, mesh)[0].trace["w"].spec
     P(None, 'data')
     """
-    _check_axis("state_shardings", mesh, axis)
-    state, plan = _abstract(tx, params, mesh, axis, specs)
+    state, plan = _abstract("state_shardings", tx, params, mesh, axis, specs)
     return jax.tree.unflatten(jax.tree.structure(state), [NamedSharding(mesh, spec) for spec in plan.state])
 
 
@@ -257,8 +256,7 @@ def report(
       [0].nu['b']          28  no dimension of (7,) divides into 8
       [0].count             4  a scalar
     """
-    _check_axis("report", mesh, axis)
-    state, plan = _abstract(tx, params, mesh, axis, specs)
+    state, plan = _abstract("report", tx, params, mesh, axis, specs)
     places = []
     for (path, leaf), spec, follows in zip(jax.tree_util.tree_leaves_with_path(state), plan.state, plan.follows):
         part = NamedSharding(mesh, spec).shard_shape(leaf.shape)
@@ -280,11 +278,12 @@ def _why_whole(part: tuple[int, ...], count: int, follows: bool) -> str:
 
 
 def _abstract(
-    tx: optax.GradientTransformation, params: Any, mesh: Mesh | AbstractMesh, axis: str, specs: Any
+    name: str, tx: optax.GradientTransformation, params: Any, mesh: Mesh | AbstractMesh, axis: str, specs: Any
 ) -> tuple[Any, Plan]:
-    """The state in shapes and dtypes, and its plan."""
+    """The state in shapes and dtypes, and its plan, for the function of this name."""
+    _check_axis(name, mesh, axis)
     bare = jax.tree.map(lambda p: jax.ShapeDtypeStruct(np.shape(p), jnp.result_type(p)), params)
-    state = jax.jit(_init).eval_shape(to_transform("shard_state: tx", tx), bare)
+    state = jax.jit(_init).eval_shape(to_transform(f"{name}: tx", tx), bare)
     return state, plan_of(state, params, mesh, axis, specs)
 
 
