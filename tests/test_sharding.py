@@ -351,6 +351,13 @@ def test_the_dimension_that_is_split(shape, own, expected):
         assert gdx.sharding.state_shardings(tx, sharded, mesh).trace.spec == expected
 
 
+def test_an_axis_of_one_device_splits_nothing():
+    """A parameter that only such an axis splits is split on its first dimension, as any."""
+    tx, p = gdx.scale_by_momentum(0.9), jax.ShapeDtypeStruct((64, 512), "float32")
+    found = gdx.sharding.state_shardings(tx, p, AbstractMesh((4, 1), ("data", "model")), specs=P("model"))
+    assert found.trace.spec == P(("model", "data"))
+
+
 @pytest.mark.parametrize(
     ("shape", "own", "codes", "scales"),
     [
