@@ -351,6 +351,16 @@ def test_the_dimension_that_is_split(shape, own, expected):
         assert gdx.sharding.state_shardings(tx, sharded, mesh).trace.spec == expected
 
 
+def test_a_moment_follows_the_parameter_of_the_longest_path():
+    """Not the other one of the same name and shape."""
+    params = {"w": jax.ShapeDtypeStruct((64, 256), "float32")}
+    specs = {"w": P("model"), "block": {"w": P(None, "model")}}
+    mesh = AbstractMesh((4, 2), ("data", "model"))
+    found = gdx.sharding.state_shardings(gdx.scale_by_momentum(0.9), {**params, "block": params}, mesh, specs=specs)
+    assert found.trace["w"].spec == P(("model", "data"))
+    assert found.trace["block"]["w"].spec == P("data", "model")
+
+
 def test_an_axis_of_one_device_splits_nothing():
     """A parameter that only such an axis splits is split on its first dimension, as any."""
     tx, p = gdx.scale_by_momentum(0.9), jax.ShapeDtypeStruct((64, 512), "float32")
