@@ -7,12 +7,13 @@ Batches:    stack, unstack, grid, labels.
 Training:   train, sweep, range_test, schedule.
 Noise:      noise (mini-batches, gradient noise scale).
 Landscape:  landscape (slices of the loss, perturbations).
+Places:     sharding (state over a device mesh).
 Few bits:   storage (formats), round_stochastically, round_with_compensation, round_with_master.
 Curvature:  curvature (Hessian, spectrum_edges, best_learning_rate, sharpness).
 Your own:   Transform, Leafwise, hyperparameter, static, Scalar, ScheduledState.
 """
 
-from gdx import curvature, landscape, noise, storage
+from gdx import curvature, landscape, noise, sharding, storage
 from gdx.compose import Composed, chain, lift
 from gdx.fields import Scalar, hyperparameter, static
 from gdx.leafwise import Leafwise
@@ -61,6 +62,7 @@ __all__ = [
     "scale_by_momentum",
     "schedule",
     "sgd",
+    "sharding",
     "stack",
     "static",
     "storage",

@@ -4,6 +4,7 @@ A row says how to make the transform from keyword hyperparameters, its valid set
 they use every option), its invalid ones with the words of their errors, and its oracle.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -117,6 +118,16 @@ def _fed(tx: gdx.Transform) -> optax.GradientTransformationExtraArgs:
 def measured(learning_rate: Any, decay: Any) -> gdx.Transform:
     """With the link that measures noise, told in each step what it needs."""
     return gdx.chain(gdx.lift((gdx.noise.measure_noise(decay),), _fed), gdx.sgd(learning_rate))
+
+
+def sharded(learning_rate: Any, b1: Any = 0.9, weight_decay: Any = 1e-4) -> gdx.Transform:
+    """State over a mesh, of one device: on several a step of so few numbers would be mostly communication."""
+    return gdx.sharding.shard_state(gdx.adamw(learning_rate, b1=b1, weight_decay=weight_decay), _one_device())
+
+
+@functools.cache
+def _one_device() -> jax.sharding.Mesh:
+    return jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
 
 
 def rounded_stochastically(learning_rate: Any, seed: int = 0) -> gdx.Transform:
@@ -361,6 +372,13 @@ ROWS = (
             )
         ),
         _measured,
+    ),
+    Row(
+        sharded,
+        ({"learning_rate": 1e-2, "b1": 0.9, "weight_decay": 0.1},),
+        _with_rate((({"b1": 1.0}, ValueError, r"adamw: b1 is 1\.0"),)),
+        functools.partial(oracle.adamw, b2=0.999, eps=1e-8),
+        largest_gradient=1e19,
     ),
     Row(
         scheduled,

@@ -1,0 +1,309 @@
+r"""Where state lives on a device mesh: optimizer state split over the data-parallel axis (ZeRO, stage 1).
+
+With $n$ devices along the axis each holds, and updates, one $n$-th of the moments: gradients are
+reduce-scattered to where the moments are, and the updates all-gathered to where the parameters
+are, by the compiler.
+
+>>> import gdx, jax, jax.numpy as jnp
+>>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+>>> params = jax.device_put({"w": jnp.ones((64, 3))}, jax.NamedSharding(mesh, jax.P()))
+>>> tx = gdx.sharding.shard_state(gdx.adamw(1e-3), mesh)
+>>> tx.init(params)[0].mu["w"].sharding.spec
+P('data',)
+
+Source: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models (2020), section 5.1.
+"""
+
+import dataclasses
+import functools
+import math
+import reprlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from gdx.checks import check_state_like
+from gdx.compose import to_transform
+from gdx.fields import static
+from gdx.placement import Plan, names_of, place, plan_of, sharding_of
+from gdx.transform import Transform
+
+
+def _to_mesh(label: str, value: Any) -> Mesh:
+    if not isinstance(value, Mesh):
+        raise TypeError(f"{label} is {reprlib.repr(value)}; expected a mesh of devices, such as jax.make_mesh returns")
+    return value
+
+
+def _to_specs(label: str, value: Any) -> Any:
+    for path, spec in jax.tree_util.tree_leaves_with_path(value):
+        if not isinstance(spec, PartitionSpec):
+            raise TypeError(
+                f"{label} is {reprlib.repr(spec)} at {jax.tree_util.keystr(path) or 'the root'}; "
+                f"expected a PartitionSpec, as in jax.tree.map(lambda p: p.sharding.spec, params)"
+            )
+    return value
+
+
+class shard_state(Transform):
+    """Keeps the state of any transform split over an axis of a mesh, and computes each part where it is.
+
+    Each moment has the sharding of its parameter and is split further along the axis, on the first
+    dimension that divides into equal parts: rather on one that is not split already, and on the last
+    only if no other will do or its parts are multiples of 128. Scalars are on every device, and so
+    is what does not divide (see `report`). `init` makes the state in its places, also outside
+    `jax.jit`; `update` keeps it there, and its updates have the parameters' own sharding. The state's
+    structure is that of `tx` alone.
+
+    With automatic axes a function under `jax.jit` cannot see how its arguments are sharded: pass
+    `specs` if the parameters themselves are split over the mesh. With explicit axes nothing is needed.
+
+    Args:
+      tx: the transform, gdx's or optax's.
+      mesh: the devices, with automatic or explicit axes.
+      axis: the axis of the mesh that the state is split along: that of data parallelism.
+      specs: the parameters' own PartitionSpecs, a tree like them in which one PartitionSpec may stand for a whole
+        branch; None to read them off the parameters, which with automatic axes have then to be whole on each device.
+
+    Raises:
+      TypeError: tx is no transform, mesh no mesh of devices, or specs holds something else than PartitionSpecs.
+      ValueError: the mesh has no such axis; parameters are on other devices, or are split with automatic axes and
+        without specs; the state is that of another transform.
+
+    >>> import gdx, jax
+    >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    >>> tx = gdx.sharding.shard_state(gdx.adam(1e-3), mesh)
+    >>> tx.replace(b1=0.8).hyperparams["b1"]
+    0.8
+    """
+
+    tx: Transform = dataclasses.field(metadata={"convert": to_transform})
+    mesh: Mesh = static(convert=_to_mesh)
+    axis: str = static(default="data")
+    specs: Any = static(default=None, convert=_to_specs)
+
+    def validate(self) -> None:
+        _check_axis("shard_state", self.mesh, self.axis)
+
+    def init(self, params: optax.Params) -> optax.OptState:
+        self._check_places(params)
+        self._check_seen(params)
+        shardings = state_shardings(self.tx, params, self.mesh, self.axis, self.specs)
+        return jax.jit(_init, out_shardings=shardings)(self.tx, params)
+
+    def update(
+        self, updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        like = updates if params is None else params
+        self._check_places(like)
+        expected, plan = _abstract("shard_state", self.tx, like, self.mesh, self.axis, self.specs)
+        check_state_like(self, state, expected)
+
+        def step(tx: Transform, updates: Any, state: Any, params: Any, arrays: dict[str, Any]) -> tuple[Any, Any]:
+            constrain = functools.partial(_constrain, self.mesh)
+            updates, params = (constrain(tree, plan.moments) for tree in (updates, params))
+            updates, state = tx.update(updates, constrain(state, plan.state), params, **arrays, **others)
+            return constrain(updates, plan.params), constrain(state, plan.state)
+
+        arrays = {name: value for name, value in extra_args.items() if _is_arrays(value)}
+        others = {name: value for name, value in extra_args.items() if name not in arrays}
+        if AxisType.Explicit in self.mesh.axis_types:
+            # types would have to agree in every operation of the transform; inside, the compiler sees to it
+            out = [[NamedSharding(self.mesh, spec) for spec in specs] for specs in (plan.params, plan.state)]
+            structures = [jax.tree.structure(tree) for tree in (updates, state)]
+            step = jax.sharding.auto_axes(step, out_sharding=tuple(map(jax.tree.unflatten, structures, out)))
+        return step(self.tx, updates, state, params, arrays)
+
+    def _check_places(self, params: Any) -> None:
+        """Raises where parameters are not on the mesh."""
+        if self.axis in jax.sharding.get_abstract_mesh().manual_axes:
+            raise ValueError(
+                f"shard_state: inside jax.shard_map over {self.axis!r} an array is one device's part; call it outside"
+            )
+        devices = set(self.mesh.devices.flat)
+        for path, p in jax.tree_util.tree_leaves_with_path(params):
+            is_placed = isinstance(p, jax.Array) and not isinstance(p, jax.core.Tracer) and p.committed
+            if is_placed and p.sharding.device_set != devices:
+                raise ValueError(
+                    f"shard_state: the parameter at {place(path)} is on {p.sharding}, expected on {self.mesh}. "
+                    f"Move it: jax.device_put(params, jax.NamedSharding(mesh, jax.P()))"
+                )
+
+    def _check_seen(self, params: Any) -> None:
+        """Raises where `update` would, under jit, take parameters for whole that are not."""
+        if self.specs is not None or AxisType.Explicit in self.mesh.axis_types:
+            return
+        for path, p in jax.tree_util.tree_leaves_with_path(params):
+            sharding = sharding_of(p)
+            if sharding is not None and not sharding.is_fully_replicated:
+                raise ValueError(
+                    f"shard_state: the parameter at {place(path)} is split as {sharding.spec}, which jax.jit hides "
+                    f"where axes are automatic. Pass it on: "
+                    f"shard_state(tx, mesh, specs=jax.tree.map(lambda p: p.sharding.spec, params))"
+                )
+
+
+def state_shardings(
+    tx: optax.GradientTransformation, params: Any, mesh: Mesh | AbstractMesh, axis: str = "data", specs: Any = None
+) -> Any:
+    """Where `shard_state(tx, mesh, axis, specs)` keeps each leaf of the state: to restore a checkpoint to.
+
+    Args:
+      tx: the transform, gdx's or optax's; whether `shard_state` is around it does not matter.
+      params: arrays, or `jax.ShapeDtypeStruct`s with or without a sharding; nothing is computed.
+      mesh: the devices.
+      axis: the axis of the mesh that the state is split along.
+      specs: the parameters' own PartitionSpecs, as in `shard_state`; None to read them off the parameters.
+
+    Returns:
+      A tree like the state with a `NamedSharding` for each array.
+
+    Raises:
+      ValueError: the mesh has no such axis, or specs has nothing for a parameter.
+
+    >>> import gdx, jax
+    >>> mesh = jax.sharding.AbstractMesh((8,), ("data",))
+    >>> params = {"w": jax.ShapeDtypeStruct((3, 64), "float32")}
+    >>> gdx.sharding.state_shardings(gdx.sgd(0.1, 0.9), params, mesh)[0].trace["w"].spec
+    P(None, 'data')
+    """
+    state, plan = _abstract("state_shardings", tx, params, mesh, axis, specs)
+    return jax.tree.unflatten(jax.tree.structure(state), [NamedSharding(mesh, spec) for spec in plan.state])
+
+
+class Place(NamedTuple):
+    """Where one array of a state lives.
+
+    Attributes:
+      path: where it is in the state.
+      spec: how it is split.
+      nbytes: of the whole array.
+      nbytes_per_device: of the part that a device holds.
+      why: why it is not split along the axis; empty if it is.
+    """
+
+    path: str
+    spec: PartitionSpec
+    nbytes: int
+    nbytes_per_device: int
+    why: str
+
+
+class Report(NamedTuple):
+    """How a state is spread over a mesh; prints as a table of what could not be split.
+
+    Attributes:
+      places: one for each array of the state.
+    """
+
+    places: tuple[Place, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole state."""
+        return sum(place.nbytes for place in self.places)
+
+    @property
+    def nbytes_per_device(self) -> int:
+        """Of the state that each device holds."""
+        return sum(place.nbytes_per_device for place in self.places)
+
+    @property
+    def replicated(self) -> tuple[Place, ...]:
+        """What is not split along the axis, the largest first."""
+        return tuple(sorted((p for p in self.places if p.why), key=lambda p: -p.nbytes_per_device))
+
+    @property
+    def nbytes_replicated(self) -> int:
+        """Of the part of `nbytes_per_device` that is not split along the axis."""
+        return sum(place.nbytes_per_device for place in self.replicated)
+
+    def __repr__(self) -> str:
+        lines = [
+            f"state of {self.nbytes:,} bytes: {self.nbytes_per_device:,} on each device, "
+            f"{self.nbytes_replicated:,} of them not split along the axis"
+        ]
+        shown = self.replicated[:_SHOWN]
+        width = max((len(place.path) for place in shown), default=0)
+        lines += [f"  {p.path:{width}}  {p.nbytes_per_device:>10,}  {p.why}" for p in shown]
+        if len(self.replicated) > _SHOWN:
+            lines.append(f"  and {len(self.replicated) - _SHOWN} smaller ones")
+        return "\n".join(lines)
+
+
+_SHOWN = 20
+
+
+def report(
+    tx: optax.GradientTransformation, params: Any, mesh: Mesh | AbstractMesh, axis: str = "data", specs: Any = None
+) -> Report:
+    """How many bytes of the state each device will hold, what cannot be split along the axis, and why.
+
+    Args and errors are those of `state_shardings`: nothing is computed, so that neither the devices
+    nor the memory need be there.
+
+    >>> import gdx, jax
+    >>> mesh = jax.sharding.AbstractMesh((8,), ("data",))
+    >>> params = {"b": jax.ShapeDtypeStruct((7,), "float32"), "w": jax.ShapeDtypeStruct((4096, 11008), "float32")}
+    >>> gdx.sharding.report(gdx.adamw(1e-3), params, mesh)
+    state of 360,710,204 bytes: 45,088,828 on each device, 60 of them not split along the axis
+      [0].mu['b']          28  no dimension of (7,) divides into 8
+      [0].nu['b']          28  no dimension of (7,) divides into 8
+      [0].count             4  a scalar
+    """
+    state, plan = _abstract("report", tx, params, mesh, axis, specs)
+    places = []
+    for (path, leaf), spec, follows in zip(jax.tree_util.tree_leaves_with_path(state), plan.state, plan.follows):
+        part = NamedSharding(mesh, spec).shard_shape(leaf.shape)
+        nbytes, nbytes_per_device = (math.prod(shape) * leaf.dtype.itemsize for shape in (leaf.shape, part))
+        is_split = axis in (name for entry in spec for name in names_of(entry))
+        why = "" if is_split else _why_whole(part, mesh.shape[axis], follows)
+        places.append(Place(jax.tree_util.keystr(path), spec, nbytes, nbytes_per_device, why))
+    return Report(tuple(places))
+
+
+def _why_whole(part: tuple[int, ...], count: int, follows: bool) -> str:
+    if not part:
+        return "a scalar"
+    if not any(size and size % count == 0 for size in part):
+        return f"no dimension of {part} divides into {count}"
+    if follows:
+        return f"no dimension of {part} divides into {count} parts of whole blocks"
+    return "shaped like no parameter, and small"
+
+
+def _abstract(
+    name: str, tx: optax.GradientTransformation, params: Any, mesh: Mesh | AbstractMesh, axis: str, specs: Any
+) -> tuple[Any, Plan]:
+    """The state in shapes and dtypes, and its plan, for the function of this name."""
+    _check_axis(name, mesh, axis)
+    bare = jax.tree.map(lambda p: jax.ShapeDtypeStruct(np.shape(p), jnp.result_type(p)), params)
+    state = jax.jit(_init).eval_shape(to_transform(f"{name}: tx", tx), bare)
+    return state, plan_of(state, params, mesh, axis, specs)
+
+
+def _init(tx: Transform, params: optax.Params) -> optax.OptState:
+    return tx.init(params)
+
+
+def _constrain(mesh: Mesh, tree: Any, specs: Sequence[PartitionSpec]) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    mesh = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    placed = [jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec)) for x, spec in zip(leaves, specs)]
+    return jax.tree.unflatten(structure, placed)
+
+
+def _check_axis(name: str, mesh: Mesh | AbstractMesh, axis: str) -> None:
+    if axis not in mesh.axis_names:
+        raise ValueError(
+            f"{name}: the mesh has no axis {axis!r}; expected one of {', '.join(map(repr, mesh.axis_names))}"
+        )
+
+
+def _is_arrays(value: Any) -> bool:
+    return all(isinstance(leaf, jax.Array | np.ndarray | float | int | complex) for leaf in jax.tree.leaves(value))
