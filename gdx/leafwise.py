@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from gdx.checks import check_complex, check_formats, check_like, check_state
-from gdx.storage.blocks import Blocks, InBlocks, Layout, Packed
+from gdx.storage.blocks import Blocks, InBlocks, Packed
 from gdx.storage.dither import Dither
 from gdx.storage.formats import Format, is_encoded, with_slope_of
 from gdx.transform import Transform
@@ -37,8 +37,8 @@ class Leafwise(Transform):
     Attributes:
       State: the state's NamedTuple. A field `count` is the number of updates so far; every other
         field is one moment, a tree shaped like the parameters.
-      elementwise: whether each number's step depends on that number alone, so that the leaf may be given in
-        another shape: moments in blocks of 8 bits then cost less.
+      elementwise: whether `accumulate` and `direction` take each number by itself, so that they may be given
+        the leaf in another shape: moments in blocks of 8 bits then cost less.
       rounds: whether this is a link that rounds parameters: `step` then takes `rounding` as a keyword,
         and its update stays in the dtype it was computed in.
     """
@@ -167,25 +167,19 @@ def _stepper(structure: Any) -> Callable:
     @functools.partial(jax.jit, static_argnums=0)
     def step(acting: tuple, numbers: list, g: Any, p: Any, moments: tuple, index: Any) -> tuple:
         links, shared, counts = jax.tree.unflatten(structure, numbers)
-        dtype, gradient_dtype = compute_dtype(*jax.tree.leaves((g, p, moments))), g.dtype
+        dtype = compute_dtype(*jax.tree.leaves((g, p, moments)))
         formats = [
             list(map(_format_of, link.formats or [None] * len(kept), kept)) for link, kept in zip(links, moments)
         ]
-        layout = _common_layout(links, formats, g.shape)
-        if layout is not None:
-            formats = [[InBlocks(f, layout.axis) if isinstance(f, Blocks) else f for f in fs] for fs in formats]
-            # or the compiler goes back to the whole array, and writes out each scale once for each number
-            g, p, moments = jax.lax.optimization_barrier(_each(layout.split, (g, p, moments)))
         # between links the update stays as it was computed: in bfloat16 a small decay would vanish beside it
         u, new_moments, is_rounded = g, [], False
         for i, (link, common, acts, kept, few) in enumerate(zip(links, shared, acting, moments, formats)):
             if acts:
                 dither = None if counts is None or counts[i] is None else Dither(counts[i].astype(jnp.uint32), index)
-                u, *kept = _step_one(link, common, u, p, kept, few, dtype, dither)
+                u, *kept = _step_in_blocks(link, common, u, p, kept, few, dtype, dither)
                 is_rounded = link.rounds
             new_moments.append(tuple(kept))
-        stepped = u if is_rounded else u.astype(gradient_dtype), tuple(new_moments)
-        return stepped if layout is None else _each(layout.join, stepped)
+        return u if is_rounded else u.astype(g.dtype), tuple(new_moments)
 
     return step
 
@@ -195,11 +189,18 @@ def _format_of(format: Any, moment: Any) -> Format | None:
     return format if is_encoded(format, moment) else None
 
 
-def _common_layout(links: Sequence[Leafwise], formats: list[list], shape: tuple[int, ...]) -> Layout | None:
-    """How all arrays of a leaf are seen as blocks during its step, if there are whole ones and all links allow it."""
-    layouts = {f.layout(shape) for fs in formats for f in fs if isinstance(f, Blocks)}
-    fits = len(layouts) == 1 and all(link.elementwise for link in links)
-    return layouts.pop() if fits and not next(iter(layouts)).missing else None
+def _step_in_blocks(
+    link: Leafwise, shared: Any, g: Any, p: Any, moments: Sequence, formats: list, dtype: np.dtype, dither: Any
+) -> Iterable[Any]:
+    """The step of one link, during which all arrays are seen as blocks, if there are whole ones and it allows that."""
+    layouts = {f.layout(g.shape) for f in formats if isinstance(f, Blocks)}
+    layout = layouts.pop() if len(layouts) == 1 and link.elementwise else None
+    if layout is None or layout.missing:
+        return _step_one(link, shared, g, p, moments, formats, dtype, dither)
+    formats = [InBlocks(f, layout.axis) if isinstance(f, Blocks) else f for f in formats]
+    # or the compiler goes back to the whole array, and writes out each scale once for each number
+    g, p, moments = jax.lax.optimization_barrier(_each(layout.split, (g, p, moments)))
+    return _each(layout.join, list(_step_one(link, shared, g, p, moments, formats, dtype, dither)))
 
 
 def _each(function: Callable[[Any], Any], tree: Any) -> Any:

@@ -1,7 +1,7 @@
 """Weight decay that does not pass through the gradient."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import optax
@@ -40,8 +40,6 @@ class add_decoupled_weight_decay(Leafwise):
     >>> updates["w"].tolist(), updates["b"].tolist()
     ([0.5, 0.5], [0.0])
     """
-
-    elementwise: ClassVar[bool] = True
 
     weight_decay: Scalar = hyperparameter(default=1e-4, minimum=0)
     mask: Any | Callable[[optax.Params], Any] = static(default=None)

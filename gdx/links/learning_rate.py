@@ -1,6 +1,6 @@
 """The step along the negative gradient."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 
@@ -31,8 +31,6 @@ class scale_by_learning_rate(Leafwise):
     >>> updates.tolist()
     [-0.5, 1.0]
     """
-
-    elementwise: ClassVar[bool] = True
 
     learning_rate: Scalar = hyperparameter(minimum=0)
     flip_sign: bool = static(default=True, convert=to_bool, kw_only=True)

@@ -37,7 +37,6 @@ class MasterState(NamedTuple):
 class _Rounding(Leafwise):
     """Base of the links that round: they act on bfloat16 parameters."""
 
-    elementwise: ClassVar[bool] = True
     rounds: ClassVar[bool] = True
 
     def acts_on(self, params: optax.Params | None) -> Any:
