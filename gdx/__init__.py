@@ -6,10 +6,11 @@ Composing:  chain, lift, Composed.
 Batches:    stack, unstack, grid, labels.
 Training:   train, sweep, range_test, schedule.
 Few bits:   storage (formats), round_stochastically, round_with_compensation, round_with_master.
+Long runs:  checkpoint (Checkpoints).
 Your own:   Transform, Leafwise, hyperparameter, static, Scalar, ScheduledState.
 """
 
-from gdx import storage
+from gdx import checkpoint, storage
 from gdx.compose import Composed, chain, lift
 from gdx.fields import Scalar, hyperparameter, static
 from gdx.leafwise import Leafwise
@@ -39,6 +40,7 @@ __all__ = [
     "adamw",
     "add_decoupled_weight_decay",
     "chain",
+    "checkpoint",
     "gradient_descent",
     "grid",
     "hyperparameter",
