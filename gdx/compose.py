@@ -64,7 +64,7 @@ def _nested(tx: Composed, states: Iterator) -> tuple:
     return tuple(_nested(link, states) if isinstance(link, Composed) else next(states) for link in tx.links)
 
 
-class _Foreign(Transform):
+class Foreign(Transform):
     """A transform of optax or of the user's own, which is functions: compared by identity, without leaves."""
 
     transform: optax.GradientTransformation = static()
@@ -87,7 +87,7 @@ def _to_transforms(label: str, value: Any) -> tuple[Transform, ...]:
     for i, link in enumerate(value):
         if not isinstance(link, optax.GradientTransformation):
             raise TypeError(f"{label}[{i}] is {reprlib.repr(link)}; expected a transform such as gdx.scale_by_adam()")
-    return tuple(link if isinstance(link, Transform) else _Foreign(link) for link in value)
+    return tuple(link if isinstance(link, Transform) else Foreign(link) for link in value)
 
 
 def _to_function(label: str, value: Any) -> Callable[..., Any]:

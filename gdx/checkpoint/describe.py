@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gdx.compose import Foreign
 from gdx.fields import is_concrete, text
 from gdx.schedules import schedule
 from gdx.transform import Transform
@@ -39,6 +40,8 @@ def describe(tx: optax.GradientTransformation) -> dict[str, str]:
 
 def kind(tx: optax.GradientTransformation) -> str:
     """The names of a transform and of those that it holds."""
+    if isinstance(tx, Foreign):
+        return kind(tx.transform)
     if not isinstance(tx, Transform):
         return f"<optax {getattr(tx.update, '__qualname__', type(tx.update).__name__).split('.')[0]}>"
     held = ", ".join(map(kind, _held(tx)))
@@ -65,7 +68,7 @@ def _hyperparameter(value: Any) -> str:
     if value is None or not is_concrete(value):
         return text(value)
     numbers = np.asarray(value).astype(jnp.result_type(float))
-    return " ".join(map(str, numbers.ravel()))
+    return " ".join(str(float(str(number))) for number in numbers.ravel())
 
 
 def _values(function: Callable[[Any], Any]) -> str:

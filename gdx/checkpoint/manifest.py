@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdx.checkpoint.describe import describe
+from gdx.checkpoint.describe import describe, kind
 from gdx.storage.blocks import Packed
+from gdx.transform import Transform
 
 FORMAT = 1
 
@@ -33,10 +34,10 @@ def manifest(
     content = {
         "format": FORMAT,
         "step": step,
-        "repr": repr(tx),
+        "repr": repr(tx) if isinstance(tx, Transform) else kind(tx),
         "fields": describe(tx),
         "storage": storage(state),
-        "arrays": {path: [*_kind(x), checksums[path]] for path, x in leaves(params, state).items()},
+        "arrays": {path: [*_described(x), checksums[path]] for path, x in leaves(params, state).items()},
         "extra": extra,
     }
     return {**content, "digest": digest(content)}
@@ -110,21 +111,21 @@ def _differences(saved: Mapping[str, Any], targets: Mapping[str, Any], formats: 
         if places
     ]
     for path in targets:
-        if path in arrays and _kind(targets[path]) != arrays[path][:2]:
-            said.append(f"{path} is {_shown(_kind(targets[path]))}, saved {_shown(arrays[path])}")
+        if path in arrays and _described(targets[path]) != arrays[path][:2]:
+            said.append(f"{path} is {_shown(_described(targets[path]))}, saved {_shown(arrays[path])}")
     for path in {**formats, **saved["storage"]}:
         if formats.get(path) != saved["storage"].get(path):
             said.append(f"{path} is held as {formats.get(path)}, saved {saved['storage'].get(path)}")
     return "; ".join(said[:4])
 
 
-def _kind(x: Any) -> list[Any]:
+def _described(x: Any) -> list[Any]:
     dtype = x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
     return [str(dtype), list(np.shape(x))]
 
 
-def _shown(kind: Sequence[Any]) -> str:
-    return f"{kind[0]}[{','.join(map(str, kind[1]))}]"
+def _shown(described: Sequence[Any]) -> str:
+    return f"{described[0]}[{','.join(map(str, described[1]))}]"
 
 
 def _is_packed(x: Any) -> bool:
