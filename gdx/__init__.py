@@ -5,12 +5,13 @@ Links:      scale_by_learning_rate, scale_by_momentum, scale_by_adam, add_decoup
 Composing:  chain, lift, Composed.
 Batches:    stack, unstack, grid, labels.
 Training:   train, sweep, range_test, schedule.
+Places:     sharding (state over a device mesh).
 Few bits:   storage (formats), round_stochastically, round_with_compensation, round_with_master.
 Long runs:  checkpoint (Checkpoints).
 Your own:   Transform, Leafwise, hyperparameter, static, Scalar, ScheduledState.
 """
 
-from gdx import checkpoint, storage
+from gdx import checkpoint, sharding, storage
 from gdx.compose import Composed, chain, lift
 from gdx.fields import Scalar, hyperparameter, static
 from gdx.leafwise import Leafwise
@@ -57,6 +58,7 @@ __all__ = [
     "scale_by_momentum",
     "schedule",
     "sgd",
+    "sharding",
     "stack",
     "static",
     "storage",

@@ -50,6 +50,22 @@ def check_chain_state(tx: Any, state: Any, length: int) -> None:
         )
 
 
+def check_state_like(tx: Any, state: Any, expected: Any) -> None:
+    """Raises unless the state has the structure and the shapes of this one."""
+    structure: Any = jax.tree.structure(state)
+    if structure != jax.tree.structure(expected):
+        theirs, ours = (dict.fromkeys(paths(t)) for t in (state, expected))
+        unlike = [path for path in (*ours, *theirs) if (path in ours) != (path in theirs)]
+        what = f", with other leaves: {', '.join(unlike[:3])}" if unlike else ""
+        raise TypeError(f"{_name(tx)}: the state is {_kind(state)}, expected {_kind(expected)}{what}. {_STATE_MEND}")
+    for i, (leaf, other) in enumerate(zip(jax.tree.leaves(state), jax.tree.leaves(expected))):
+        if np.shape(leaf) != np.shape(other):
+            raise ValueError(
+                f"{_name(tx)}: the state is {_array(leaf)} at {_path(state, i)}, expected the shape {np.shape(other)}. "
+                f"{_STATE_MEND}"
+            )
+
+
 def check_like(tx: Any, updates: optax.Updates, name: str, tree: Any) -> None:
     """Raises unless `tree` (the parameters, a moment in the state) has the gradients' structure and shapes."""
     structure: Any = jax.tree.structure(updates)

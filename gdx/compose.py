@@ -81,13 +81,17 @@ class Foreign(Transform):
         return f"<optax {self.transform.update.__qualname__.split('.')[0]}>"
 
 
+def to_transform(label: str, value: Any) -> Transform:
+    """Converts a field that is a transform, gdx's or optax's."""
+    if not isinstance(value, optax.GradientTransformation):
+        raise TypeError(f"{label} is {reprlib.repr(value)}; expected a transform such as gdx.scale_by_adam()")
+    return value if isinstance(value, Transform) else Foreign(value)
+
+
 def _to_transforms(label: str, value: Any) -> tuple[Transform, ...]:
     if isinstance(value, optax.GradientTransformation) or not isinstance(value, tuple | list):
         raise TypeError(f"{label} is {reprlib.repr(value)}; expected a tuple of transforms, such as (gdx.sgd(0.1),)")
-    for i, link in enumerate(value):
-        if not isinstance(link, optax.GradientTransformation):
-            raise TypeError(f"{label}[{i}] is {reprlib.repr(link)}; expected a transform such as gdx.scale_by_adam()")
-    return tuple(link if isinstance(link, Transform) else Foreign(link) for link in value)
+    return tuple(to_transform(f"{label}[{i}]", link) for i, link in enumerate(value))
 
 
 def _to_function(label: str, value: Any) -> Callable[..., Any]:

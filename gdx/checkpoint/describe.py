@@ -14,6 +14,7 @@ import optax
 from gdx.compose import Foreign
 from gdx.fields import is_concrete, text
 from gdx.schedules import schedule
+from gdx.sharding import shard_state
 from gdx.transform import Transform
 
 # where schedules are looked at
@@ -25,17 +26,29 @@ def describe(tx: optax.GradientTransformation) -> dict[str, str]:
 
     Numbers are as they enter a program, in the default float dtype. Schedules that are functions are told
     apart by their values at 22 counts up to 5,000,000, to four digits; other functions by their names. A transform
-    of optax has no fields.
+    of optax has no fields. Where `shard_state` keeps the state is left out.
 
     >>> import gdx
     >>> describe(gdx.adam(0.1))["learning_rate"], describe(gdx.chain(gdx.sgd(0.1)))["optimizer"]
     ('0.1', 'chain(sgd)')
     """
+    tx = unplaced(tx)
     described = {"optimizer": kind(tx)}
     if isinstance(tx, Transform):
         for name, field, value in tx._fields():
             described[name] = _setting(value) if field.metadata.get("static") else _hyperparameter(value)
     return described
+
+
+def unplaced(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer without the `shard_state` around it or one of its links."""
+    if not isinstance(tx, Transform):
+        return tx
+    return jax.tree.map(lambda x: x.tx if _is_placed(x) else x, tx, is_leaf=_is_placed)
+
+
+def _is_placed(x: Any) -> bool:
+    return isinstance(x, shard_state)
 
 
 def kind(tx: optax.GradientTransformation) -> str:

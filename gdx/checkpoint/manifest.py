@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdx.checkpoint.describe import describe, kind
+from gdx.checkpoint.describe import describe, kind, unplaced
 from gdx.storage.blocks import Packed
 from gdx.transform import Transform
 
@@ -34,7 +34,7 @@ def manifest(
     content = {
         "format": FORMAT,
         "step": step,
-        "repr": repr(tx) if isinstance(tx, Transform) else kind(tx),
+        "repr": repr(unplaced(tx)) if isinstance(tx, Transform) else kind(tx),
         "fields": describe(tx),
         "storage": storage(state),
         "arrays": {path: [*_described(x), checksums[path]] for path, x in leaves(params, state).items()},

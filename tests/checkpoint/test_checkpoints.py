@@ -4,7 +4,6 @@ import builtins
 import functools
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ import pytest
 import gdx
 from gdx.checkpoint import CheckpointError, Checkpoints
 from gdx.checkpoint.describe import kind
+from gdx.checkpoint.manifest import is_key
 from gdx.extra import MissingExtra
 from tests.contract.table import assert_same_bits
 
@@ -128,9 +128,10 @@ def test_arrays_of_every_kind(checkpoints):
     tx = optax.identity()
     checkpoints.save(1, tx, {"deep": [{"/.[']": jnp.ones(2)}]}, state)
     _, params, restored, _ = checkpoints.restore(tx, {"deep": [{"/.[']": jnp.zeros(2)}]}, state)
-    data = lambda tree: jax.tree.map(
-        lambda x: jax.random.key_data(x) if jnp.issubdtype(jnp.asarray(x).dtype, jax.dtypes.prng_key) else x, tree
-    )  # noqa: E501, E731
+
+    def data(tree):
+        return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
+
     assert_same_bits(data(restored), data(state))
     assert [str(x.dtype) for x in restored["keys"]] == ["key<fry>", "key<rbg>", "uint32"]
     assert params["deep"][0]["/.[']"].tolist() == [1, 1]

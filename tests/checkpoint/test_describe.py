@@ -74,3 +74,11 @@ def test_the_names_are_those_of_the_hyperparameters():
 def test_strict_dtypes_do_not_keep_schedules_from_being_looked_at():
     with jax.numpy_dtype_promotion("strict"):
         assert "with values" in describe(gdx.sgd(optax.cosine_decay_schedule(0.1, 100)))["learning_rate"]
+
+
+def test_places_do_not_count():
+    mesh = jax.make_mesh((8,), ("data",))
+    tx = gdx.adamw(1e-3)
+    assert describe(gdx.sharding.shard_state(tx, mesh)) == describe(tx)
+    chained = gdx.chain(gdx.sharding.shard_state(tx, mesh), optax.clip(1.0))
+    assert describe(chained) == describe(gdx.chain(tx, optax.clip(1.0)))
