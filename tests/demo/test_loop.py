@@ -8,7 +8,7 @@ import pytest
 
 import gdx
 from gdx.demo import problems
-from gdx.demo.train import Report, batches, train
+from gdx.demo.loop import Report, batches, train
 
 
 @pytest.fixture(scope="module")
