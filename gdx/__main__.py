@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": "gdx.demo.command",
     "sweep": "gdx.demo.sweep",
     "learn": "gdx.demo.learn",
+    "train": "gdx.demo.train",
 }
 DEFAULT = "demo"
 
