@@ -20,12 +20,18 @@ from typing import Any, NamedTuple
 
 import jax
 
+from gdx.extra import MissingExtra
+
 BEAT = 0.5  # seconds between two signs of life
 SILENCE = 10.0  # seconds without one, after which a process counts as stopped
 START = 120.0  # seconds until the first one
 GRACE = 2.0  # seconds for the others to say what went wrong with them too
 # longer than SILENCE, so that it is known which process stopped, and not only that another was aborted
-TIMEOUTS = {"initialization_timeout": 60, "heartbeat_timeout_seconds": 12, "shutdown_timeout_seconds": 12}
+TIMEOUTS: dict[str, Any] = {
+    "initialization_timeout": 60,
+    "heartbeat_timeout_seconds": 12,
+    "shutdown_timeout_seconds": 12,
+}
 PLACE = "GDX_PROCESS"  # of a process: its number, how many there are, where they meet, where its signs of life go
 
 
@@ -46,8 +52,8 @@ class Refused(ValueError):
 
 
 class _Place(NamedTuple):
-    index: int
-    count: int
+    number: int
+    size: int
     address: str
     pipe: int
 
@@ -57,8 +63,8 @@ def place() -> _Place | None:
     text = os.environ.get(PLACE)
     if text is None:
         return None
-    index, count, address, pipe = text.split(",")
-    return _Place(int(index), int(count), address, int(pipe))
+    number, size, address, pipe = text.split(",")
+    return _Place(int(number), int(size), address, int(pipe))
 
 
 def join(main: Callable[[], int]) -> int:
@@ -74,20 +80,22 @@ def join(main: Callable[[], int]) -> int:
     assert here is not None
     threading.Thread(target=_beat, args=[here.pipe], daemon=True).start()
     try:
-        if here.count > 1:
-            jax.distributed.initialize(here.address, here.count, here.index, **TIMEOUTS)
+        if here.size > 1:
+            jax.distributed.initialize(here.address, here.size, here.number, **TIMEOUTS)
         code = main()
-        if here.count > 1:
+        if here.size > 1:
             jax.distributed.shutdown()
         return code
+    except KeyboardInterrupt:
+        os._exit(130)
     except BaseException as error:
-        is_refused = isinstance(error, Refused)
-        if not is_refused:
+        is_clear = isinstance(error, Refused | MissingExtra)
+        if not is_clear:
             traceback.print_exc()
-        _tell(here.pipe, str(error) if is_refused else f"{type(error).__name__}: {error}")
+        _tell(here.pipe, str(error) if is_clear else f"{type(error).__name__}: {error}")
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(2 if is_refused else 1)
+        os._exit(2 if isinstance(error, Refused) else 1)
 
 
 def _beat(pipe: int) -> None:
@@ -116,15 +124,15 @@ def run(command: Sequence[str], count: int, *, devices: int) -> Ended:
       devices: how many devices of the CPU each of them has.
     """
     address = f"127.0.0.1:{_free_port()}"
-    members = [_Member(command, _Place(index, count, address, 0), devices) for index in range(count)]
+    members = [_Member(command, _Place(number, count, address, 0), devices) for number in range(count)]
     try:
         with _signals_to(members) as signals:
             if _watch(members):
                 stopped = any(member.process.returncode for member in members)
                 return Ended(130 if stopped else 0)
             _watch(members, until=time.monotonic() + GRACE)
-            if len(signals) > 1:
-                return Ended(130, "it was killed before it could save")
+            if signals:
+                return Ended(130, "killed before it could end well")
             return min((member for member in members if member.has_failed), key=_Member.rank).ended()
     finally:
         for member in members:
@@ -135,7 +143,7 @@ class _Member:
     """One of the processes, as seen from outside."""
 
     def __init__(self, command: Sequence[str], place: _Place, devices: int):
-        self.index, self.count = place.index, place.count
+        self.place = place
         self.pipe, end = os.pipe()
         env = {
             **os.environ,
@@ -174,7 +182,7 @@ class _Member:
     def ended(self) -> Ended:
         code = self.process.returncode
         told = [line for line in self.said.decode(errors="replace").splitlines() if line]
-        who = f"process {self.index} of {self.count}"
+        who = f"process {self.place.number} of {self.place.size}"
         if self.is_silent:
             return Ended(1, f"{who} showed no sign of life for {SILENCE:g} seconds")
         if code == 2 and told:
@@ -215,7 +223,8 @@ def _signals_to(members: Sequence[_Member]) -> Iterator[list[int]]:
         came.append(number)
         for member in members:
             if member.process.poll() is None:
-                member.process.send_signal(signal.SIGINT if len(came) == 1 else signal.SIGKILL)
+                # one that has not begun would only print where it was
+                member.process.send_signal(signal.SIGINT if len(came) == 1 and member.said else signal.SIGKILL)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -22,7 +22,6 @@ from gdx.demo import processes, show
 from gdx.demo.loop import Report, batches
 from gdx.demo.options import HYPERPARAMETERS, add_hyperparameters, check_batch_size, check_seed, check_steps, either
 from gdx.demo.problems import BATCH_SIZE, OPTIMIZERS, STEPS, TRAINING_IMAGES, Problem, digits
-from gdx.extra import needs
 
 EXAMPLES = """\
 The devices are simulated on the CPU. Each device takes an equal part of every batch and keeps an equal part of the
@@ -65,6 +64,7 @@ class Plan:
     checkpoints: Path
     every: int
     resume: bool
+    allow: tuple[str, ...]
     batch_size: int
     steps: int
     seed: int
@@ -92,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoints", "the folder of the checkpoints", "DIR", Path)
     add("--every", f"steps between two checkpoints, a multiple of {CHUNK}")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, with any devices")
+    parser.add_argument("--allow", metavar="NAMES", help="comma separated, what --resume may change: learning-rate")
     add("--steps", "of the whole run, at least 1")
     add("--batch-size", f"images per step, a multiple of the devices, at most {TRAINING_IMAGES}")
     add("--seed", "of the initial parameters and the batches")
@@ -105,6 +106,7 @@ def plan(arguments: argparse.Namespace) -> Plan:
     """
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     resume = given.pop("resume")
+    allow = tuple(name.replace("-", "_") for name in given.get("allow", "").split(",") if name)
     options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     chosen = {**DEFAULTS, **given}
     count = chosen["processes"]
@@ -131,6 +133,7 @@ def plan(arguments: argparse.Namespace) -> Plan:
         _check_checkpoints(chosen["checkpoints"], resume),
         chosen["every"],
         resume,
+        allow,
         batch_size,
         check_steps(chosen["steps"]),
         check_seed(chosen["seed"]),
@@ -162,7 +165,7 @@ def _optimizer(chosen: dict[str, Any]) -> gdx.Transform:
 def _check_checkpoints(folder: Path, resume: bool) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--checkpoints is {str(folder)!r}, which is a file; expected a folder")
-    found = folder.exists() and any(path.name.isdecimal() for path in folder.iterdir())
+    found = _has_checkpoints(folder)
     if resume and not found:
         raise ValueError(f"--resume: there is no checkpoint in {str(folder)!r}; leave it out to begin a run there")
     if found and not resume and processes.place() is None:
@@ -173,27 +176,23 @@ def _check_checkpoints(folder: Path, resume: bool) -> Path:
     return folder
 
 
+def _has_checkpoints(folder: Path) -> bool:
+    return folder.exists() and any(path.name.isdecimal() for path in folder.iterdir())
+
+
 def run(plan: Plan) -> int:
     """Starts the processes and waits for them; in one of them, does its part.
 
     Returns:
       The exit code: 0, 1 where a process failed or the loss diverged, 2 for a wrong input, 130 after Ctrl-C.
-
-    Raises:
-      MissingExtra: an extra is not installed.
     """
     if processes.place() is not None:
         return processes.join(lambda: _train(plan))
-    with needs("demo"):
-        import rich  # noqa: F401 - missing here rather than in each process
-        import sklearn  # noqa: F401
-    with needs("checkpoint"):
-        import orbax.checkpoint  # noqa: F401
     command = [sys.executable, "-m", "gdx", "train", *plan.options]
     ended = processes.run(command, plan.processes, devices=plan.devices // plan.processes)
     if ended.reason:
         print(f"python -m gdx train: {ended.reason}", file=sys.stderr)
-    if ended.code in (1, 130):
+    if ended.code in (1, 130) and _has_checkpoints(plan.checkpoints):
         print(f"go on from the newest checkpoint with: {plan.again}", file=sys.stderr)
     return ended.code
 
@@ -214,8 +213,8 @@ def _train(plan: Plan) -> int:
             step, params, state = _restored(checkpoints, tx, params, state, extra, plan)
         here, whole = _bytes(state)
         console.print(
-            f"{problem.title}; {plan.name} from step {step} to {plan.steps} on {plan.devices} devices "
-            f"in {plan.processes} processes, each with {here:,} of the {whole:,} bytes of state",
+            f"{problem.title}; {plan.name} from step {step} to {plan.steps}; devices: {plan.devices}, in processes: "
+            f"{plan.processes}, each with {here:,} of the {whole:,} bytes of state",
             soft_wrap=True,
         )
         stream = itertools.islice(
@@ -256,9 +255,9 @@ def _restored(
       Refused: it cannot be read, is of other options, or has all steps already.
     """
     try:
-        step, params, state, saved = checkpoints.restore(tx, params, state)
+        step, params, state, saved = checkpoints.restore(tx, params, state, allow=plan.allow)
     except CheckpointError as error:
-        raise processes.Refused(str(error)) from error
+        raise processes.Refused(str(error).replace("pass allow=", "give --allow ")) from error
     for name, value in extra.items():
         if saved[name] != value:
             raise processes.Refused(
