@@ -105,9 +105,9 @@ def _beat(pipe: int) -> None:
 
 
 def _tell(pipe: int, text: str) -> None:
-    """Sends a line; an empty one is a sign of life. Without `run` at the other end there is nothing to go on for."""
+    """Sends an error and when it was; without one, a sign of life. Ends the process if nobody listens."""
     try:
-        os.write(pipe, f"{' '.join(text.split())[:2000]}\n".encode())
+        os.write(pipe, f"{time.time()} {' '.join(text.split())[:2000]}\n".encode() if text else b"\n")
     except OSError:
         os._exit(1)
 
@@ -173,23 +173,33 @@ class _Member:
     def has_failed(self) -> bool:
         return self.is_silent or self.process.poll() not in (None, 0, 130)
 
-    def rank(self) -> int:
+    @property
+    def told(self) -> tuple[float, str] | None:
+        """When and with what error it ended, if it said so."""
+        lines = [line for line in self.said.decode(errors="replace").splitlines() if line]
+        if not lines:
+            return None
+        at, _, text = lines[-1].partition(" ")
+        return float(at), text
+
+    def rank(self) -> tuple[int, float]:
         """Low for a failure that may be the cause of the others': without a process, the rest fail too."""
         if self.is_silent:
-            return 0
-        return {-signal.SIGABRT: 3}.get(self.process.returncode, 1 if self.process.returncode < 0 else 2)
+            return 0, 0
+        if self.process.returncode == -signal.SIGABRT:  # JAX has noticed that another is gone
+            return 3, 0
+        return (2, self.told[0]) if self.told else (1, 0)
 
     def ended(self) -> Ended:
         code = self.process.returncode
-        told = [line for line in self.said.decode(errors="replace").splitlines() if line]
         who = f"process {self.place.number} of {self.place.size}"
         if self.is_silent:
             return Ended(1, f"{who} showed no sign of life for {SILENCE:g} seconds")
-        if code == 2 and told:
-            return Ended(2, told[-1])
-        if code is not None and code < 0:
+        if self.told:
+            return Ended(2, self.told[1]) if code == 2 else Ended(1, f"{who} failed: {self.told[1]}")
+        if code < 0:
             return Ended(1, f"{who} was ended by {signal.Signals(-code).name}")
-        return Ended(1, f"{who} failed: {told[-1] if told else f'exit code {code}'}")
+        return Ended(1, f"{who} failed: exit code {code}")
 
     def end(self) -> None:
         with contextlib.suppress(ProcessLookupError):
