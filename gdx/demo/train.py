@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import re
 import shlex
 import signal
 import sys
@@ -257,7 +258,7 @@ def _restored(
     try:
         step, params, state, saved = checkpoints.restore(tx, params, state, allow=plan.allow)
     except CheckpointError as error:
-        raise processes.Refused(str(error).replace("pass allow=", "give --allow ")) from error
+        raise processes.Refused(re.sub(r"pass allow=\[.*\]$", _as_option, str(error))) from error
     for name, value in extra.items():
         if saved[name] != value:
             raise processes.Refused(
@@ -266,6 +267,10 @@ def _restored(
     if step >= plan.steps:
         raise processes.Refused(f"--steps is {plan.steps}; the newest checkpoint is of step {step}, expected more")
     return step, params, state
+
+
+def _as_option(found: re.Match) -> str:
+    return "give --allow " + ",".join(re.findall(r"'(\w+)'", found[0])).replace("_", "-")
 
 
 def _compiled(problem: Problem, tx: gdx.Transform, params: Any, state: Any) -> Callable[..., Any]:
