@@ -166,12 +166,11 @@ class Checkpoints:
         """Made when it is needed: it creates the directory."""
         import orbax.checkpoint as ocp
 
+        if self.directory.exists() and not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory} is no directory")
         policy = ocp.checkpoint_managers.LatestN(self.keep)
         options = ocp.CheckpointManagerOptions(preservation_policy=policy)
-        try:
-            return ocp.CheckpointManager(self.directory, options=options, item_names=("arrays", "manifest"))
-        except Exception as error:
-            raise CheckpointError(f"{self.directory} is no directory of checkpoints: {_line(error)}") from error
+        return ocp.CheckpointManager(self.directory, options=options, item_names=("arrays", "manifest"))
 
     def _name(self, step: int) -> str:
         return f"the checkpoint of step {step} in {self.directory}"
