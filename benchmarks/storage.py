@@ -9,14 +9,9 @@ timings, with their quartiles: below 1, gdx is faster.
 import argparse
 import functools
 import math
-import os
-import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
-
-# no accelerator is looked for: the part `devices` compiles for ones that are elsewhere
-os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +20,9 @@ import optax
 
 import gdx
 import gdx.plot
+from benchmarks.devices import OPTIONS, available, compiled_step, devices, nbytes_moved
 from benchmarks.fewbits import PROBLEMS, compare, eight_bit_error, second_moment_after_shrinking
 from benchmarks.measure import interleaved, ratio, table
-from benchmarks.step import train_step
 
 try:
     import torch
@@ -58,15 +53,6 @@ OPTAX: dict[str, tuple[Any, Any]] = {
     "optax f32": (optax.adamw(RATE), jnp.float32),
     "optax bf16": (optax.adamw(RATE, mu_dtype="bfloat16"), jnp.bfloat16),
 }
-
-
-def compiled_step(tx: Any, params: Any, state: Any, options: dict[str, Any] | None = None) -> Any:
-    """The training step, compiled; arrays may be abstract."""
-
-    def step(params: Any, state: Any, grads: Any) -> Any:
-        return train_step(tx, params, state, grads)
-
-    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile(options)
 
 
 def nbytes(tree: Any) -> int:
@@ -130,63 +116,13 @@ def measure_time(rounds: int) -> None:
     print(table(["parameters", "optimizer", *baselines], rows), "\n")
 
 
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-  clock_rate_ghz: 1.98 device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 } runtime_version { major: 12 minor: 6 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-
-
-def topology(device: str) -> Any:
-    """The device, which need not be there."""
-    from jax.experimental import topologies
-
-    if device == "tpu":
-        return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    import jax_plugins.xla_cuda12  # type: ignore[import-not-found]  # noqa: F401
-
-    return topologies.get_topology_desc(platform="cuda", topology_name="", target_config=H100, topology="1x1x1")
-
-
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
-
-
-def bytes_moved(text: str) -> int:
-    """What the kernels of a compiled program read and write, from its text: each operand and result once."""
-    entry = text[text.index("\nENTRY") :].split("\n}")[0].splitlines()[1:]
-    sizes, total = {}, 0
-    for line in entry:
-        found = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)(?:,|$)", line)
-        if found is None:
-            continue
-        name, shapes, operation, operands = found.groups()
-        sizes[name] = sum(
-            _BYTES[dtype] * math.prod(map(int, filter(None, shape.split(","))))
-            for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-        )
-        if operation not in ("parameter", "constant", "tuple", "get-tuple-element", "bitcast"):
-            total += sizes[name] + sum(sizes.get(operand, 0) for operand in re.findall(r"%([\w.\-]+)", operands))
-    return total
-
-
-def measure_devices(devices: Sequence[str]) -> None:
+def measure_devices(kinds: list[str]) -> None:
     """Prints the third table."""
     floors = dict(zip(OPTIMIZERS, ("28", "20", "16.1", "14", "18", "22", "10.1")))
     shape = (8192, 4096)
     columns: dict[str, dict[str, tuple[str, str]]] = {}
-    for device in devices:
-        try:
-            sharding = jax.sharding.SingleDeviceSharding(topology(device).devices[0])
-        except Exception as error:
-            print(f"{device} cannot be compiled for: {str(error).splitlines()[0]}")
-            continue
-        options = {"xla_msa_enable": False} if device == "tpu" else None
+    for device in available(kinds):
+        sharding = jax.sharding.SingleDeviceSharding(devices(device)[0])
         columns[device] = {}
         for name, (tx, dtype) in OPTIMIZERS.items():
             params = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -194,9 +130,8 @@ def measure_devices(devices: Sequence[str]) -> None:
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),  # noqa: B023
                 jax.eval_shape(tx.init, params),
             )
-            step = compiled_step(tx, params, state, options)
-            cost = step.cost_analysis()
-            moved = cost["bytes accessed"] if cost else bytes_moved(step.as_text())
+            step = compiled_step(tx, params, state, OPTIONS[device])
+            moved = nbytes_moved(step)
             temporary = step.memory_analysis().temp_size_in_bytes
             columns[device][name] = (f"{moved / math.prod(shape):.1f}", f"{temporary / math.prod(shape):.1f}")
     if columns:

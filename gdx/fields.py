@@ -208,6 +208,8 @@ def text(value: Any) -> str:
         return repr(float(value))
     if isinstance(value, np.dtype):
         return repr(value.name)
+    if isinstance(value, jax.sharding.Mesh):  # one can be called, as a decorator
+        return repr(value)
     if is_opaque(value):
         name = getattr(value, "__qualname__", type(value).__name__)
         return f"<{name.replace('<locals>.', '').replace('<lambda>', 'lambda')}>"

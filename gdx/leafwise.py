@@ -203,7 +203,7 @@ def _step_one(
             def accumulate() -> tuple[jax.Array, ...]:
                 return link.accumulate(shared, cast(g), cast(p), *decode(moments))
 
-            stored = _once(lambda: encode(accumulate()), list(moments))
+            stored = _once(lambda: encode(accumulate()), list(moments), dither)
             u = link.direction(shared, cast(g), cast(p), *map(with_slope_of, accumulate(), decode(stored)))
         else:
             rounding = {"rounding": Rounding(p.dtype, dither)} if link.rounds else {}
@@ -211,11 +211,11 @@ def _step_one(
             stored = encode(new)
             if link.rounds and stored:
                 # else what rounding keeps is worked out after the parameters have been overwritten, from a copy
-                u, *stored = _once(lambda: [u, *stored], [])
+                u, *stored = _once(lambda: [u, *stored], [], dither)
     return [u, *stored]
 
 
-def _once(renew: Callable[[], list[Any]], old: list[Any]) -> list[Any]:
+def _once(renew: Callable[[], list[Any]], old: list[Any], dither: Dither | None) -> list[Any]:
     """`renew()`, on CPUs worked out once: XLA would do it again there, for each element that reads the result."""
 
     def fenced() -> list[Any]:
@@ -223,7 +223,10 @@ def _once(renew: Callable[[], list[Any]], old: list[Any]) -> list[Any]:
         if not packed:
             return jax.lax.optimization_barrier(renew())
         # around block scales it ignores the barrier, at 6 times the time; a condition, always true, it heeds
-        true = jax.lax.bitcast_convert_type(jnp.ravel(packed[0].scales)[0], jnp.int32) != -1
+        if dither is None:
+            true = jax.lax.bitcast_convert_type(packed[0].scales[(0,) * packed[0].ndim], jnp.int32) != -1
+        else:  # every device has the count, but only one of a mesh that scale
+            true = dither.step != np.uint32(0xFFFFFFFF)
         return jax.lax.cond(true, renew, lambda: old)
 
     return jax.lax.platform_dependent(cpu=fenced, default=renew)

@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import math
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +30,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from gdx.checks import check_state_like
 from gdx.compose import to_transform
 from gdx.fields import static
-from gdx.storage.blocks import Packed
+from gdx.layout import Plan, names_of, place, plan_of, sharding_of
 from gdx.transform import Transform
 
 
@@ -54,10 +54,11 @@ class shard_state(Transform):
     """Keeps the state of any transform split over an axis of a mesh, and computes each part where it is.
 
     Each moment has the sharding of its parameter and is split further along the axis, on the first
-    dimension that divides into equal parts: on one that is not split already if it can be, and on the
-    last only if no other will do. Scalars are on every device, and so is what does not divide (see
-    `report`). `init` makes the state in its places, also outside `jax.jit`; `update` keeps it there,
-    and its updates have the parameters' own sharding. The state's structure is that of `tx` alone.
+    dimension that divides into equal parts: rather on one that is not split already, and on the last
+    only if no other will do or its parts are multiples of 128. Scalars are on every device, and so
+    is what does not divide (see `report`). `init` makes the state in its places, also outside
+    `jax.jit`; `update` keeps it there, and its updates have the parameters' own sharding. The state's
+    structure is that of `tx` alone.
 
     With automatic axes a function under `jax.jit` cannot see how its arguments are sharded: pass
     `specs` if the parameters themselves are split over the mesh. With explicit axes nothing is needed.
@@ -100,8 +101,8 @@ class shard_state(Transform):
     ) -> tuple[optax.Updates, optax.OptState]:
         like = updates if params is None else params
         self._check_places(like)
-        check_state_like(self, state, jax.jit(_init).eval_shape(self.tx, like))
-        plan = _plan(state, like, self.mesh, self.axis, self.specs)
+        expected, plan = _abstract("shard_state", self.tx, like, self.mesh, self.axis, self.specs)
+        check_state_like(self, state, expected)
 
         def step(tx: Transform, updates: Any, state: Any, params: Any, arrays: dict[str, Any]) -> tuple[Any, Any]:
             constrain = functools.partial(_constrain, self.mesh)
@@ -124,24 +125,27 @@ class shard_state(Transform):
             raise ValueError(
                 f"shard_state: inside jax.shard_map over {self.axis!r} an array is one device's part; call it outside"
             )
+        devices = set(self.mesh.devices.flat)
         for path, p in jax.tree_util.tree_leaves_with_path(params):
-            if not _is_on(self.mesh, p):
+            is_placed = isinstance(p, jax.Array) and not isinstance(p, jax.core.Tracer) and p.committed
+            if is_placed and p.sharding.device_set != devices:
                 raise ValueError(
-                    f"shard_state: the parameter at {jax.tree_util.keystr(path) or 'the root'} is on "
-                    f"{_places(p)}, expected {self.mesh}. Move it: jax.device_put(params, NamedSharding(mesh, P()))"
+                    f"shard_state: the parameter at {place(path)} is on {p.sharding}, expected on {self.mesh}. "
+                    f"Move it: jax.device_put(params, jax.NamedSharding(mesh, jax.P()))"
                 )
 
     def _check_seen(self, params: Any) -> None:
         """Raises where `update` would, under jit, take parameters for whole that are not."""
-        if self.specs is None and AxisType.Explicit not in self.mesh.axis_types:
-            for path, p in jax.tree_util.tree_leaves_with_path(params):
-                spec = _own_spec(p)
-                if any(self.mesh.shape[name] > 1 for entry in spec for name in _names(entry)):
-                    raise ValueError(
-                        f"shard_state: the parameter at {jax.tree_util.keystr(path) or 'the root'} is split as {spec}, "
-                        f"which jax.jit hides where axes are automatic; say so: "
-                        f"shard_state(tx, mesh, specs=jax.tree.map(lambda p: p.sharding.spec, params))"
-                    )
+        if self.specs is not None or AxisType.Explicit in self.mesh.axis_types:
+            return
+        for path, p in jax.tree_util.tree_leaves_with_path(params):
+            sharding = sharding_of(p)
+            if sharding is not None and not sharding.is_fully_replicated:
+                raise ValueError(
+                    f"shard_state: the parameter at {place(path)} is split as {sharding.spec}, which jax.jit hides "
+                    f"where axes are automatic. Pass it on: "
+                    f"shard_state(tx, mesh, specs=jax.tree.map(lambda p: p.sharding.spec, params))"
+                )
 
 
 def state_shardings(
@@ -168,140 +172,123 @@ def state_shardings(
     >>> gdx.sharding.state_shardings(gdx.sgd(0.1, 0.9), params, mesh)[0].trace["w"].spec
     P(None, 'data')
     """
-    _check_axis("state_shardings", mesh, axis)
-    state = jax.jit(_init).eval_shape(to_transform("state_shardings: tx", tx), _bare(params))
-    plan = _plan(state, params, mesh, axis, specs)
+    state, plan = _abstract("state_shardings", tx, params, mesh, axis, specs)
     return jax.tree.unflatten(jax.tree.structure(state), [NamedSharding(mesh, spec) for spec in plan.state])
+
+
+class Place(NamedTuple):
+    """Where one array of a state lives.
+
+    Attributes:
+      path: where it is in the state.
+      spec: how it is split.
+      nbytes: of the whole array.
+      nbytes_per_device: of the part that a device holds.
+      why: why it is not split along the axis; empty if it is.
+    """
+
+    path: str
+    spec: PartitionSpec
+    nbytes: int
+    nbytes_per_device: int
+    why: str
+
+
+class Report(NamedTuple):
+    """How a state is spread over a mesh; prints as a table of what could not be split.
+
+    Attributes:
+      places: one for each array of the state.
+    """
+
+    places: tuple[Place, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole state."""
+        return sum(place.nbytes for place in self.places)
+
+    @property
+    def nbytes_per_device(self) -> int:
+        """Of the state that each device holds."""
+        return sum(place.nbytes_per_device for place in self.places)
+
+    @property
+    def replicated(self) -> tuple[Place, ...]:
+        """What is not split along the axis, the largest first."""
+        return tuple(sorted((p for p in self.places if p.why), key=lambda p: -p.nbytes_per_device))
+
+    @property
+    def nbytes_replicated(self) -> int:
+        """Of the part of `nbytes_per_device` that is not split along the axis."""
+        return sum(place.nbytes_per_device for place in self.replicated)
+
+    def __repr__(self) -> str:
+        lines = [
+            f"state of {self.nbytes:,} bytes: {self.nbytes_per_device:,} on each device, "
+            f"{self.nbytes_replicated:,} of them not split along the axis"
+        ]
+        shown = self.replicated[:_SHOWN]
+        width = max((len(place.path) for place in shown), default=0)
+        lines += [f"  {p.path:{width}}  {p.nbytes_per_device:>10,}  {p.why}" for p in shown]
+        if len(self.replicated) > _SHOWN:
+            lines.append(f"  and {len(self.replicated) - _SHOWN} smaller ones")
+        return "\n".join(lines)
+
+
+_SHOWN = 20
+
+
+def report(
+    tx: optax.GradientTransformation, params: Any, mesh: Mesh | AbstractMesh, axis: str = "data", specs: Any = None
+) -> Report:
+    """How many bytes of the state each device will hold, what cannot be split along the axis, and why.
+
+    Args and errors are those of `state_shardings`: nothing is computed, so that neither the devices
+    nor the memory need be there.
+
+    >>> import gdx, jax
+    >>> mesh = jax.sharding.AbstractMesh((8,), ("data",))
+    >>> params = {"b": jax.ShapeDtypeStruct((7,), "float32"), "w": jax.ShapeDtypeStruct((4096, 11008), "float32")}
+    >>> gdx.sharding.report(gdx.adamw(1e-3), params, mesh)
+    state of 360,710,204 bytes: 45,088,828 on each device, 60 of them not split along the axis
+      [0].mu['b']          28  no dimension of (7,) divides into 8
+      [0].nu['b']          28  no dimension of (7,) divides into 8
+      [0].count             4  a scalar
+    """
+    state, plan = _abstract("report", tx, params, mesh, axis, specs)
+    places = []
+    for (path, leaf), spec, follows in zip(jax.tree_util.tree_leaves_with_path(state), plan.state, plan.follows):
+        part = NamedSharding(mesh, spec).shard_shape(leaf.shape)
+        nbytes, nbytes_per_device = (math.prod(shape) * leaf.dtype.itemsize for shape in (leaf.shape, part))
+        is_split = axis in (name for entry in spec for name in names_of(entry))
+        why = "" if is_split else _why_whole(part, mesh.shape[axis], follows)
+        places.append(Place(jax.tree_util.keystr(path), spec, nbytes, nbytes_per_device, why))
+    return Report(tuple(places))
+
+
+def _why_whole(part: tuple[int, ...], count: int, follows: bool) -> str:
+    if not part:
+        return "a scalar"
+    if not any(size and size % count == 0 for size in part):
+        return f"no dimension of {part} divides into {count}"
+    if follows:
+        return f"no dimension of {part} divides into {count} parts of whole blocks"
+    return "shaped like no parameter, and small"
+
+
+def _abstract(
+    name: str, tx: optax.GradientTransformation, params: Any, mesh: Mesh | AbstractMesh, axis: str, specs: Any
+) -> tuple[Any, Plan]:
+    """The state in shapes and dtypes, and its plan, for the function of this name."""
+    _check_axis(name, mesh, axis)
+    bare = jax.tree.map(lambda p: jax.ShapeDtypeStruct(np.shape(p), jnp.result_type(p)), params)
+    state = jax.jit(_init).eval_shape(to_transform(f"{name}: tx", tx), bare)
+    return state, plan_of(state, params, mesh, axis, specs)
 
 
 def _init(tx: Transform, params: optax.Params) -> optax.OptState:
     return tx.init(params)
-
-
-class _Plan(NamedTuple):
-    """PartitionSpecs: the parameters' own, those of what is computed with each, and of each array of the state."""
-
-    params: list[PartitionSpec]
-    moments: list[PartitionSpec]
-    state: list[PartitionSpec]
-
-
-def _plan(state: Any, params: Any, mesh: Mesh | AbstractMesh, axis: str, specs: Any) -> _Plan:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    index_of = {path: index for index, (path, _) in enumerate(leaves)}
-    shapes = [np.shape(p) for _, p in leaves]
-    own = [_own_spec(p) if specs is None else _given_spec(specs, path) for path, p in leaves]
-    kept = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_packed)
-    follows = [_parameter_of(path, np.shape(leaf), index_of, shapes) for path, leaf in kept]
-
-    # one split serves a parameter's gradient and all its moments, so blocks must be whole in every one
-    units = [1] * len(leaves)
-    for index, (_, leaf) in zip(follows, kept):
-        if index is not None and _is_packed(leaf):
-            units[index] = math.lcm(units[index], leaf.format.block)
-    moments = list(own)
-    for index in {index for index in follows if index is not None}:
-        moments[index] = _split(shapes[index], own[index], mesh, axis, units[index])
-
-    placed: list[PartitionSpec] = []
-    for index, (_, leaf) in zip(follows, kept):
-        if index is not None:
-            # what has further axes in front, such as a history of gradients, is split as one of them
-            spec = PartitionSpec(*[None] * (np.ndim(leaf) - len(shapes[index])), *moments[index])
-        else:
-            # an accumulator of another shape; keys and counters are left whole
-            is_float = jnp.issubdtype(leaf.dtype, np.inexact)
-            spec = _split(np.shape(leaf), PartitionSpec(), mesh, axis) if is_float else PartitionSpec()
-        placed += [spec, _scales_spec(leaf, spec, mesh)] if _is_packed(leaf) else [spec]
-    return _Plan(own, moments, placed)
-
-
-def _parameter_of(
-    path: tuple, shape: tuple[int, ...], index_of: dict[tuple, int], shapes: Sequence[tuple[int, ...]]
-) -> int | None:
-    """Which parameter a leaf of the state belongs to: that of the longest path that ends its own, if shapes agree."""
-    for start in range(len(path) + 1):
-        index = index_of.get(path[start:])
-        if index is not None and shapes[index] and shape[-len(shapes[index]) :] == shapes[index]:
-            return index
-    return None
-
-
-def _split(
-    shape: tuple[int, ...], own: PartitionSpec, mesh: Mesh | AbstractMesh, axis: str, unit: int = 1
-) -> PartitionSpec:
-    """The spec with one dimension split along the axis too, in equal parts; of the last a multiple of `unit`."""
-    entries = [*own, *[None] * (len(shape) - len(own))]
-    if axis in (name for entry in entries for name in _names(entry)):
-        return own
-    last = len(shape) - 1
-    candidates = []
-    for dimension, (size, entry) in enumerate(zip(shape, entries)):
-        parts = mesh.shape[axis] * _parts(entry, mesh) * (unit if dimension == last else 1)
-        if size and size % parts == 0:
-            # along the last one, parts are no longer contiguous
-            candidates.append((entry is not None, dimension == last, dimension))
-    if not candidates:
-        return own
-    dimension = min(candidates)[-1]
-    entries[dimension] = axis if entries[dimension] is None else (*_names(entries[dimension]), axis)
-    return _trimmed(entries)
-
-
-def _scales_spec(packed: Packed, spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """That of the codes, but the last axis is whole where a part of it would end inside a block."""
-    if len(spec) < packed.ndim:
-        return spec
-    whole = packed.shape[-1] % (_parts(spec[-1], mesh) * packed.format.block) == 0
-    return spec if whole else _trimmed(spec[:-1])
-
-
-def _trimmed(entries: Iterable) -> PartitionSpec:
-    """Without None at the end: specs that mean the same are then equal, and nothing compiles twice."""
-    entries = list(entries)
-    while entries and entries[-1] is None:
-        entries.pop()
-    return PartitionSpec(*entries)
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
-        return ()
-    return (entry,) if isinstance(entry, str) else tuple(entry)
-
-
-def _parts(entry: Any, mesh: Mesh | AbstractMesh) -> int:
-    return math.prod(mesh.shape[name] for name in _names(entry))
-
-
-def _own_spec(p: Any) -> PartitionSpec:
-    """How a parameter is sharded, as far as it shows."""
-    sharding = jax.typeof(p).sharding if isinstance(p, jax.core.Tracer) else getattr(p, "sharding", None)
-    return _trimmed(sharding.spec) if isinstance(sharding, NamedSharding) else PartitionSpec()
-
-
-def _given_spec(specs: Any, path: tuple) -> PartitionSpec:
-    for branch, spec in jax.tree_util.tree_leaves_with_path(specs):
-        if path[: len(branch)] == branch:
-            return _trimmed(spec)
-    raise ValueError(f"shard_state: specs has no PartitionSpec for the parameter at {jax.tree_util.keystr(path)}")
-
-
-def _is_on(mesh: Mesh, p: Any) -> bool:
-    """Whether an array is on the devices of a mesh, or free to go there."""
-    if isinstance(p, jax.core.Tracer):
-        found = jax.typeof(p).sharding.mesh
-        return found.empty or found.shape_tuple == mesh.abstract_mesh.shape_tuple
-    if not isinstance(p, jax.Array) or not p.committed:
-        return True
-    if isinstance(p.sharding, NamedSharding):
-        return p.sharding.mesh == mesh
-    return p.sharding.device_set == set(mesh.devices.flat)
-
-
-def _places(p: Any) -> Any:
-    sharding = jax.typeof(p).sharding if isinstance(p, jax.core.Tracer) else p.sharding
-    return sharding.mesh if isinstance(sharding, NamedSharding) else sharding
 
 
 def _constrain(mesh: Mesh, tree: Any, specs: Sequence[PartitionSpec]) -> Any:
@@ -311,20 +298,11 @@ def _constrain(mesh: Mesh, tree: Any, specs: Sequence[PartitionSpec]) -> Any:
     return jax.tree.unflatten(structure, placed)
 
 
-def _bare(params: Any) -> Any:
-    """Shapes and dtypes alone, of a sharding that they need not have yet."""
-    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(np.shape(p), jnp.result_type(p)), params)
-
-
 def _check_axis(name: str, mesh: Mesh | AbstractMesh, axis: str) -> None:
     if axis not in mesh.axis_names:
         raise ValueError(
             f"{name}: the mesh has no axis {axis!r}; expected one of {', '.join(map(repr, mesh.axis_names))}"
         )
-
-
-def _is_packed(x: Any) -> bool:
-    return isinstance(x, Packed)
 
 
 def _is_arrays(value: Any) -> bool:

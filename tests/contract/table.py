@@ -4,6 +4,7 @@ A row says how to make the transform from keyword hyperparameters, its valid set
 they use every option), its invalid ones with the words of their errors, and its oracle.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -104,6 +105,16 @@ def _in_chain(tx: gdx.Transform) -> optax.GradientTransformation:
 def lifted(learning_rate: Any, momentum: Any = 0.9) -> gdx.Transform:
     """A wrapper of optax's around a value."""
     return gdx.lift((gdx.sgd(learning_rate, momentum),), _in_chain)
+
+
+def sharded(learning_rate: Any, b1: Any = 0.9, weight_decay: Any = 1e-4) -> gdx.Transform:
+    """State over a mesh, of one device: on several a step of so few numbers would be mostly communication."""
+    return gdx.sharding.shard_state(gdx.adamw(learning_rate, b1=b1, weight_decay=weight_decay), _one_device())
+
+
+@functools.cache
+def _one_device() -> jax.sharding.Mesh:
+    return jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
 
 
 def rounded_stochastically(learning_rate: Any, seed: int = 0) -> gdx.Transform:
@@ -332,6 +343,13 @@ ROWS = (
         _with_rate((({"momentum": 1.0}, ValueError, r"sgd: momentum is 1\.0"),)),
         oracle.sgd,
         largest_gradient=3e37,
+    ),
+    Row(
+        sharded,
+        ({"learning_rate": 1e-2, "b1": 0.9, "weight_decay": 0.1},),
+        _with_rate((({"b1": 1.0}, ValueError, r"adamw: b1 is 1\.0"),)),
+        functools.partial(oracle.adamw, b2=0.999, eps=1e-8),
+        largest_gradient=1e19,
     ),
     Row(
         scheduled,

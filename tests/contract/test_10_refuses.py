@@ -103,7 +103,7 @@ def test_states_of_another_kind(row):
     state = tx.init(params)
     if isinstance(state, optax.EmptyState):
         wrong = [None, (), {}, {"count": 0}, optax.TraceState(params)]
-    elif isinstance(tx, gdx.Composed):
+    elif isinstance(tx, gdx.Composed | gdx.sharding.shard_state):
         wrong = [None, {}, state[:-1], (*state, state), list(state), gdx.scale_by_adam().init(params)]
     elif isinstance(tx, gdx.lift):
         wrong = [(), (optax.EmptyState(), {}), (optax.EmptyState(), state)]
