@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import itertools
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -71,6 +72,13 @@ def until(process: subprocess.Popen, text: str) -> None:
     pytest.fail(f"it ended before {text!r}: {process.stderr.read()}")
 
 
+def bytes_in(text: str) -> list[int]:
+    """Of the state on one device, and of all of it."""
+    return [
+        int(found.replace(",", "")) for found in re.search(r"each with ([\d,]+) of the ([\d,]+) bytes", text).groups()
+    ]
+
+
 def plain(name: str, steps: int) -> tuple:
     """Parameters and state of one device and nothing sharded."""
     problem, tx = problems.digits(), problems.OPTIMIZERS["digits"][name]
@@ -97,7 +105,9 @@ def assert_close(found, expected) -> None:
 def test_two_processes_end_where_one_does_and_eight_devices_go_on(capsys):
     two = finished("--devices 2 --processes 2 --steps 60 --every 40 --checkpoints two")
     assert two.returncode == 0, two.stderr
-    assert "devices: 2, in processes: 2, each with 38,444 of the 76,884 bytes of state" in two.stdout
+    assert "devices: 2, in processes: 2, each with " in two.stdout
+    here_bytes, all_bytes = bytes_in(two.stdout)
+    assert all_bytes / 2 <= here_bytes < 0.55 * all_bytes
     assert "checkpoint of step 40: two" in two.stdout and "checkpoint of step 60: two" in two.stdout
     expected = plain("adamw", 60)
     step, *run = kept("two", "adamw")
@@ -105,7 +115,9 @@ def test_two_processes_end_where_one_does_and_eight_devices_go_on(capsys):
     assert_close(run, expected)
 
     assert here("--devices 8 --steps 80 --every 40 --checkpoints two --resume") == 0
-    assert "adamw from step 60 to 80; devices: 8, in processes: 1, each with 9,684 of" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "adamw from step 60 to 80; devices: 8, in processes: 1" in text
+    assert all_bytes / 8 <= bytes_in(text)[0] < 0.2 * all_bytes
     step, *run = kept("two", "adamw")
     assert step == 80
     assert_close(run, plain("adamw", 80))
