@@ -29,8 +29,8 @@ GRACE = 2.0  # seconds for the others to say what went wrong with them too
 # longer than SILENCE, so that it is known which process stopped, and not only that another was aborted
 TIMEOUTS: dict[str, Any] = {
     "initialization_timeout": 60,
-    "heartbeat_timeout_seconds": 12,
-    "shutdown_timeout_seconds": 12,
+    "heartbeat_timeout_seconds": 14,
+    "shutdown_timeout_seconds": 14,
 }
 PLACE = "GDX_PROCESS"  # of a process: its number, how many there are, where they meet, where its signs of life go
 
@@ -130,7 +130,8 @@ def run(command: Sequence[str], count: int, *, devices: int) -> Ended:
             if _watch(members):
                 stopped = any(member.process.returncode for member in members)
                 return Ended(130 if stopped else 0)
-            _watch(members, until=time.monotonic() + GRACE)
+            if not any(member.is_silent for member in members):
+                _watch(members, until=time.monotonic() + GRACE)
             if signals:
                 return Ended(130, "killed before it could end well")
             return min((member for member in members if member.has_failed), key=_Member.rank).ended()
