@@ -208,16 +208,18 @@ def test_eager_steps():
 
 # over a model axis of 2, and how a moment is then split over a data axis of 4
 OWN = {"w": P(None, "model"), "stack": P(None, "model"), "wide": P(), "odd": P(), "s": P()}
-FURTHER = {"w": P("data", "model"), "wide": P(None, "data"), "odd": P(), "s": P()}
+FURTHER = {
+    "w": P("data", "model"),
+    "stack": P(None, ("model", "data")),  # rather than rows of 16
+    "wide": P(None, "data"),
+    "odd": P(),
+    "s": P(),
+}
 
 
 @both_kinds
-@pytest.mark.parametrize(
-    ("name", "stack"),
-    # 64 is one block of 8-bit codes, which is not cut
-    [("adamw", P(None, "model", "data")), ("8bit", P(None, ("model", "data")))],
-)
-def test_parameters_that_are_split_themselves(name, stack, kind):
+@pytest.mark.parametrize("name", ["adamw", "8bit"])
+def test_parameters_that_are_split_themselves(name, kind):
     """Moments are split over both axes, and the parameters stay as they are."""
     tx, dtype = ELEMENTWISE[name]
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
@@ -226,7 +228,7 @@ def test_parameters_that_are_split_themselves(name, stack, kind):
     found, expected = run(sharded, params, gradients), unsharded_run(name)
 
     moments = optax.tree.get(found.start, "mu")
-    assert {key: jax.tree.leaves(moments[key])[0].spec for key in SHAPES} == {**FURTHER, "stack": stack}
+    assert {key: jax.tree.leaves(moments[key])[0].spec for key in SHAPES} == FURTHER
     sent = set(collectives(found.text))
     assert {operation for operation, _ in sent} == {"all-gather"}
     assert max(size for _, size in sent) == math.prod(SHAPES["w"]) / 2
@@ -349,6 +351,23 @@ def test_the_dimension_that_is_split(shape, own, expected):
     if shape:
         sharded = jax.ShapeDtypeStruct(shape, "float32", sharding=NamedSharding(mesh, own))
         assert gdx.sharding.state_shardings(tx, sharded, mesh).trace.spec == expected
+
+
+def test_a_moment_follows_the_parameter_of_the_longest_path():
+    """Not the other one of the same name and shape."""
+    params = {"w": jax.ShapeDtypeStruct((64, 256), "float32")}
+    specs = {"w": P("model"), "block": {"w": P(None, "model")}}
+    mesh = AbstractMesh((4, 2), ("data", "model"))
+    found = gdx.sharding.state_shardings(gdx.scale_by_momentum(0.9), {**params, "block": params}, mesh, specs=specs)
+    assert found.trace["w"].spec == P(("model", "data"))
+    assert found.trace["block"]["w"].spec == P("data", "model")
+
+
+def test_an_axis_of_one_device_splits_nothing():
+    """A parameter that only such an axis splits is split on its first dimension, as any."""
+    tx, p = gdx.scale_by_momentum(0.9), jax.ShapeDtypeStruct((64, 512), "float32")
+    found = gdx.sharding.state_shardings(tx, p, AbstractMesh((4, 1), ("data", "model")), specs=P("model"))
+    assert found.trace.spec == P(("model", "data"))
 
 
 @pytest.mark.parametrize(
