@@ -5,15 +5,14 @@ Links:      scale_by_learning_rate, scale_by_momentum, scale_by_adam, add_decoup
 Composing:  chain, lift, Composed.
 Batches:    stack, unstack, grid, labels.
 Training:   train, sweep, range_test, schedule.
-Noise:      noise (mini-batches, gradient noise scale).
-Landscape:  landscape (slices of the loss, perturbations).
-Places:     sharding (state over a device mesh).
 Few bits:   storage (formats), round_stochastically, round_with_compensation, round_with_master.
-Curvature:  curvature (Hessian, spectrum_edges, best_learning_rate, sharpness).
+Theory:     curvature (spectra, best rates), noise (mini-batches, noise scale), landscape (slices of the loss).
+Machines:   sharding (state over a device mesh), checkpoint (saved and restored onto another).
+Pictures:   plot.
 Your own:   Transform, Leafwise, hyperparameter, static, Scalar, ScheduledState.
 """
 
-from gdx import curvature, landscape, noise, sharding, storage
+from gdx import checkpoint, curvature, landscape, noise, plot, sharding, storage
 from gdx.compose import Composed, chain, lift
 from gdx.fields import Scalar, hyperparameter, static
 from gdx.leafwise import Leafwise
@@ -43,6 +42,7 @@ __all__ = [
     "adamw",
     "add_decoupled_weight_decay",
     "chain",
+    "checkpoint",
     "curvature",
     "gradient_descent",
     "grid",
@@ -53,6 +53,7 @@ __all__ = [
     "momentum",
     "nesterov",
     "noise",
+    "plot",
     "range_test",
     "round_stochastically",
     "round_with_compensation",

@@ -14,6 +14,7 @@ COMMANDS = {
     "sweep": "gdx.demo.sweep",
     "learn": "gdx.demo.learn",
     "curvature": "gdx.demo.curvature",
+    "train": "gdx.demo.train",
 }
 DEFAULT = "demo"
 

@@ -64,7 +64,7 @@ def _nested(tx: Composed, states: Iterator) -> tuple:
     return tuple(_nested(link, states) if isinstance(link, Composed) else next(states) for link in tx.links)
 
 
-class _Foreign(Transform):
+class Foreign(Transform):
     """A transform of optax or of the user's own, which is functions: compared by identity, without leaves."""
 
     transform: optax.GradientTransformation = static()
@@ -85,7 +85,7 @@ def to_transform(label: str, value: Any) -> Transform:
     """Converts a field that is a transform, gdx's or optax's."""
     if not isinstance(value, optax.GradientTransformation):
         raise TypeError(f"{label} is {reprlib.repr(value)}; expected a transform such as gdx.scale_by_adam()")
-    return value if isinstance(value, Transform) else _Foreign(value)
+    return value if isinstance(value, Transform) else Foreign(value)
 
 
 def _to_transforms(label: str, value: Any) -> tuple[Transform, ...]:

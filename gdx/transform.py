@@ -151,11 +151,15 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
         `gdx.schedule` stand its numbers.
         """
         named = {}
-        for name, (path, field) in self._names().items():
-            value = functools.reduce(_child, path, self)
+        for name, field, value in self._fields():
             if not (field.metadata.get("static") or value is None or isinstance(value, schedule)):
                 named[name] = float(value) if isinstance(value, np.floating) else value
         return MappingProxyType(named)
+
+    def _fields(self) -> Iterator[tuple[str, dataclasses.Field, Any]]:
+        """Name, field and value of every field that is not itself a transform, through nested transforms."""
+        for name, (path, field) in self._names().items():
+            yield name, field, functools.reduce(_child, path, self)
 
     def replace(self, **changes: Any) -> Self:
         """The same transform with some fields changed, named as in `hyperparams`.

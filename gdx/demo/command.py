@@ -6,6 +6,7 @@ from pathlib import Path
 
 import gdx
 from gdx.demo import show
+from gdx.demo.loop import Report, train
 from gdx.demo.options import (
     HYPERPARAMETERS,
     add_common,
@@ -17,7 +18,6 @@ from gdx.demo.options import (
     either,
 )
 from gdx.demo.problems import OPTIMIZERS, STEPS, SURFACES, TRAINING_IMAGES, load
-from gdx.demo.train import Report, train
 from gdx.extra import needs
 
 EXAMPLES = """\

@@ -14,9 +14,9 @@ import optax
 import gdx
 from gdx import plot
 from gdx.demo import show
+from gdx.demo.loop import batches
 from gdx.demo.options import add_common, check_batch_size, check_output, check_seed, check_steps
 from gdx.demo.problems import TRAINING_IMAGES, digits
-from gdx.demo.train import batches
 from gdx.extra import needs
 
 EXAMPLES = """\

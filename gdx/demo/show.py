@@ -10,8 +10,8 @@ import numpy as np
 
 import gdx
 from gdx import plot
+from gdx.demo.loop import Report
 from gdx.demo.problems import Surface
-from gdx.demo.train import Report
 from gdx.extra import needs
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ import numpy as np
 import gdx
 from gdx import plot
 from gdx.demo import show
+from gdx.demo.loop import batches
 from gdx.demo.options import (
     HYPERPARAMETERS,
     add_common,
@@ -26,7 +27,6 @@ from gdx.demo.options import (
     either,
 )
 from gdx.demo.problems import OPTIMIZERS, SURFACES, load
-from gdx.demo.train import batches
 from gdx.extra import needs
 
 if TYPE_CHECKING:

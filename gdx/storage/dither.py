@@ -33,14 +33,14 @@ class Dither(NamedTuple):
 
     def bits(self, shape: tuple[int, ...], seed: int) -> jax.Array:
         """16 random bits for each element, as uint32 below 2^16."""
-        key = _lowbias32(jnp.uint32((seed + 0x9E3779B9 * (self.field // 2)) % 2**32))
+        key = lowbias32(jnp.uint32((seed + 0x9E3779B9 * (self.field // 2)) % 2**32))
         for number in (self.leaf, self.step):
-            key = _lowbias32(key + jnp.asarray(number, jnp.uint32))
-        hashed = _lowbias32(_places(shape) ^ key)
+            key = lowbias32(key + jnp.asarray(number, jnp.uint32))
+        hashed = lowbias32(places(shape) ^ key)
         return hashed >> 16 if self.field % 2 else hashed & 0xFFFF
 
 
-def _places(shape: tuple[int, ...]) -> jax.Array:
+def places(shape: tuple[int, ...]) -> jax.Array:
     """The place of each element in the flattened array, modulo 2^32."""
     places, stride = jnp.zeros(shape, jnp.uint32), 1
     for axis in reversed(range(len(shape))):
@@ -49,7 +49,8 @@ def _places(shape: tuple[int, ...]) -> jax.Array:
     return places
 
 
-def _lowbias32(x: jax.Array) -> jax.Array:
+def lowbias32(x: jax.Array) -> jax.Array:
+    """The hash of each uint32: a bijection."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)

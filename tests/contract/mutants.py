@@ -82,7 +82,7 @@ MUTANTS = [
     ("both moments share random bits", "storage/dither.py", "return hashed >> 16 if self.field % 2 else", "return"),
     ("leaves share random bits", "storage/dither.py", "for number in (self.leaf, self.step):", "for number in (self.step,):"),
     ("steps share random bits", "storage/dither.py", "for number in (self.leaf, self.step):", "for number in (self.leaf,):"),
-    ("seeds and leaves added", "storage/dither.py", "key = _lowbias32(jnp.uint32((seed + 0x9E3779B9 * (self.field // 2)) % 2**32))", "key = jnp.uint32((seed + 0x9E3779B9 * (self.field // 2)) % 2**32)"),
+    ("seeds and leaves added", "storage/dither.py", "key = lowbias32(jnp.uint32((seed + 0x9E3779B9 * (self.field // 2)) % 2**32))", "key = jnp.uint32((seed + 0x9E3779B9 * (self.field // 2)) % 2**32)"),
     ("codes rounded evenly between themselves", BLOCKS, "chance = (root - square) * (root + square)", "chance = (jnp.sqrt(root) - below) * (next_square - square) * (next_square + square)"),
     ("a second moment of 0", BLOCKS, "return jnp.maximum(codes, (x > 0).astype(jnp.float32))", "return codes"),
     ("infinite scales", BLOCKS, "jnp.where(scales < jnp.inf, scales, jnp.nan)", "scales"),

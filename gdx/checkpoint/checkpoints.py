@@ -1,0 +1,273 @@
+"""The checkpoints of a run in a directory: saved while training goes on, restored with everything compared."""
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gdx.checkpoint import manifest
+from gdx.checkpoint.checksum import checksum
+from gdx.extra import needs
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, foreign, or one of another optimizer or model."""
+
+
+class Restored(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+      step: the number of steps taken.
+      params: the parameters.
+      state: the optimizer's state.
+      extra: what was saved beside them.
+    """
+
+    step: int
+    params: Any
+    state: Any
+    extra: Any
+
+
+class Checkpoints:
+    """The newest checkpoints of a run, in one directory, by their steps.
+
+    A checkpoint gets its name when all of it is written: a process that is killed leaves the ones before. In a
+    program of several processes each makes its own `Checkpoints` and calls the same methods in the same order;
+    each writes the parts of the arrays that it holds.
+
+    Leaving it as a context manager waits for what is being written, unless an error leaves it in one of several
+    processes: the others might never come.
+
+    Args:
+      directory: where they are, seen by all processes; made with the first one.
+      keep: how many of the newest stay.
+
+    Raises:
+      ValueError: keep is less than 1.
+      MissingExtra: Orbax is not installed.
+
+    >>> import gdx, jax.numpy as jnp, tempfile
+    >>> tx, params = gdx.adam(0.1), {"w": jnp.ones(3)}
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> with gdx.checkpoint.Checkpoints(folder.name, keep=1) as checkpoints:
+    ...     for step in (100, 200):
+    ...         checkpoints.save(step, tx, params, tx.init(params), extra={"epoch": step / 50})
+    ...     checkpoints.wait()
+    ...     checkpoints.steps, checkpoints.restore(tx, params, tx.init(params)).extra
+    ([200], {'epoch': 4.0})
+    >>> folder.cleanup()
+    """
+
+    def __init__(self, directory: str | Path, *, keep: int = 3):
+        if keep < 1:
+            raise ValueError(f"Checkpoints: keep is {keep!r}; expected an integer >= 1")
+        with needs("checkpoint"):
+            import orbax.checkpoint  # noqa: F401 - missing now rather than at the first save
+        self.directory = Path(directory).absolute()
+        self.keep = keep
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints, oldest first, also one that is being written."""
+        return sorted(self._manager.all_steps()) if self.directory.exists() else []
+
+    def save(self, step: int, tx: optax.GradientTransformation, params: Any, state: Any, *, extra: Any = None) -> None:
+        """Starts to write a checkpoint, and returns as soon as the arrays may be donated.
+
+        Args:
+          step: the number of steps taken.
+          tx: the optimizer, whose fields are saved too.
+          params: the parameters.
+          state: the optimizer's state.
+          extra: what else the run needs to go on, as JSON has it: numbers, texts, lists and dictionaries.
+
+        Raises:
+          CheckpointError: there is a checkpoint of this step or a later one.
+          TypeError: extra is not JSON.
+        """
+        import orbax.checkpoint as ocp
+
+        newest = max(self.steps, default=-1)
+        if step <= newest:
+            raise CheckpointError(
+                f"save: the step is {step}, but {self.directory} has a checkpoint of step {newest}; "
+                f"restore that one and go on from there, or give another directory"
+            )
+        arrays = {path: manifest.plain(leaf) for path, leaf in manifest.leaves(params, state).items()}
+        content = manifest.manifest(step, tx, params, state, extra, {path: checksum(x) for path, x in arrays.items()})
+        keys = _keys(arrays)
+        # Orbax takes no array without elements, and no tree without arrays
+        data = {keys[path]: _global(x) for path, x in arrays.items() if x.size} or {"none": np.zeros(1)}
+        items = ocp.args.Composite(arrays=ocp.args.PyTreeSave(data), manifest=ocp.args.JsonSave(content))
+        self._manager.save(step, args=items)
+
+    def restore(
+        self,
+        tx: optax.GradientTransformation,
+        params: Any,
+        state: Any,
+        *,
+        step: int | None = None,
+        allow: Sequence[str] = (),
+    ) -> Restored:
+        """Reads a checkpoint, onto the devices where `params` and `state` are, after comparing all of it.
+
+        Args:
+          tx: the optimizer to go on with, compared with the saved one. Schedules that are functions are told apart
+            by their values at 22 steps up to 5,000,000, other functions by their names.
+          params: what the parameters are to be like: arrays, which stay as they are, or `jax.ShapeDtypeStruct`s with
+            shardings, on a mesh of any size and shape.
+          state: the same for the state: `tx.init(params)`, or of its shapes and shardings.
+          step: which one; None for the newest.
+          allow: the fields that may differ, by their names in `tx.hyperparams`; those of tx are gone on with.
+
+        Raises:
+          CheckpointError: there is none, it is not what was saved, it was saved with another optimizer, or it holds
+            other arrays. To take it into another storage format, restore it with the optimizer that saved it, then
+            use `gdx.storage.convert`.
+        """
+        self.wait()
+        step = self._chosen(step)
+        content = self._manifest(step)
+        problem = manifest.check(content, tx, params, state, allow)
+        if problem:
+            raise CheckpointError(f"restore: {self._name(step)} {problem}")
+        values = self._arrays(step, content["arrays"], manifest.leaves(params, state))
+        params, state = jax.tree.unflatten(jax.tree.structure((params, state)), values)
+        return Restored(step, params, state, content["extra"])
+
+    def wait(self) -> None:
+        """Returns when all is written; raises what went wrong on the way."""
+        if "_manager" in vars(self):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and ends the threads that write."""
+        if "_manager" in vars(self):
+            self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None or jax.process_count() == 1:
+            self.close()
+
+    @functools.cached_property
+    def _manager(self) -> Any:
+        """Made when it is needed: it creates the directory."""
+        import orbax.checkpoint as ocp
+
+        if self.directory.exists() and not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory} is no directory")
+        policy = ocp.checkpoint_managers.LatestN(self.keep)
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy)
+        return ocp.CheckpointManager(self.directory, options=options, item_names=("arrays", "manifest"))
+
+    def _name(self, step: int) -> str:
+        return f"the checkpoint of step {step} in {self.directory}"
+
+    def _chosen(self, step: int | None) -> int:
+        steps = self.steps
+        if not steps:
+            raise CheckpointError(f"restore: there is no checkpoint in {self.directory}")
+        if step is not None and step not in steps:
+            raise CheckpointError(
+                f"restore: {self.directory} has no checkpoint of step {step}; choose from {', '.join(map(str, steps))}"
+            )
+        return steps[-1] if step is None else step
+
+    def _damaged(self, step: int, what: str) -> CheckpointError:
+        others = [str(other) for other in self.steps if other != step]
+        mend = f". Take another one: pass step={' or '.join(others)}" if others else ""
+        return CheckpointError(f"restore: {self._name(step)} is damaged, or not one of gdx: {what}{mend}")
+
+    def _manifest(self, step: int) -> dict[str, Any]:
+        import orbax.checkpoint as ocp
+
+        try:
+            found = self._manager.restore(step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore()))
+            content = found["manifest"]
+            version, intact = content["format"], content["digest"] == manifest.digest(content)
+        except Exception as error:
+            raise self._damaged(step, f"its manifest cannot be read ({_line(error)})") from error
+        if version != manifest.FORMAT:
+            raise CheckpointError(
+                f"restore: {self._name(step)} has format {version!r}; this version of gdx reads {manifest.FORMAT}"
+            )
+        if not intact or content["step"] != step:
+            raise self._damaged(step, "its manifest is not what was saved with it")
+        return content
+
+    def _arrays(self, step: int, saved: Mapping[str, Any], targets: Mapping[str, Any]) -> list[Any]:
+        """The arrays at the targets' paths, placed as they are."""
+        import orbax.checkpoint as ocp
+
+        keys = _keys(saved)
+        wanted = {}
+        for path, target in targets.items():
+            sharding = _sharding(target)
+            if sharding is None or manifest.is_key(target) or _is_local(sharding):
+                wanted[keys[path]] = ocp.RestoreArgs(restore_type=np.ndarray)
+            else:
+                wanted[keys[path]] = ocp.ArrayRestoreArgs(sharding=sharding, global_shape=target.shape)
+        wanted = {keys[path]: wanted[keys[path]] for path, target in targets.items() if np.size(target)}
+        try:
+            args = ocp.args.PyTreeRestore(dict.fromkeys(wanted, 0), restore_args=wanted, partial_restore=True)
+            found = self._manager.restore(step, args=ocp.args.Composite(arrays=args))["arrays"] if wanted else {}
+        except Exception as error:
+            raise self._damaged(step, f"its arrays cannot be read ({_line(error)})") from error
+        for path in targets:
+            if keys[path] in found and checksum(found[keys[path]]) != saved[path][2]:
+                raise self._damaged(step, f"{path} is not what was saved")
+        return [_placed(found.get(keys[path]), target) for path, target in targets.items()]
+
+
+def _keys(paths: Iterable[str]) -> dict[str, str]:
+    """Names without special characters for the leaves at these paths."""
+    return {path: f"{i:06}" for i, path in enumerate(sorted(paths))}
+
+
+def _sharding(target: Any) -> Any:
+    """Where an array is to be; None where JAX may choose, and for arrays of numpy."""
+    if isinstance(target, jax.Array) and not target.committed:
+        return None
+    return getattr(target, "sharding", None)
+
+
+def _is_local(sharding: Any) -> bool:
+    """Whether it is of one process among several: Orbax knows only those of all."""
+    return jax.process_count() > 1 and sharding.is_fully_addressable
+
+
+def _global(x: Any) -> Any:
+    """An array as Orbax takes it: what each process has for itself, and is the same in all, the first one writes."""
+    return np.array(x) if isinstance(x, jax.Array) and _is_local(x.sharding) else x
+
+
+def _placed(value: Any, target: Any) -> Any:
+    """A restored array, or None for one without elements, of the kind and in the place of the target."""
+    if value is None:
+        value = np.zeros(np.shape(target), getattr(target, "dtype", None))
+    if manifest.is_key(target):
+        value = jax.random.wrap_key_data(jnp.asarray(value), impl=str(jax.random.key_impl(target)))
+    if isinstance(value, jax.Array) and not manifest.is_key(target):
+        return value
+    sharding = _sharding(target)
+    if sharding is not None:
+        return jax.device_put(value, sharding)
+    # uncommitted, as it was: it may still be used together with arrays of any mesh
+    return jnp.asarray(value) if isinstance(target, jax.Array | jax.ShapeDtypeStruct) else value
+
+
+def _line(error: Exception) -> str:
+    """An error's first line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

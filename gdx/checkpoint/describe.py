@@ -1,0 +1,95 @@
+"""What an optimizer is, as texts that another process can compare: its kind and each of its fields."""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gdx.compose import Foreign
+from gdx.fields import is_concrete, text
+from gdx.schedules import schedule
+from gdx.sharding import shard_state
+from gdx.transform import Transform
+
+# where schedules are looked at
+COUNTS = (0, *(digit * 10**power for power in range(7) for digit in (1, 2, 5)))
+
+
+def describe(tx: optax.GradientTransformation) -> dict[str, str]:
+    """Each field of an optimizer as text, by its name in `hyperparams`, and which optimizer it is.
+
+    Numbers are as they enter a program, in the default float dtype. Schedules that are functions are told
+    apart by their values at 22 counts up to 5,000,000, to four digits; other functions by their names. A transform
+    of optax has no fields. Where `shard_state` keeps the state is left out.
+
+    >>> import gdx
+    >>> describe(gdx.adam(0.1))["learning_rate"], describe(gdx.chain(gdx.sgd(0.1)))["optimizer"]
+    ('0.1', 'chain(sgd)')
+    """
+    tx = unplaced(tx)
+    described = {"optimizer": kind(tx)}
+    if isinstance(tx, Transform):
+        for name, field, value in tx._fields():
+            described[name] = _setting(value) if field.metadata.get("static") else _hyperparameter(value)
+    return described
+
+
+def unplaced(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer without the `shard_state` around it or one of its links."""
+    if not isinstance(tx, Transform):
+        return tx
+    return jax.tree.map(lambda x: x.tx if _is_placed(x) else x, tx, is_leaf=_is_placed)
+
+
+def _is_placed(x: Any) -> bool:
+    return isinstance(x, shard_state)
+
+
+def kind(tx: optax.GradientTransformation) -> str:
+    """The names of a transform and of those that it holds."""
+    if isinstance(tx, Foreign):
+        return kind(tx.transform)
+    if not isinstance(tx, Transform):
+        return f"<optax {getattr(tx.update, '__qualname__', type(tx.update).__name__).split('.')[0]}>"
+    held = ", ".join(map(kind, _held(tx)))
+    return f"{type(tx).__name__}({held})" if held else type(tx).__name__
+
+
+def _held(tx: Transform) -> Iterator[optax.GradientTransformation]:
+    for field in dataclasses.fields(tx):
+        value = getattr(tx, field.name)
+        for item in value if type(value) is tuple else (value,):
+            if isinstance(item, optax.GradientTransformation):
+                yield item
+
+
+def _setting(value: Any) -> str:
+    return kind(value) if isinstance(value, optax.GradientTransformation) else _without_addresses(text(value))
+
+
+def _hyperparameter(value: Any) -> str:
+    if isinstance(value, schedule):  # its numbers are fields of their own
+        return _without_addresses(repr((value.factory, value.constants)))
+    if callable(value):
+        return f"{text(value)} with values {_values(value)}"
+    if value is None or not is_concrete(value):
+        return text(value)
+    numbers = np.asarray(value).astype(jnp.result_type(float))
+    return " ".join(str(float(str(number))) for number in numbers.ravel())
+
+
+def _values(function: Callable[[Any], Any]) -> str:
+    """A digest of a schedule's values."""
+    with jax.numpy_dtype_promotion("standard"):
+        values = [f"{float(function(jnp.asarray(count, jnp.int32))):.4g}" for count in COUNTS]
+    return hashlib.sha256(" ".join(values).encode()).hexdigest()[:8]
+
+
+def _without_addresses(shown: str) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", shown)
