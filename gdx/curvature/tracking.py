@@ -1,5 +1,6 @@
 """Sharpness while training: a few products every now and then, from where the last ones ended."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -72,6 +73,7 @@ def update_sharpness(state: SharpnessState, operator: Operator, *, products: int
     return _followed(operator, state, products)
 
 
+@functools.partial(jax.jit, static_argnums=2)
 @on_any_mesh
 def _followed(operator: Operator, state: SharpnessState, products: int) -> SharpnessState:
     key, noise_key = jax.random.split(state.key)
