@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import optax
 
 from gdx.compose import Composed
 from gdx.fields import Scalar, hyperparameter, static, to_bool, to_storage
@@ -233,7 +232,7 @@ class adamw(Composed):
     eps_root: Scalar = hyperparameter(default=0.0, minimum=0)
     mu_dtype: np.dtype | Format | None = static(default=None, convert=to_storage)
     weight_decay: Scalar = hyperparameter(default=1e-4, minimum=0)
-    mask: Any | Callable[[optax.Params], Any] = static(default=None)
+    mask: Any | Callable[[Any], Any] = static(default=None)
     nesterov: bool = static(default=False, convert=to_bool, kw_only=True)
     schedule_multiplier: Scalar | None = hyperparameter(default=None, minimum=0, optional=True, kw_only=True)
     nu_dtype: np.dtype | Format | None = static(default=None, convert=to_second_moment, kw_only=True)

@@ -42,7 +42,7 @@ class add_decoupled_weight_decay(Leafwise):
     """
 
     weight_decay: Scalar = hyperparameter(default=1e-4, minimum=0)
-    mask: Any | Callable[[optax.Params], Any] = static(default=None)
+    mask: Any | Callable[[Any], Any] = static(default=None)
 
     def acts_on(self, params: optax.Params | None) -> Any:
         require_params(self, params)

@@ -1,6 +1,7 @@
 """Eight bits per number: codes on a root scale, relative to the largest in each block."""
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import jax
@@ -110,21 +111,22 @@ class Blocks(Format):
         return Layout(shape, len(shape) + self.axis, self.block)
 
     def encode(self, x: jax.Array, dither: Dither) -> Packed:
-        layout = self.layout(x.shape)
+        layout, x = self.layout(x.shape), x.astype(jnp.float32)
         bits = layout.split(dither.bits(x.shape, self.seed)) if self.stochastic else None
-        return layout.join(self.encode_blocks(layout.split(x), layout.axis, bits))
+        # of the whole array, and with blocks seen as matrices: three times as fast on CPUs
+        wide = math.gcd(self.block, 16)
+        matrices = (*x.shape[: layout.axis], -1, self.block // wide, wide, *x.shape[layout.axis + 1 :])
+        largest = _largest(layout.filled(x).reshape(matrices), (layout.axis + 1, layout.axis + 2))
+        largest = jnp.expand_dims(largest, layout.axis + 1)
+        return layout.join(self.encode_blocks(layout.split(x), largest, bits))
 
     def decode(self, stored: Packed) -> jax.Array:
         layout = self.layout(stored.shape)
         return layout.join(self.decode_blocks(layout.split(stored)))
 
-    def encode_blocks(self, x: jax.Array, axis: int, bits: jax.Array | None) -> Packed:
-        """As `encode`, of an array whose blocks lie each along `axis + 1`; the scales have length 1 there."""
-        x = x.astype(jnp.float32)
-        # integers in the order of the magnitudes, NaN last: the maximum of floats is slow on CPUs
-        ordered = jax.lax.bitcast_convert_type(abs(x), jnp.int32)
-        scales = jax.lax.bitcast_convert_type(jnp.max(ordered, axis + 1, keepdims=True), jnp.float32)
-        scales = jnp.where(scales < jnp.finfo(jnp.float32).tiny, 0, scales)
+    def encode_blocks(self, x: jax.Array, largest: jax.Array, bits: jax.Array | None) -> Packed:
+        """As `encode`, of an array in blocks, whose largest magnitudes have length 1 where blocks lie."""
+        scales = jnp.where(largest < jnp.finfo(jnp.float32).tiny, 0, largest)
         codes = self.codes(x, jnp.where(scales > 0, scales, 1), bits).astype(self.code_dtype)
         # a finite code times NaN, where an infinity times 0 would leave some of the block finite
         return Packed(codes, jnp.where(scales < jnp.inf, scales, jnp.nan), self)
@@ -155,13 +157,15 @@ class Layout:
         """What the last block lacks."""
         return -self.shape[self.axis] % self.block
 
+    def filled(self, x: jax.Array) -> jax.Array:
+        """With zeros up to the end of the last block."""
+        return jnp.pad(x, [(0, self.missing if i == self.axis else 0) for i in range(x.ndim)]) if self.missing else x
+
     def split(self, x: Any) -> Any:
         """An array, or a packed one, with the axis taken apart into blocks, each along the next one."""
         if isinstance(x, Packed):
             return Packed(self.split(x.codes), jnp.expand_dims(x.scales, self.axis + 1), x.format)
-        if self.missing:
-            x = jnp.pad(x, [(0, self.missing if i == self.axis else 0) for i in range(x.ndim)])
-        return x.reshape(*self.shape[: self.axis], -1, self.block, *self.shape[self.axis + 1 :])
+        return self.filled(x).reshape(*self.shape[: self.axis], -1, self.block, *self.shape[self.axis + 1 :])
 
     def join(self, x: Any) -> Any:
         """What `split` took apart."""
@@ -181,10 +185,17 @@ class InBlocks(Format):
     def encode(self, x: jax.Array, dither: Dither) -> Packed:
         # a place in the flattened array is the same there
         bits = dither.bits(x.shape, self.format.seed) if self.format.stochastic else None
-        return self.format.encode_blocks(x, self.axis, bits)
+        x = x.astype(jnp.float32)
+        return self.format.encode_blocks(x, jnp.expand_dims(_largest(x, self.axis + 1), self.axis + 1), bits)
 
     def decode(self, stored: Packed) -> jax.Array:
         return self.format.decode_blocks(stored)
+
+
+def _largest(x: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:
+    """The largest magnitude along these axes, NaN if there is one."""
+    # integers in the order of the magnitudes, NaN last: the maximum of floats is slow on CPUs
+    return jax.lax.bitcast_convert_type(jnp.max(jax.lax.bitcast_convert_type(abs(x), jnp.int32), axes), jnp.float32)
 
 
 def _sharding(like: Any, shape: tuple[int, ...], axis: int) -> Any:
