@@ -78,6 +78,8 @@ def test_runs(path, monkeypatch):
     where = nbformat.v4.new_code_cell("gdx.__file__")
     notebook.cells.append(where)
     # twice the longest that one may take on a quiet machine
-    NotebookClient(notebook, timeout=180, kernel_name="python3", resources={"metadata": {"path": path.parent}}).execute()
+    NotebookClient(
+        notebook, timeout=180, kernel_name="python3", resources={"metadata": {"path": path.parent}}
+    ).execute()
     check_outputs(notebook)
     assert where.outputs[0].data["text/plain"] == repr(str(ROOT / "gdx" / "__init__.py"))
