@@ -149,8 +149,8 @@ def _heat_map(ax: "Axes", names: list[str], values: list[list[float]], best: np.
             linestyle="none",
             label="best",
         )
-    for axis, key, points in ((ax.yaxis, names[0], values[0]), (ax.xaxis, names[1], values[1])):
-        shown = np.unique(np.linspace(0, len(points) - 1, min(len(points), 9)).round().astype(int))
+    for axis, key, points, most in ((ax.yaxis, names[0], values[0], 9), (ax.xaxis, names[1], values[1], 6)):
+        shown = range(0, len(points), -(-len(points) // most))  # at equal distances, with room for the numbers
         axis.set_ticks(shown, [f"{points[i]:.2g}" for i in shown])
         axis.set_label_text(words(key))
     if ax.get_legend_handles_labels()[0]:
