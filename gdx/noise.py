@@ -367,7 +367,7 @@ class measure_noise(Transform):
 
     >>> import gdx, jax, jax.numpy as jnp, optax
     >>> data = jax.random.normal(jax.random.key(0), (512, 3))  # |G|^2 is about 12, the trace of Sigma 12
-    >>> value_and_grad = gdx.noise.value_and_grad(lambda theta, i: jnp.mean((theta - data[i]) ** 2) * 3, number=4)
+    >>> value_and_grad = gdx.noise.value_and_grad(lambda theta, i: jnp.mean((theta[None] - data[i]) ** 2) * 3, number=4)
     >>> tx = gdx.chain(gdx.noise.measure_noise(), gdx.sgd(0.0))
     >>> def step(carry, batch):
     ...     theta, state = carry

@@ -164,7 +164,7 @@ def spectral_density(
     >>> steep = jnp.where(jnp.arange(100) < 30, 10.0, 1.0)
     >>> hessian = gdx.curvature.Hessian(lambda theta, batch: 0.5 * jnp.sum(steep * theta**2), steep, jnp.zeros(1))
     >>> density = gdx.curvature.spectral_density(hessian, jax.random.key(0), probes=32)
-    >>> bool(jnp.mean(jnp.sum(density.weights * (density.nodes > 5), axis=1)).round(1) == 0.3)
+    >>> bool(jnp.mean(jnp.sum(jnp.where(density.nodes > 5, density.weights, 0.0), axis=1)).round(1) == 0.3)
     True
     """
     name = "spectral_density"
