@@ -18,6 +18,17 @@ class Composed(Transform):
 
     A subclass gives its hyperparameters as fields and `links` as a property made of them. The state
     is the tuple of the links' states.
+
+    >>> import gdx, jax.numpy as jnp
+    >>> class heavy_adam(gdx.Composed):
+    ...     learning_rate: gdx.Scalar = gdx.hyperparameter(minimum=0)
+    ...     momentum: gdx.Scalar = gdx.hyperparameter(default=0.9, minimum=0, below=1)
+    ...     @property
+    ...     def links(self):
+    ...         return gdx.adam(self.learning_rate), gdx.scale_by_momentum(self.momentum)
+    >>> tx = heavy_adam(1e-3)
+    >>> tx.replace(momentum=0.5), len(tx.init(jnp.ones(3)))
+    (heavy_adam(learning_rate=0.001, momentum=0.5), 2)
     """
 
     @property

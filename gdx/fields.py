@@ -33,6 +33,15 @@ def hyperparameter(
       below: every valid value is strictly smaller, also once it is rounded to float32.
       optional: whether None (then not a leaf) is valid too.
       kw_only: whether it can be passed by keyword only.
+
+    >>> import gdx
+    >>> class scale(gdx.Leafwise):
+    ...     factor: gdx.Scalar = gdx.hyperparameter(default=1.0, minimum=0)
+    ...     def step(self, shared, g, p):
+    ...         return (self.factor * g,)
+    >>> scale(-1.0)
+    Traceback (most recent call last):
+    ValueError: scale: factor is -1.0; expected a finite number >= 0, an array of shape () or a schedule
     """
     convert = functools.partial(to_scalar, minimum=minimum, below=below, optional=optional)
     return dataclasses.field(default=default, kw_only=kw_only, metadata={"convert": convert})
@@ -51,6 +60,14 @@ def static(
       convert: `convert(label, value)` returns the value in its canonical form, or raises an error
         that starts with the label ("scale_by_adam: mu_dtype").
       kw_only: whether it can be passed by keyword only.
+
+    >>> import gdx, jax
+    >>> class clip_by_sign(gdx.Leafwise):
+    ...     positive: bool = gdx.static(default=True)
+    ...     def step(self, shared, g, p):
+    ...         return (jax.nn.relu(g) if self.positive else -jax.nn.relu(-g),)
+    >>> clip_by_sign(positive=False), jax.tree.leaves(clip_by_sign())
+    (clip_by_sign(positive=False), [])
     """
     return dataclasses.field(default=default, kw_only=kw_only, metadata={"convert": convert, "static": True})
 

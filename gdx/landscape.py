@@ -83,7 +83,13 @@ def plane(
 
 
 def normal_direction(key: jax.Array, params: Any) -> Any:
-    """A tree like the parameters of independent standard normal numbers (real ones, in at least float32)."""
+    """A tree like the parameters of independent standard normal numbers (real ones, in at least float32).
+
+    >>> import gdx, jax, jax.numpy as jnp
+    >>> direction = gdx.landscape.normal_direction(jax.random.key(0), {"w": jnp.ones((50, 20), "bfloat16")})
+    >>> direction["w"].dtype, round(jnp.std(direction["w"]).item(), 1)
+    (dtype('float32'), 1.0)
+    """
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(key, max(len(leaves), 1))
     draws = [jax.random.normal(k, jnp.shape(p), jnp.finfo(compute_dtype(p)).dtype) for k, p in zip(keys, leaves)]

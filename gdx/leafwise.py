@@ -41,6 +41,22 @@ class Leafwise(Transform):
         the leaf in another shape: moments in blocks of 8 bits then cost less.
       rounds: whether this is a link that rounds parameters: `step` then takes `rounding` as a keyword,
         and its update stays in the dtype it was computed in.
+
+    Sign descent on a velocity:
+
+    >>> import gdx, jax.numpy as jnp, optax
+    >>> class scale_by_sign(gdx.Leafwise):
+    ...     State = optax.TraceState
+    ...     momentum: gdx.Scalar = gdx.hyperparameter(default=0.9, minimum=0, below=1)
+    ...     def start(self, p):
+    ...         return (jnp.zeros_like(p),)
+    ...     def step(self, shared, g, p, trace):
+    ...         trace = self.momentum * trace + g
+    ...         return jnp.sign(trace), trace
+    >>> tx = scale_by_sign(0.5)
+    >>> updates, state = tx.update(jnp.array([3.0, -0.5]), tx.init(jnp.zeros(2)))
+    >>> updates.tolist(), state.trace.tolist()
+    ([1.0, -1.0], [3.0, -0.5])
     """
 
     State: ClassVar[Any] = optax.EmptyState

@@ -137,6 +137,11 @@ def take(data: Any, examples: jax.Array) -> Any:
     Raises:
       ValueError: the leaves of data do not have one leading axis in common.
       IndexError: an index that can be read here is out of range (JAX itself would take the nearest example).
+
+    >>> import gdx, jax.numpy as jnp
+    >>> images, labels = gdx.noise.take((jnp.zeros((9, 8, 8)), jnp.arange(9)), jnp.array([2, 7]))
+    >>> images.shape, labels.tolist()
+    ((2, 8, 8), [2, 7])
     """
     size = _examples_in("take", data)
     if is_concrete(examples) and np.size(examples) and not 0 <= np.min(examples) <= np.max(examples) < size:
@@ -225,6 +230,11 @@ def estimate(small: Any, big: Any, *, small_batch: Any, big_batch: Any) -> Noise
       ValueError: not 1 <= small_batch < big_batch.
 
     Source: McCandlish et al., An Empirical Model of Large-Batch Training (2018), appendix A.1.
+
+    >>> import gdx
+    >>> noise = gdx.noise.estimate(small=4.0, big=1.0, small_batch=2, big_batch=32)  # |g_B|^2 = 0.8 + 6.4 / B
+    >>> round(noise.squared_norm.item(), 3), round(noise.covariance_trace.item(), 3), round(noise.scale.item(), 3)
+    (0.8, 6.4, 8.0)
     """
     if is_concrete(small_batch) and is_concrete(big_batch) and not 1 <= small_batch < big_batch:
         raise ValueError(
@@ -301,6 +311,12 @@ def value_and_grad(loss: Loss, number: int) -> Callable[[Any, Any], tuple[tuple[
     Raises:
       ValueError: number is less than 2, or does not divide the batch.
       TypeError: number is no integer.
+
+    >>> import gdx, jax.numpy as jnp
+    >>> value_and_grad = gdx.noise.value_and_grad(lambda theta, x: jnp.mean((theta - x) ** 2), number=2)
+    >>> (value, micro_batches), gradient = value_and_grad(jnp.zeros(()), jnp.array([1.0, 3.0, 1.0, 3.0]))
+    >>> value.item(), gradient.item(), micro_batches.squared_norm.item()  # of -2 and -6: every second example each
+    (5.0, -4.0, 20.0)
     """
     _check_whole("value_and_grad", "number", number)
     if number < 2:

@@ -107,6 +107,10 @@ def labels(batch: Transform) -> list[dict[str, float]]:
 
     Raises:
       ValueError: it is no batch.
+
+    >>> import gdx
+    >>> gdx.labels(gdx.stack([gdx.adam(0.1), gdx.adam(0.1, b1=0.8)]))
+    [{'b1': 0.9}, {'b1': 0.8}]
     """
     size = members_of(batch)
     columns = {name: np.asarray(leaf) for name, leaf in batch.hyperparams.items() if isinstance(leaf, _ARRAYS)}

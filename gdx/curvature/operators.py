@@ -32,6 +32,21 @@ class Operator:
 
     Attributes:
       params: a tree of arrays like those that it maps.
+
+    >>> import dataclasses, gdx, jax, jax.numpy as jnp
+    >>> @jax.tree_util.register_dataclass
+    ... @dataclasses.dataclass(frozen=True)
+    ... class Shifted(gdx.curvature.Operator):
+    ...     operator: gdx.curvature.Operator
+    ...     shift: jax.Array
+    ...     @property
+    ...     def params(self):
+    ...         return self.operator.params
+    ...     def __call__(self, vector):
+    ...         return jax.tree.map(lambda x, v: x + self.shift * v, self.operator(vector), vector)
+    >>> bowl = gdx.curvature.Hessian(lambda theta, batch: jnp.sum(theta**2), jnp.ones(2), jnp.zeros(1))
+    >>> gdx.curvature.trace(Shifted(bowl, jnp.float32(0.5)), jax.random.key(0)).value.item()
+    5.0
     """
 
     params: Any
@@ -184,6 +199,12 @@ class Preconditioned(Operator):
       operator: $A$.
       scale: the diagonal of $S$, a tree like the parameters. With $S = P^{-1/2}$ the eigenvalues are those of
         $P^{-1} A$, and the eigenvectors $P^{1/2}$ times those.
+
+    >>> import gdx, jax.numpy as jnp
+    >>> bowl = lambda theta, batch: 0.5 * jnp.sum(jnp.array([1.0, 9.0]) * theta**2)
+    >>> hessian = gdx.curvature.Hessian(bowl, jnp.ones(2), batches=jnp.zeros(1))
+    >>> gdx.curvature.Preconditioned(hessian, scale=jnp.array([1.0, 1 / 3]))(jnp.ones(2)).round(3).tolist()
+    [1.0, 1.0]
     """
 
     operator: Operator

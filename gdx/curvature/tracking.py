@@ -33,6 +33,11 @@ def init_sharpness(params: Any, key: jax.Array) -> SharpnessState:
     Args:
       params: parameters, or anything with their tree and shapes.
       key: a random key.
+
+    >>> import gdx, jax, jax.numpy as jnp
+    >>> state = gdx.curvature.init_sharpness({"w": jnp.ones((2, 3))}, jax.random.key(0))
+    >>> state.value.item(), state.error.item(), round(jnp.linalg.norm(state.vector["w"]).item(), 3)
+    (0.0, inf, 1.0)
     """
     like = to_vector(params)
     vector = jax.random.normal(key, like.shape, like.dtype)

@@ -26,6 +26,13 @@ def spectral_density(
 
     Returns:
       The axes.
+
+    >>> import gdx, jax, jax.numpy as jnp
+    >>> bowl = lambda theta, batch: 0.5 * jnp.sum(jnp.arange(1.0, 11.0) * theta**2)
+    >>> hessian = gdx.curvature.Hessian(bowl, jnp.ones(10), batches=jnp.zeros(1))
+    >>> density = gdx.curvature.spectral_density(hessian, jax.random.key(0))
+    >>> gdx.plot.spectral_density(density).get_xlabel()
+    'eigenvalue (loss per parameter squared)'
     """
     ax = axes_or_new(ax)
     ends = [np.min(density.nodes), np.max(density.nodes)]
@@ -76,6 +83,11 @@ def sharpness(
 
     Raises:
       ValueError: edge lacks a run.
+
+    >>> import gdx
+    >>> ax = gdx.plot.sharpness({"gradient descent": [5.0, 15.0, 21.0, 19.0]}, edge=2 / 0.1)
+    >>> [text.get_text() for text in ax.get_legend().get_texts()]
+    ['gradient descent', 'edge of stability: 20']
     """
     edges = edge if isinstance(edge, Mapping) else dict.fromkeys(history, edge)
     missing = [name for name in history if name not in edges]

@@ -33,6 +33,12 @@ def loss_line(
 
     Returns:
       The axes.
+
+    >>> import gdx, jax.numpy as jnp, numpy as np
+    >>> positions = np.linspace(-0.5, 1.5, 21)
+    >>> losses = gdx.landscape.line(lambda x: jnp.sum(x**2), jnp.zeros(2), jnp.ones(2), positions)
+    >>> gdx.plot.loss_line(positions, {"training": losses}, marks={"start": 0, "end": 1}).get_xlabel()
+    'position on the line'
     """
     ax = axes_or_new(ax)
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -94,6 +100,12 @@ def loss_plane(
 
     Returns:
       The axes.
+
+    >>> import gdx, jax.numpy as jnp, numpy as np
+    >>> x, directions = np.linspace(-1, 1, 9), (jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]))
+    >>> losses = gdx.landscape.plane(lambda x: jnp.sum(x**2), jnp.zeros(2), directions, x, x)
+    >>> gdx.plot.loss_plane(x, x, losses, points={"minimum": (0, 0)}).get_ylabel()
+    'second direction'
     """
     ax = axes_or_new(ax)
     from matplotlib.colors import BoundaryNorm

@@ -33,6 +33,10 @@ def noise_scale(
 
     Returns:
       The axes.
+
+    >>> import gdx
+    >>> gdx.plot.noise_scale({"sgd": [20.0, 150.0, 800.0]}, batch_size=64).get_ylabel()
+    'noise scale (examples)'
     """
     ax = axes_or_new(ax)
     for (name, values), style in zip(scales.items(), line_styles()):

@@ -36,6 +36,12 @@ def paths(
 
     Returns:
       The axes.
+
+    >>> import gdx, jax.numpy as jnp
+    >>> bowl = lambda x: x[0] ** 2 + 10 * x[1] ** 2
+    >>> ax = gdx.plot.paths(bowl, {"sgd": [[4.0, 2.0], [3.0, -1.0], [2.0, 0.5]]}, minimum=(0.0, 0.0))
+    >>> [text.get_text() for text in ax.get_legend().get_texts()]
+    ['sgd', 'minimum']
     """
     ax = axes_or_new(ax)
     walks = {name: np.asarray(points, float).reshape(-1, 2) for name, points in paths.items()}

@@ -25,6 +25,11 @@ def loss_curves(
 
     Returns:
       The axes.
+
+    >>> import gdx
+    >>> ax = gdx.plot.loss_curves({"sgd": [2.0, 1.0, 0.5], "too fast": [2.0, 9.0, float("inf")]})
+    >>> ax.get_yscale(), [text.get_text() for text in ax.get_legend().get_texts()]
+    ('log', ['sgd', 'too fast (diverged)'])
     """
     ax = axes_or_new(ax)
     some_positive = False
@@ -62,6 +67,12 @@ def sweep(labels: Sequence[Mapping[str, float]], score: Any, ax: "Axes | None" =
 
     Raises:
       ValueError: the points differ in no hyperparameter.
+
+    >>> import gdx
+    >>> batch = gdx.grid(gdx.sgd, learning_rate=[0.1, 0.2, 0.4])
+    >>> ax = gdx.plot.sweep(gdx.labels(batch), [0.5, 0.3, float("nan")])
+    >>> ax.get_xlabel(), [text.get_text() for text in ax.get_legend().get_texts()]
+    ('learning rate', ['best: 0.2', 'diverged'])
     """
     if not labels or not labels[0]:
         raise ValueError("plot.sweep: the points differ in no hyperparameter; expected labels such as gdx.labels gives")
@@ -85,6 +96,12 @@ def range_test(result: Any, ax: "Axes | None" = None) -> "Axes":
 
     Returns:
       The axes.
+
+    >>> import gdx, jax.numpy as jnp
+    >>> bowl = lambda theta, batch: jnp.sum(theta**2)
+    >>> found = gdx.range_test(bowl, gdx.sgd(0.1), jnp.ones(2), jnp.zeros((20, 1)), points=9)
+    >>> gdx.plot.range_test(found).get_xlabel()
+    'learning rate'
     """
     ax = axes_or_new(ax)
     rates, losses = np.asarray(result.learning_rates), np.asarray(result.losses)

@@ -86,6 +86,12 @@ class StochasticBfloat16(Format):
       seed: of the random bits.
 
     Source: Gupta et al., Deep Learning with Limited Numerical Precision (2015), section 3.
+
+    >>> import gdx, jax.numpy as jnp
+    >>> x = jnp.full(10_000, 1 + 2**-9)  # a quarter of the way from 1 to the next bfloat16, 1 + 2^-7
+    >>> stored = gdx.storage.StochasticBfloat16().encode(x, gdx.storage.Dither(1, 0)).astype(jnp.float32)
+    >>> sorted(set(stored.tolist())), f"{jnp.mean(stored > 1):.2f}"
+    ([1.0, 1.0078125], '0.25')
     """
 
     keeps_positive: ClassVar[bool] = True
