@@ -27,7 +27,7 @@ from gdx.demo.problems import Problem, digits, network
 STEPS, EVERY = 400, 40
 BATCH, MICRO, RATE, DECAY = 128, 8, 0.1, 0.98
 STILL = 200
-COSTS = (((64, 128, 10), 64), ((64, 128, 10), 512), ((64, 512, 512, 10), 512))
+COSTS = (((64, 128, 10), 64), ((64, 512, 512, 10), 512), ((64, 1024, 1024, 10), 512))
 TARGET = 0.2
 SIZES, RATES = (4, 8, 16, 32, 64, 128, 256), np.geomspace(0.05, 1.6, 11)
 
@@ -46,7 +46,7 @@ def micro_batched(loss: Callable, number: int) -> Callable:
 def steps_of(problem: Problem, widths: tuple[int, ...], batch_size: int, way: str) -> Callable[[], None]:
     """Some training steps in one call, of a network with these widths."""
     params = network(jax.random.key(0), widths)
-    batches = noise.epochs(jax.random.key(1), problem.train, batch_size, 4)
+    batches = noise.epochs(jax.random.key(1), problem.train, batch_size, 20)
     tx: gdx.Transform = gdx.adamw(1e-3)
     measured = noise.value_and_grad(problem.loss_on, MICRO)
     plain = jax.value_and_grad(problem.loss_on) if way == "whole batch" else micro_batched(problem.loss_on, MICRO)

@@ -1,7 +1,6 @@
 """What is checked before a step: gradients, parameters and state. Every error names the leaf and the mend."""
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -9,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdx.storage.blocks import Packed
+from gdx.storage.blocks import is_packed
 from gdx.storage.formats import Format, is_encoded
+from gdx.trees import paths
 
 
 def check_params(tx: Any, params: optax.Params) -> None:
@@ -71,7 +71,7 @@ def check_like(tx: Any, updates: optax.Updates, name: str, tree: Any) -> None:
     structure: Any = jax.tree.structure(updates)
     if structure != jax.tree.structure(tree):
         # a moment in a storage format may be a node of its own
-        tree = jax.tree.map(_described, tree, is_leaf=lambda x: isinstance(x, Packed))
+        tree = jax.tree.map(_described, tree, is_leaf=is_packed)
     if structure != jax.tree.structure(tree):
         raise ValueError(
             f"{_name(tx)}: the gradients' tree differs from that of {name}: {_difference(updates, tree, name)}"
@@ -89,7 +89,7 @@ def check_formats(tx: Any, updates: optax.Updates, names: list[str], moments: li
     for name, format, leaves in zip(names, tx.formats, moments):
         for i, leaf in enumerate(leaves):
             expected = _stored_kind(format, leaf.shape) if is_encoded(format, leaf) else None
-            if isinstance(leaf, Packed) if expected is None else _kinds(leaf) != expected:
+            if is_packed(leaf) if expected is None else _kinds(leaf) != expected:
                 raise TypeError(
                     f"{_name(tx)}: state.{name} at {_path(updates, i)} is {_array(leaf)}, which is not how "
                     f"{_format(format)} holds it. Take it there: gdx.storage.convert(state, tx.init(params))"
@@ -124,11 +124,11 @@ _STATE_MEND = (
 
 
 def _is_complex(x: Any) -> bool:
-    return not isinstance(x, Packed) and jnp.iscomplexobj(x)
+    return not is_packed(x) and jnp.iscomplexobj(x)
 
 
 def _described(x: Any) -> Any:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype) if isinstance(x, Packed) else x
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_packed(x) else x
 
 
 def _kinds(moment: Any) -> tuple:
@@ -177,18 +177,12 @@ def _difference(updates: Any, tree: Any, name: str) -> str:
     return f"{'; '.join(said) or types}. Take the gradients of the parameters that init was called with."
 
 
-def paths(tree: Any) -> Iterator[str]:
-    """Where each leaf of a tree is, as text."""
-    for path, _ in jax.tree_util.tree_leaves_with_path(tree):
-        yield jax.tree_util.keystr(path) or "the root"
-
-
 def _path(tree: Any, index: int) -> str:
     return list(paths(tree))[index]
 
 
 def _array(leaf: Any) -> str:
-    if isinstance(leaf, Packed):
+    if is_packed(leaf):
         return repr(leaf)
     if hasattr(leaf, "dtype"):
         return f"{leaf.dtype if leaf.dtype != jax.dtypes.float0 else 'float0'}[{','.join(map(str, leaf.shape))}]"

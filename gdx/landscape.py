@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdx.checks import paths
-from gdx.leafwise import compute_dtype
+from gdx.numerics import accurate, compute_dtype
+from gdx.trees import paths
 
 Measure = Callable[[Any], Any]
 """What is looked at: a function from parameters to a scalar, or to a tree of arrays such as loss and accuracy."""
@@ -46,7 +46,7 @@ def line(measure: Measure, start: Any, end: Any, positions: Any, *, chunk_size: 
     [0.0, 0.5, 2.0, 8.0]
     """
     _check_alike("line", "start", start, "end", end)
-    direction = jax.tree.map(lambda a, b: _wide(b) - _wide(a), start, end)
+    direction = jax.tree.map(lambda a, b: accurate(b) - accurate(a), start, end)
     return _evaluate("line", measure, start, (direction,), {"positions": positions}, chunk_size)
 
 
@@ -121,7 +121,7 @@ def filter_normalised_direction(key: jax.Array, params: Any) -> Any:
     def normalised(d: jax.Array, p: jax.Array) -> jax.Array:
         if d.ndim < 2:
             return jnp.zeros_like(d)
-        lengths, wanted = _filter_lengths(d), _filter_lengths(_wide(p))
+        lengths, wanted = _filter_lengths(d), _filter_lengths(accurate(p))
         return d * (wanted / jnp.where(lengths > 0, lengths, 1))
 
     return jax.tree.map(normalised, normal_direction(key, params), params)
@@ -224,13 +224,9 @@ def _moved(params: Any, directions: tuple, steps: Any) -> Any:
         p = jnp.asarray(p)
         with jax.numpy_dtype_promotion("standard"):  # steps and directions are of different precisions
             shift = sum(jnp.asarray(step, jnp.finfo(compute_dtype(p)).dtype) * d for step, d in zip(steps, ds))
-            return (_wide(p) + shift).astype(p.dtype)
+            return (accurate(p) + shift).astype(p.dtype)
 
     return jax.tree.map(moved, params, *directions)
-
-
-def _wide(p: Any) -> jax.Array:
-    return jnp.asarray(p, compute_dtype(p))
 
 
 def _filter_lengths(p: jax.Array) -> jax.Array:

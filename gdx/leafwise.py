@@ -10,7 +10,8 @@ import numpy as np
 import optax
 
 from gdx.checks import check_complex, check_formats, check_like, check_state
-from gdx.storage.blocks import Blocks, InBlocks, Packed
+from gdx.numerics import compute_dtype
+from gdx.storage.blocks import Blocks, InBlocks, Packed, is_packed
 from gdx.storage.dither import Dither
 from gdx.storage.formats import Format, is_encoded, with_slope_of
 from gdx.transform import Transform
@@ -229,7 +230,7 @@ def _step_in_blocks(
 
 def _each(function: Callable[[Any], Any], tree: Any) -> Any:
     """The function of each array or packed array of a tree."""
-    return jax.tree.map(function, tree, is_leaf=lambda x: isinstance(x, Packed))
+    return jax.tree.map(function, tree, is_leaf=is_packed)
 
 
 def _step_one(
@@ -289,11 +290,6 @@ def _once(renew: Callable[[], list[Any]], old: list[Any], dither: Dither | None)
         return jax.lax.cond(true, renew, lambda: old)
 
     return jax.lax.platform_dependent(cpu=fenced, default=renew)
-
-
-def compute_dtype(*arrays: Any) -> np.dtype:
-    """The dtype to compute a leaf's step in: that of the arrays together, but at least float32."""
-    return functools.reduce(np.promote_types, (jnp.result_type(x) for x in arrays), np.dtype(np.float32))
 
 
 def moment_like(p: jax.Array, dtype: Any = None, *, real: bool = False) -> Any:

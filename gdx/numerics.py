@@ -1,7 +1,11 @@
-"""Arithmetic that rounds the same way in every program."""
+"""Arithmetic that is wide enough, and rounds the same way in every program."""
+
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def uncontracted(product: jax.Array) -> jax.Array:
@@ -13,3 +17,13 @@ def uncontracted(product: jax.Array) -> jax.Array:
     """
     # barriers and reduce_precision are removed before the compiler fuses
     return jnp.where(product < jnp.inf, product, jnp.nan) if jnp.isrealobj(product) else product
+
+
+def compute_dtype(*arrays: Any) -> np.dtype:
+    """The dtype to compute in: that of the arrays together, but at least float32."""
+    return functools.reduce(np.promote_types, (jnp.result_type(x) for x in arrays), np.dtype(np.float32))
+
+
+def accurate(x: Any) -> jax.Array:
+    """The array in at least float32."""
+    return jnp.asarray(x, compute_dtype(x))

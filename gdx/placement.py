@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from gdx.storage.blocks import Packed
+from gdx.storage.blocks import Packed, is_packed
+from gdx.trees import place
 
 
 class Plan(NamedTuple):
@@ -39,13 +40,13 @@ def plan_of(state: Any, params: Any, mesh: Mesh | AbstractMesh, axis: str, specs
     index_of = {path: index for index, (path, _) in enumerate(leaves)}
     shapes = [np.shape(p) for _, p in leaves]
     own = [_own_spec(path, p, mesh) if specs is None else _given_spec(specs, path, mesh) for path, p in leaves]
-    kept = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_packed)
+    kept = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_packed)
     follows = [_parameter_of(path, np.shape(leaf), index_of, shapes) for path, leaf in kept]
 
     # one split serves a parameter's gradient and all its moments, so blocks must be whole in every one
     units: list[dict[int, int]] = [{} for _ in leaves]
     for index, (_, leaf) in zip(follows, kept):
-        if index is not None and _is_packed(leaf):
+        if index is not None and is_packed(leaf):
             dimension = len(shapes[index]) + leaf.format.axis
             units[index][dimension] = math.lcm(units[index].get(dimension, 1), leaf.format.block)
     moments = list(own)
@@ -62,7 +63,7 @@ def plan_of(state: Any, params: Any, mesh: Mesh | AbstractMesh, axis: str, specs
             # an accumulator of another shape, such as a preconditioner; vectors, counters and keys are left whole
             is_large = jnp.issubdtype(leaf.dtype, np.inexact) and np.ndim(leaf) > 1
             spec = _split(np.shape(leaf), PartitionSpec(), mesh, axis) if is_large else PartitionSpec()
-        arrays = [spec, _scales_spec(leaf, spec, mesh)] if _is_packed(leaf) else [spec]
+        arrays = [spec, _scales_spec(leaf, spec, mesh)] if is_packed(leaf) else [spec]
         placed += arrays
         belongs += [index is not None] * len(arrays)
     return Plan(own, moments, placed, belongs)
@@ -163,12 +164,3 @@ def _given_spec(specs: Any, path: tuple, mesh: Mesh | AbstractMesh) -> Partition
                     raise ValueError(f"shard_state: specs has {spec} at {place(path)}, but the mesh no axis {name!r}")
             return _trimmed(spec)
     raise ValueError(f"shard_state: specs has no PartitionSpec for the parameter at {place(path)}")
-
-
-def place(path: tuple) -> str:
-    """A key path as text."""
-    return jax.tree_util.keystr(path) or "the root"
-
-
-def _is_packed(x: Any) -> bool:
-    return isinstance(x, Packed)

@@ -30,8 +30,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from gdx.checks import check_state_like
 from gdx.compose import to_transform
 from gdx.fields import static
-from gdx.placement import Plan, names_of, place, plan_of, sharding_of
+from gdx.placement import Plan, names_of, plan_of, sharding_of
 from gdx.transform import Transform
+from gdx.trees import place
 
 
 def _to_mesh(label: str, value: Any) -> Mesh:
@@ -44,7 +45,7 @@ def _to_specs(label: str, value: Any) -> Any:
     for path, spec in jax.tree_util.tree_leaves_with_path(value):
         if not isinstance(spec, PartitionSpec):
             raise TypeError(
-                f"{label} is {reprlib.repr(spec)} at {jax.tree_util.keystr(path) or 'the root'}; "
+                f"{label} is {reprlib.repr(spec)} at {place(path)}; "
                 f"expected a PartitionSpec, as in jax.tree.map(lambda p: p.sharding.spec, params)"
             )
     return value

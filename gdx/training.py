@@ -12,6 +12,7 @@ import optax
 
 from gdx.population import labels, members_of, stack
 from gdx.transform import Transform
+from gdx.trees import leading_axis
 
 Loss = Callable[[Any, Any], jax.Array]
 """The loss of parameters on a batch of data: a function that returns a real scalar."""
@@ -299,18 +300,7 @@ def _nothing(params: Any) -> tuple:
 
 
 def _steps_of(batches: Any) -> int:
-    """The length of the leading axis that the leaves of batches have in common."""
-    shapes = {
-        jax.tree_util.keystr(path) or "the root": np.shape(x)
-        for path, x in jax.tree_util.tree_leaves_with_path(batches)
-    }
-    lengths = {shape[:1] for shape in shapes.values()}
-    if len(lengths) != 1 or lengths == {()} or lengths == {(0,)}:
-        listed = ", ".join(f"{path} has shape {shape}" for path, shape in shapes.items())
-        raise ValueError(
-            f"batches: {listed or 'there are no arrays'}; expected arrays with a leading axis of steps, of one length"
-        )
-    return lengths.pop()[0]
+    return leading_axis("batches:", batches, "steps", least=1)
 
 
 def training_step(loss: Loss, tx: optax.GradientTransformation) -> Callable[[Any, Any], Any]:

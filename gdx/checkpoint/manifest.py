@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from gdx.checkpoint.describe import describe, kind, unplaced
-from gdx.storage.blocks import Packed
+from gdx.storage.blocks import is_packed
 from gdx.transform import Transform
 
 FORMAT = 1
@@ -59,8 +59,8 @@ def leaves(params: Any, state: Any) -> dict[str, Any]:
 
 def storage(state: Any) -> dict[str, str]:
     """The storage format of each moment that is packed."""
-    nodes = jax.tree_util.tree_leaves_with_path(state, is_leaf=_is_packed)
-    return {f"state{jax.tree_util.keystr(path)}": repr(x.format) for path, x in nodes if _is_packed(x)}
+    nodes = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_packed)
+    return {f"state{jax.tree_util.keystr(path)}": repr(x.format) for path, x in nodes if is_packed(x)}
 
 
 def plain(x: Any) -> Any:
@@ -126,7 +126,3 @@ def _described(x: Any) -> list[Any]:
 
 def _shown(described: Sequence[Any]) -> str:
     return f"{described[0]}[{','.join(map(str, described[1]))}]"
-
-
-def _is_packed(x: Any) -> bool:
-    return isinstance(x, Packed)

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdx.curvature.operators import Operator, accurate
+from gdx.curvature.operators import Operator
 from gdx.extra import needs
+from gdx.numerics import accurate
 
 
 class Krylov(NamedTuple):

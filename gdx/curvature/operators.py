@@ -16,9 +16,11 @@ import numpy as np
 
 from gdx.checks import check_params
 from gdx.fields import is_concrete
-from gdx.storage.blocks import Packed
+from gdx.numerics import accurate
+from gdx.storage.blocks import is_packed
 from gdx.training import Loss
 from gdx.transform import Transform
+from gdx.trees import leading_axis, place
 
 Outputs = Callable[[Any, Any], Any]
 """What a model makes of parameters and a batch of data: a function that returns an array, or a tree of them."""
@@ -78,7 +80,13 @@ class _Averaged(Operator):
         check_params(self, self.params)
         params = jax.tree.map(accurate, self.params)
         vector = _vector_like(self, params, vector)
-        count = _count_of(type(self).__name__, self.batches)
+        count = leading_axis(
+            f"{type(self).__name__}: in batches,",
+            self.batches,
+            "batches",
+            least=1,
+            mend="; for a single batch, jax.tree.map(lambda x: x[None], batch)",
+        )
 
         def add(total: Any, batch: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, self._product(params, vector, batch)), None
@@ -275,13 +283,13 @@ def adam_preconditioned(operator: Operator, tx: Transform, state: Any) -> Precon
     )
 
     def scale(nu: Any) -> jax.Array:
-        nu = accurate(nu.decode() if isinstance(nu, Packed) else nu).real
+        nu = accurate(nu.decode() if is_packed(nu) else nu).real
         # -expm1(t log b): 1 - b^t without cancellation
         c1, c2 = (-jnp.expm1(count * jnp.log(b)).astype(nu.dtype) for b in (b1, b2))
         root = jnp.sqrt(nu / c2 + eps_root.astype(nu.dtype))
         return jax.lax.rsqrt(c1 * (root + eps.astype(nu.dtype)))
 
-    return Preconditioned(operator, jax.tree.map(scale, adam.nu, is_leaf=lambda x: isinstance(x, Packed)))
+    return Preconditioned(operator, jax.tree.map(scale, adam.nu, is_leaf=is_packed))
 
 
 def on_any_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -299,12 +307,6 @@ def on_any_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
         return run(operator, arrays)
 
     return automatic
-
-
-def accurate(x: Any) -> jax.Array:
-    """The array in at least float32."""
-    x = jnp.asarray(x)
-    return x.astype(np.promote_types(x.dtype, np.float32))
 
 
 def _is_adam(state: Any) -> bool:
@@ -325,7 +327,7 @@ def _vector_like(operator: Operator, params: Any, vector: Any) -> Any:
     def like(path: Any, p: jax.Array, v: Any) -> jax.Array:
         if np.shape(v) != p.shape or (jnp.iscomplexobj(v) and not jnp.iscomplexobj(p)):
             raise ValueError(
-                f"{name}: the vector at {jax.tree_util.keystr(path) or 'the root'} is "
+                f"{name}: the vector at {place(path)} is "
                 f"{jnp.result_type(v)}{list(np.shape(v))}, the parameter there {p.dtype}{list(p.shape)}; expected the "
                 f"same shape, and real where the parameter is"
             )
@@ -350,16 +352,3 @@ def _checked(operator: Operator, value: Any) -> jax.Array:
     if value.shape != ():
         raise ValueError(f"{name}: the loss has shape {value.shape}; expected a scalar, such as the mean of it")
     return value
-
-
-def _count_of(name: str, batches: Any) -> int:
-    """How many batches there are: the length of the leading axis that their leaves have in common."""
-    shapes = {jax.tree_util.keystr(path): np.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(batches)}
-    lengths = {shape[:1] for shape in shapes.values()}
-    if len(lengths) != 1 or lengths <= {(), (0,)}:
-        listed = ", ".join(f"{path or 'the root'} has shape {shape}" for path, shape in shapes.items())
-        raise ValueError(
-            f"{name}: in batches, {listed or 'there are no arrays'}; expected arrays with a leading axis of batches, "
-            f"of one length; for a single batch, jax.tree.map(lambda x: x[None], batch)"
-        )
-    return lengths.pop()[0]

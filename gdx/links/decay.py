@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import optax
 
-from gdx.checks import paths, require_params
+from gdx.checks import require_params
 from gdx.fields import Scalar, hyperparameter, static
 from gdx.leafwise import Leafwise
+from gdx.trees import paths
 
 
 class add_decoupled_weight_decay(Leafwise):

@@ -72,6 +72,11 @@ class Packed:
 jax.tree_util.register_dataclass(Packed, data_fields=["codes", "scales"], meta_fields=["format"])
 
 
+def is_packed(x: Any) -> bool:
+    """Whether it is a packed array, for `is_leaf=`."""
+    return isinstance(x, Packed)
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Blocks(Format):
     r"""Base of the formats that hold each number in 8 bits, relative to the largest of its block.
@@ -183,13 +188,13 @@ class Layout:
 
     def split(self, x: Any) -> Any:
         """An array, or a packed one, with the axis taken apart into blocks, each along the next one."""
-        if isinstance(x, Packed):
+        if is_packed(x):
             return Packed(self.split(x.codes), jnp.expand_dims(x.scales, self.axis + 1), x.format)
         return self.filled(x).reshape(*self.shape[: self.axis], -1, self.block, *self.shape[self.axis + 1 :])
 
     def join(self, x: Any) -> Any:
         """What `split` took apart."""
-        if isinstance(x, Packed):
+        if is_packed(x):
             return Packed(self.join(x.codes), x.scales.squeeze(self.axis + 1), x.format)
         whole = x.reshape(*self.shape[: self.axis], -1, *self.shape[self.axis + 1 :])
         return jax.lax.slice_in_dim(whole, 0, self.shape[self.axis], axis=self.axis)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdx.storage.blocks import Packed
+from gdx.storage.blocks import Packed, is_packed
 from gdx.storage.dither import Dither
 
 
@@ -34,8 +34,8 @@ def convert(state: Any, like: Any) -> Any:
     >>> state[0].count.item(), state[0].nu["w"].codes.max().item()
     (1, 255)
     """
-    found, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_packed)
-    wanted, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=_is_packed)
+    found, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_packed)
+    wanted, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_packed)
     values, targets = dict(found), dict(wanted)
     missing = [path for path in targets if path not in values and not _is_count(targets[path])]
     extra = [path for path in values if path not in targets and not _is_count(values[path])]
@@ -56,10 +56,6 @@ def _recast(value: Any, target: Any, index: int) -> Any:
     if isinstance(target, Packed) and not isinstance(value, Packed):
         value = target.format.encode(jnp.asarray(value), Dither(np.uint32(0), np.uint32(index)))
     return value if isinstance(target, Packed) else jnp.asarray(value).astype(target.dtype)
-
-
-def _is_packed(x: Any) -> bool:
-    return isinstance(x, Packed)
 
 
 def _is_count(x: Any) -> bool:

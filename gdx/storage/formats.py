@@ -115,7 +115,7 @@ def rounded_at_random(x: jax.Array, bits: jax.Array) -> jax.Array:
     """One of the two neighbours in bfloat16 of each float32, itself in float32, given 16 random bits in uint32."""
     raw = jax.lax.bitcast_convert_type(x, jnp.uint32)
     rounded = jax.lax.bitcast_convert_type((raw + bits) & jnp.uint32(0xFFFF0000), jnp.float32)
-    return jnp.where(jnp.isfinite(x), rounded, x)
+    return jnp.where(jnp.isnan(x), x, rounded)  # an infinity has no bits for the sum to carry from
 
 
 @rounded_at_random.defjvp

@@ -1,0 +1,42 @@
+"""Trees of arrays: where a leaf is, in words, and the leading axis that all leaves share."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def place(path: tuple) -> str:
+    """A key path as text."""
+    return jax.tree_util.keystr(path) or "the root"
+
+
+def paths(tree: Any) -> Iterator[str]:
+    """Where each leaf of a tree is, as text."""
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree):
+        yield place(path)
+
+
+def leading_axis(label: str, tree: Any, axis: str, *, least: int = 0, mend: str = "") -> int:
+    """The length of the leading axis that all leaves have in common.
+
+    Args:
+      label: what the error starts with, up to the shapes.
+      tree: a tree of arrays.
+      axis: what the axis is of, such as "steps".
+      least: the smallest length that is allowed.
+      mend: what the error ends with.
+
+    Raises:
+      ValueError: there are no arrays, or they have no such axis.
+    """
+    shapes = dict(zip(paths(tree), map(np.shape, jax.tree.leaves(tree))))
+    lengths = {shape[:1] for shape in shapes.values()}
+    if len(lengths) != 1 or lengths == {()} or min(lengths) < (least,):
+        listed = ", ".join(f"{path} has shape {shape}" for path, shape in list(shapes.items())[:5])
+        raise ValueError(
+            f"{label} {listed or 'there are no arrays'}; expected arrays with a leading axis of {axis}, of one length"
+            f"{mend}"
+        )
+    return lengths.pop()[0]
