@@ -31,7 +31,7 @@ except ImportError:
     torch = None
 
 RATE = 1e-3
-SIZES = {"1x32M": [32_000_000], "100x320k": [320_000] * 100}
+SHAPES = {"1x32M": [(8192, 4096)], "100x320k": [(640, 512)] * 100}
 BFLOAT16: dict[str, Any] = {"mu_dtype": "bfloat16", "nu_dtype": gdx.storage.StochasticBfloat16()}
 EIGHT_BIT: dict[str, Any] = {"mu_dtype": gdx.storage.SignedFourthRoot8(), "nu_dtype": gdx.storage.FourthRoot8()}
 
@@ -64,23 +64,23 @@ def nbytes(tree: Any) -> int:
 def measure_memory() -> None:
     """Prints the first table."""
     rows = []
-    for sizes_name, sizes in SIZES.items():
-        count = sum(sizes)
+    for shapes_name, shapes in SHAPES.items():
+        count = sum(map(math.prod, shapes))
         for name, (tx, dtype) in (OPTAX | OPTIMIZERS).items():
-            params = [jnp.zeros(size, dtype) for size in sizes]
+            params = [jnp.zeros(shape, dtype) for shape in shapes]
             state = tx.init(params)
             memory = compiled_step(tx, params, state).memory_analysis()
             kept = memory.argument_size_in_bytes - 2 * nbytes(params)
             sizes_of = [nbytes(state), kept, memory.alias_size_in_bytes - nbytes(params), memory.temp_size_in_bytes]
-            rows.append((sizes_name, name, *(f"{size / count:.3f}" for size in sizes_of)))
+            rows.append((shapes_name, name, *(f"{size / count:.3f}" for size in sizes_of)))
     print("Bytes per parameter: state as held, as the compiled step takes it, as it donates it; temporary memory\n")
     print(table(["parameters", "optimizer", "held", "taken", "donated", "temporary"], rows), "\n")
 
 
-def allocate(name: str, tx: Any, dtype: Any, sizes: Sequence[int]) -> Callable[[], None]:
+def allocate(tx: Any, dtype: Any, shapes: Sequence[tuple[int, ...]]) -> Callable[[], None]:
     """A function that makes one step."""
     random = np.random.default_rng(0)
-    params, grads = ([jnp.asarray(random.standard_normal(n, np.float32), dtype) for n in sizes] for _ in range(2))
+    params, grads = ([jnp.asarray(random.standard_normal(s, np.float32), dtype) for s in shapes] for _ in range(2))
     state = tx.init(params)
     step, carry = compiled_step(tx, params, state), (params, state)
 
@@ -92,9 +92,9 @@ def allocate(name: str, tx: Any, dtype: Any, sizes: Sequence[int]) -> Callable[[
     return run
 
 
-def allocate_torch(dtype: Any, sizes: Sequence[int]) -> Callable[[], None]:
+def allocate_torch(dtype: Any, shapes: Sequence[tuple[int, ...]]) -> Callable[[], None]:
     """As `allocate`, for torch's fused AdamW."""
-    params = [torch.nn.Parameter(torch.randn(n).to(dtype)) for n in sizes]
+    params = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
     for p in params:
         p.grad = torch.randn(p.shape).to(dtype)
     return torch.optim.AdamW(params, lr=RATE, weight_decay=1e-4, fused=True).step
@@ -103,15 +103,15 @@ def allocate_torch(dtype: Any, sizes: Sequence[int]) -> Callable[[], None]:
 def measure_time(rounds: int) -> None:
     """Prints the second table."""
     rows = []
-    for sizes_name, sizes in SIZES.items():
-        runs = {name: allocate(name, *optimizer, sizes) for name, optimizer in (OPTAX | OPTIMIZERS).items()}
+    for shapes_name, shapes in SHAPES.items():
+        runs = {name: allocate(*optimizer, shapes) for name, optimizer in (OPTAX | OPTIMIZERS).items()}
         if torch is not None:
-            runs["torch f32"] = allocate_torch(torch.float32, sizes)
-            runs["torch bf16"] = allocate_torch(torch.bfloat16, sizes)
+            runs["torch f32"] = allocate_torch(torch.float32, shapes)
+            runs["torch bf16"] = allocate_torch(torch.bfloat16, shapes)
         # a pause lets the threads that one library leaves spinning go to sleep before the next one is timed
         seconds = interleaved(runs, rounds, dict.fromkeys(runs, functools.partial(time.sleep, 0.01)))
         baselines = [name for name in ("optax f32", "optax bf16", "torch f32", "torch bf16") if name in runs]
-        rows += [(sizes_name, name, *(ratio(seconds, name, base) for base in baselines)) for name in runs]
+        rows += [(shapes_name, name, *(ratio(seconds, name, base) for base in baselines)) for name in runs]
         runs.clear()
     print("Time of the training step, as a ratio to that of each library\n")
     print(table(["parameters", "optimizer", *baselines], rows), "\n")
