@@ -151,12 +151,12 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
         `gdx.schedule` stand its numbers.
         """
         named = {}
-        for name, field, value in self._fields():
+        for name, field, value in self._settings():
             if not (field.metadata.get("static") or value is None or isinstance(value, schedule)):
                 named[name] = float(value) if isinstance(value, np.floating) else value
         return MappingProxyType(named)
 
-    def _fields(self) -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    def _settings(self) -> Iterator[tuple[str, dataclasses.Field, Any]]:
         """Name, field and value of every field that is not itself a transform, through nested transforms."""
         for name, (path, field) in self._names().items():
             yield name, field, functools.reduce(_child, path, self)

@@ -16,6 +16,6 @@ optimizer to be that of whoever restores.
 """
 
 from gdx.checkpoint.checkpoints import CheckpointError, Checkpoints, Restored
-from gdx.checkpoint.checksum import checksum
+from gdx.checkpoint.checksums import checksum
 
 __all__ = ["CheckpointError", "Checkpoints", "Restored", "checksum"]

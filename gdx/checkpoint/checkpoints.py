@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from gdx.checkpoint import manifest
-from gdx.checkpoint.checksum import checksum
+from gdx.checkpoint.checksums import checksum
 from gdx.extra import needs
 
 

@@ -35,7 +35,7 @@ def describe(tx: optax.GradientTransformation) -> dict[str, str]:
     tx = unplaced(tx)
     described = {"optimizer": kind(tx)}
     if isinstance(tx, Transform):
-        for name, field, value in tx._fields():
+        for name, field, value in tx._settings():
             described[name] = _setting(value) if field.metadata.get("static") else _hyperparameter(value)
     return described
 

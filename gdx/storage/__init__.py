@@ -14,7 +14,7 @@ Packed(codes=uint8[16,512], scales=float32[16,2], format=storage.FourthRoot8())
 """
 
 from gdx.storage.blocks import Blocks, FourthRoot8, Packed, SignedFourthRoot8
-from gdx.storage.convert import convert
+from gdx.storage.conversion import convert
 from gdx.storage.dither import Dither
 from gdx.storage.formats import Format, StochasticBfloat16
 
