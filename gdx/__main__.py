@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 
@@ -58,10 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _split(argv: list[str]) -> tuple[str, list[str]]:
-    """The command's name and its options."""
-    if argv and not argv[0].startswith("-"):
-        return argv[0], argv[1:]
-    return DEFAULT, argv
+    """The command's name and its options, with negative numbers joined to theirs: argparse would take them for one."""
+    options: list[str] = []
+    for word in argv:
+        if re.match(r"-\.?\d", word) and options and re.fullmatch(r"--[\w-]+", options[-1]):
+            options[-1] += f"={word}"
+        else:
+            options.append(word)
+    if options and not options[0].startswith("-"):
+        return options[0], options[1:]
+    return DEFAULT, options
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ def test_options_reach_the_optimizers_that_have_them(monkeypatch):
         ("--optimizers adagrad", "choose from gradient_descent, sgd, momentum, nesterov, adam, adamw"),
         ("--optimizers adam,", "choose from gradient_descent"),
         ("--learning-rate -1", "expected a finite number >= 0"),
+        ("--learning-rate -1e-3", "learning_rate is -0.001; expected a finite number >= 0"),
         ("--learning-rate nan", "expected a finite number >= 0"),
         ("--learning-rate fast", "invalid float value"),
         ("--momentum 1.5", "expected a finite number in [0, 1)"),

@@ -118,6 +118,8 @@ def plan(arguments: argparse.Namespace) -> Plan:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} does not apply to {arguments.optimizer}; choose --optimizer {either(users)}")
     if not any(len(points) > 1 for points in given.values()):
+        if "learning_rate" in given:
+            raise ValueError("each option has one value; give one of them several, as in --learning-rate 1e-4:1:16")
         given["learning_rate"] = values("1e-4:1:16")
     optimizers = gdx.grid(lambda **point: tx.replace(**point), **given)
     if arguments.chunk_size is not None and arguments.chunk_size < 1:

@@ -116,7 +116,8 @@ def plan(arguments: argparse.Namespace) -> Plan:
         raise ValueError(f"--processes is {count}; expected at least 1")
     if devices < 1 or devices % count:
         raise ValueError(
-            f"--devices is {devices}, which {count} processes cannot share equally; expected a multiple of {count}"
+            f"--devices is {devices}, which {count} {'process' if count == 1 else 'processes'} cannot share equally; "
+            f"expected a positive multiple of {count}"
         )
     batch_size = check_batch_size(chosen["batch_size"], "digits")
     if batch_size % devices:

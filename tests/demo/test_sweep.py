@@ -89,6 +89,8 @@ def test_a_terminal_shows_a_bar(capsys, monkeypatch):
         ("sweep --momentum 0:0.9", "--momentum does not apply to adamw; choose --optimizer sgd, momentum or nesterov"),
         ("sweep --learning-rate 1:0", "is none of X, A,B,C"),
         ("sweep --learning-rate 0.1,-1", "expected a finite number >= 0"),
+        ("sweep --learning-rate -1,1", "expected a finite number >= 0"),
+        ("sweep --learning-rate 0.1", "give one of them several, as in --learning-rate 1e-4:1:16"),
         ("sweep --b1 0:1:3", "expected a finite number in [0, 1)"),
         ("sweep --chunk-size 0", "--chunk-size is 0; expected at least 1"),
         ("sweep --steps 0", "--steps is 0; expected at least 1"),

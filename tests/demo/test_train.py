@@ -145,9 +145,9 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(capsys):
     [
         (
             "--devices 3 --processes 2",
-            "which 2 processes cannot share equally; expected a multiple of 2",
+            "which 2 processes cannot share equally; expected a positive multiple of 2",
         ),
-        ("--devices 0", "expected a multiple of 1"),
+        ("--devices 0", "which 1 process cannot share equally; expected a positive multiple of 1"),
         ("--processes 0", "--processes is 0; expected at least 1"),
         ("--devices 3", "--batch-size is 64, which 3 devices cannot share equally; expected a multiple of 3"),
         ("--batch-size 2000", "expected 1 to 1437"),
