@@ -1,15 +1,15 @@
 """gdx: the gradient descent family for JAX, where an optimizer is a value.
 
-Optimizers: gradient_descent, sgd, momentum, nesterov, adam, adamw.
-Links:      scale_by_learning_rate, scale_by_momentum, scale_by_adam, add_decoupled_weight_decay.
-Composing:  chain, lift, Composed.
-Batches:    stack, unstack, grid, labels.
-Training:   train, sweep, range_test, schedule.
-Few bits:   storage (formats), round_stochastically, round_with_compensation, round_with_master.
-Theory:     curvature (spectra, best rates), noise (mini-batches, noise scale), landscape (slices of the loss).
-Machines:   sharding (state over a device mesh), checkpoint (saved and restored onto another).
-Pictures:   plot.
-Your own:   Transform, Leafwise, hyperparameter, static, Scalar, ScheduledState.
+- Optimizers: `gradient_descent`, `sgd`, `momentum`, `nesterov`, `adam`, `adamw`
+- Links: `scale_by_learning_rate`, `scale_by_momentum`, `scale_by_adam`, `add_decoupled_weight_decay`
+- Composing: `chain`, `lift`, `Composed`
+- Training: `train`, `Trained`, `schedule`
+- Sweeps: `grid`, `stack`, `unstack`, `labels`, `sweep`, `Sweep`, `range_test`, `RangeTest`
+- Few bits: `storage` (formats), `round_stochastically`, `round_with_compensation`, `round_with_master`
+- Theory: `curvature` (spectra, best rates), `noise` (mini-batches, noise scale), `landscape` (slices of the loss)
+- Machines: `sharding` (state over a device mesh), `checkpoint` (saved, and restored onto another mesh)
+- Pictures: `plot`
+- Your own: `Transform`, `Leafwise`, `hyperparameter`, `static`, `Scalar`, `ScheduledState`
 """
 
 from gdx import checkpoint, curvature, landscape, noise, plot, sharding, storage
@@ -29,45 +29,46 @@ from gdx.transform import ScheduledState, Transform
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Composed",
-    "Leafwise",
-    "RangeTest",
-    "Scalar",
-    "ScheduledState",
-    "Sweep",
-    "Trained",
-    "Transform",
-    "adam",
-    "adamw",
-    "add_decoupled_weight_decay",
-    "chain",
-    "checkpoint",
-    "curvature",
+# in the order of the contents above, which is that of the reference
+__all__ = [  # noqa: RUF022
     "gradient_descent",
-    "grid",
-    "hyperparameter",
-    "labels",
-    "landscape",
-    "lift",
+    "sgd",
     "momentum",
     "nesterov",
-    "noise",
-    "plot",
+    "adam",
+    "adamw",
+    "scale_by_learning_rate",
+    "scale_by_momentum",
+    "scale_by_adam",
+    "add_decoupled_weight_decay",
+    "chain",
+    "lift",
+    "Composed",
+    "train",
+    "Trained",
+    "schedule",
+    "grid",
+    "stack",
+    "unstack",
+    "labels",
+    "sweep",
+    "Sweep",
     "range_test",
+    "RangeTest",
+    "storage",
     "round_stochastically",
     "round_with_compensation",
     "round_with_master",
-    "scale_by_adam",
-    "scale_by_learning_rate",
-    "scale_by_momentum",
-    "schedule",
-    "sgd",
+    "curvature",
+    "noise",
+    "landscape",
     "sharding",
-    "stack",
+    "checkpoint",
+    "plot",
+    "Transform",
+    "Leafwise",
+    "hyperparameter",
     "static",
-    "storage",
-    "sweep",
-    "train",
-    "unstack",
+    "Scalar",
+    "ScheduledState",
 ]

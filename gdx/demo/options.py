@@ -2,10 +2,11 @@
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import gdx
 from gdx.demo.problems import BATCH_SIZE, OPTIMIZERS, TRAINING_IMAGES
 
 HYPERPARAMETERS = ("learning_rate", "momentum", "b1", "b2", "weight_decay")
@@ -18,6 +19,23 @@ def add_hyperparameters(parser: argparse.ArgumentParser, kind: Callable[[str], A
         having = [key for key, tx in OPTIMIZERS["digits"].items() if name in tx.hyperparams]
         users = "all" if len(having) == len(OPTIMIZERS["digits"]) else ", ".join(having)
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=f"of {users}")
+
+
+def optimizer_with(data: str, name: str, given: Iterable[str]) -> gdx.Transform:
+    """The optimizer of this name for a problem.
+
+    Raises:
+      ValueError: there is none, or it lacks a hyperparameter that is given.
+    """
+    known = OPTIMIZERS[data]
+    if name not in known:
+        raise ValueError(f"--optimizer is {name!r}; choose from {', '.join(known)}")
+    for field in given:
+        if field not in known[name].hyperparams:
+            users = [key for key in known if field in known[key].hyperparams]
+            option = f"--{field.replace('_', '-')}"
+            raise ValueError(f"{option} does not apply to {name}; choose --optimizer {either(users)}")
+    return known[name]
 
 
 def add_common(parser: argparse.ArgumentParser, steps: str, output: str) -> None:

@@ -25,6 +25,7 @@ from gdx.demo.options import (
     check_seed,
     check_steps,
     either,
+    optimizer_with,
 )
 from gdx.demo.problems import OPTIMIZERS, SURFACES, load
 from gdx.extra import needs
@@ -107,16 +108,8 @@ def plan(arguments: argparse.Namespace) -> Plan:
     Raises:
       ValueError: an option is wrong; the message says what is allowed.
     """
-    known = OPTIMIZERS[arguments.data]
-    if arguments.optimizer not in known:
-        raise ValueError(f"--optimizer is {arguments.optimizer!r}; choose from {', '.join(known)}")
-    tx = known[arguments.optimizer]
     given = {name: getattr(arguments, name) for name in HYPERPARAMETERS if getattr(arguments, name) is not None}
-    for name in given:
-        if name not in tx.hyperparams:
-            users = [key for key in known if name in known[key].hyperparams]
-            option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} does not apply to {arguments.optimizer}; choose --optimizer {either(users)}")
+    tx = optimizer_with(arguments.data, arguments.optimizer, given)
     if not any(len(points) > 1 for points in given.values()):
         if "learning_rate" in given:
             raise ValueError("each option has one value; give one of them several, as in --learning-rate 1e-4:1:16")

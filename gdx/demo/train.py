@@ -21,7 +21,15 @@ import gdx
 from gdx.checkpoint import CheckpointError, Checkpoints
 from gdx.demo import processes, show
 from gdx.demo.loop import Report, batches
-from gdx.demo.options import HYPERPARAMETERS, add_hyperparameters, check_batch_size, check_seed, check_steps, either
+from gdx.demo.options import (
+    HYPERPARAMETERS,
+    add_hyperparameters,
+    check_batch_size,
+    check_seed,
+    check_steps,
+    either,
+    optimizer_with,
+)
 from gdx.demo.problems import BATCH_SIZE, OPTIMIZERS, STEPS, TRAINING_IMAGES, Problem, digits
 
 EXAMPLES = """\
@@ -144,18 +152,11 @@ def plan(arguments: argparse.Namespace) -> Plan:
 
 
 def _optimizer(chosen: dict[str, Any]) -> gdx.Transform:
-    known, name, storage = OPTIMIZERS["digits"], chosen["optimizer"], chosen["storage"]
-    if name not in known:
-        raise ValueError(f"--optimizer is {name!r}; choose from {', '.join(known)}")
+    name, storage = chosen["optimizer"], chosen["storage"]
     if storage not in STORAGE:
         raise ValueError(f"--storage is {storage!r}; choose from {', '.join(STORAGE)}")
-    tx = known[name]
-    for field in HYPERPARAMETERS:
-        if field in chosen and field not in tx.hyperparams:
-            users = [key for key in known if field in known[key].hyperparams]
-            option = f"--{field.replace('_', '-')}"
-            raise ValueError(f"{option} does not apply to {name}; choose --optimizer {either(users)}")
-    tx = tx.replace(**{field: chosen[field] for field in HYPERPARAMETERS if field in chosen})
+    given = {field: chosen[field] for field in HYPERPARAMETERS if field in chosen}
+    tx = optimizer_with("digits", name, given).replace(**given)
     first, second = STORAGE[storage]
     moments = {"mu_dtype": first, "nu_dtype": second, "accumulator_dtype": first}
     held = {field: format for field, format in moments.items() if hasattr(tx, field)}

@@ -1,6 +1,6 @@
 """Shows that the tests can fail: applies wrong variants one at a time and reports which test catches each.
 
-Run by hand, about 10 minutes: `python -m tests.contract.mutants [--only WORDS]`. The working tree is
+Run by hand, about half an hour: `python -m tests.contract.mutants [--only WORDS]`. The working tree is
 not touched: each variant is made in a copy.
 """
 
@@ -59,9 +59,9 @@ MUTANTS = [
     ("overflow unseen", "numerics.py", "jnp.where(product < jnp.inf, product", "jnp.where(product <= jnp.inf, product"),
     ("count off by one", "leafwise.py", "optax.safe_increment(state.count) if", "state.count if"),
     ("count wraps", "leafwise.py", "optax.safe_increment(state.count) if", "state.count + 1 if"),
-    ("state in the computed dtype", "leafwise.py", "if few else x.astype(old.dtype)", "if few else x"),
+    ("state in the computed dtype", "leafwise.py", "x.astype(old.dtype) if format is None", "x if format is None"),
     ("update in the computed dtype", "leafwise.py", "u if is_rounded else u.astype(g.dtype)", "u"),
-    ("computed in the leaf's dtype", "leafwise.py", "np.dtype(np.float32))\n\n\ndef moment_like", "np.dtype(jnp.result_type(arrays[0])))\n\n\ndef moment_like"),
+    ("computed in the leaf's dtype", "numerics.py", "for x in arrays), np.dtype(np.float32))", "for x in arrays), np.dtype(jnp.result_type(arrays[0])))"),
     ("moments in the parameter's dtype", "leafwise.py", "dtype = jnp.finfo(compute_dtype(p)).dtype", "dtype = jnp.finfo(jnp.result_type(p)).dtype"),
     ("tree not compared", "checks.py", "if structure != jax.tree.structure(tree):", "if False:"),
     ("shapes not compared", "checks.py", "if np.shape(leaf) != np.shape(other):", "if False:"),
@@ -78,7 +78,7 @@ MUTANTS = [
     ("rounding by a pair of conversions", ROUNDING, "return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)", "return x"),
     ("parameters and moments share random bits", ROUNDING, "_replace(field=2)", "_replace(field=0)"),
     ("rounding always down", FORMATS, "(raw + bits) &", "raw &"),
-    ("infinities rounded", FORMATS, "jnp.where(jnp.isfinite(x), rounded, x)", "rounded"),
+    ("NaN rounded", FORMATS, "jnp.where(jnp.isnan(x), x, rounded)", "rounded"),
     ("both moments share random bits", "storage/dither.py", "return hashed >> 16 if self.field % 2 else", "return"),
     ("leaves share random bits", "storage/dither.py", "for number in (self.leaf, self.step):", "for number in (self.step,):"),
     ("steps share random bits", "storage/dither.py", "for number in (self.leaf, self.step):", "for number in (self.leaf,):"),
@@ -88,7 +88,7 @@ MUTANTS = [
     ("infinite scales", BLOCKS, "jnp.where(scales < jnp.inf, scales, jnp.nan)", "scales"),
     ("small leaves in 8 bits", BLOCKS, "np.prod(shape, dtype=object) >= self.minimum_size", "True"),
     ("the update reads what was not rounded", "leafwise.py", "*map(with_slope_of, accumulate(), decode(stored))", "*accumulate()"),
-    ("formats not compared", "checks.py", "if isinstance(leaf, Packed) if expected is None else _kinds(leaf) != expected:", "if False:"),
+    ("formats not compared", "checks.py", "if is_packed(leaf) if expected is None else _kinds(leaf) != expected:", "if False:"),
     ("nearest second moment allowed", ADAM, "nearest = isinstance(tx.nu_dtype, np.dtype) and tx.nu_dtype.itemsize < 4", "nearest = False"),
     ("static fields not compared", "transform.py", "value if isinstance(value, _PLAIN) else Static(value)", "None"),
     ("numbers of a schedule folded", "schedules.py", "jnp.asarray(number, dtype) + 0 * count.astype(dtype)", "jnp.asarray(number, dtype)"),
@@ -104,6 +104,20 @@ MUTANTS = [
     ("nothing rematerialised", "training.py", "    @jax.checkpoint\n", ""),
     ("state of before forgotten", "training.py", "tx.init(params) if state is None else state", "tx.init(params)"),
     ("divergence of the end unseen", "training.py", "jax.tree.leaves((self.losses, self.final))", "jax.tree.leaves(self.losses)"),
+    ("batches of one order", "noise/batches.py", "jax.random.split(key, number))", "jnp.stack([key] * number))"),
+    ("padding counted", "noise/batches.py", "(jnp.arange(steps * batch_size) < size)", "(jnp.arange(steps * batch_size) >= 0)"),
+    ("variance as with replacement", "noise/estimates.py", "(examples - batch_size) / max(examples - 1, 1)", "1.0"),
+    ("noise of the large batch", "noise/estimates.py", "excess * b * ratio", "excess * b"),
+    ("one gradient too many", "noise/estimates.py", "scatter * (batch_size / (number - 1))", "scatter * (batch_size / number)"),
+    ("noise not averaged from the first step", "noise/measuring.py", "(1 - self.decay) / -jnp.expm1(n * jnp.log1p(self.decay - 1))", "(1 - self.decay) * n**0"),
+    ("best rate by the largest alone", "curvature/rates.py", "rate, contraction = 2 / (bounded + high)", "rate, contraction = 2 / high"),
+    ("edge of momentum of gradient descent", "curvature/rates.py", "edge = 2 * (1 + mu) / rate", "edge = 2 / rate"),
+    ("Hessian of one batch", "curvature/operators.py", "jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), self.batches)", "add(jax.tree.map(jnp.zeros_like, params), jax.tree.map(lambda x: x[0], self.batches))"),
+    ("an exhausted span counted", "curvature/krylov.py", "goes_on = coupling > 10 * jnp.finfo(start.dtype).eps * size_of_all", "goes_on = coupling > -1"),
+    ("split inside a block", "placement.py", "part % units.get(dimension, 1) == 0", "True"),
+    ("updates left split", "sharding.py", "return constrain(updates, plan.params), constrain(state, plan.state)", "return constrain(updates, plan.moments), constrain(state, plan.state)"),
+    ("places not in the checksum", "checkpoint/checksums.py", "lowbias32(places(word.shape, lowbias32(jnp.uint32(0x9E3779B9 + salt))))", "lowbias32(jnp.full(word.shape, salt, jnp.uint32))"),
+    ("fields not compared on restore", "checkpoint/manifest.py", "if name not in allow and fields.get(name) != here.get(name)", "if False"),
     ("edge one rate too far", "training.py", "rates[best + fails[0] - 1] * rates[best + fails[0]]", "rates[best + fails[0]] * rates[best + fails[0]]"),
 ]
 # fmt: on
@@ -135,8 +149,10 @@ def run(file: str, right: str, wrong: str) -> str | None:
         if right not in text:
             raise SystemExit(f"{file} has no {right!r}; bring the list of variants up to date")
         source.write_text(text.replace(right, wrong, 1))
-        own = str(Path("tests", file).with_name(f"test_{source.stem}.py"))
-        tests = [own, *TESTS] if (copy / own).exists() and own not in TESTS else TESTS
+        own = Path("tests", file).with_name(f"test_{source.stem}.py")
+        if not (copy / own).exists():
+            own = own.parent  # the tests of its folder
+        tests = TESTS if str(own) in ("tests", *TESTS) else [str(own), *TESTS]
         outcome = subprocess.run(
             [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--tb=no", "-q", *tests],
             cwd=copy,
