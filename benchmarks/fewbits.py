@@ -165,7 +165,8 @@ def compare(name: str, seeds: int) -> tuple[tuple[np.ndarray, dict[str, np.ndarr
     cells = {}
     for label, found in losses.items():
         added = found[:, -1] - losses["float32"][:, -1]
-        cells[label] = [f"{found[:, -1].mean():.4f}", f"{added.mean():+.4f}", *(f"{x:+.4f}" for x in added)]
+        error = added.std(ddof=1) / np.sqrt(seeds) if seeds > 1 else np.nan
+        cells[label] = [f"{found[:, -1].mean():.4f}", f"{added.mean():+.4f}", f"{error:.4f}"]
     return (steps, {label: found.mean(axis=0) for label, found in losses.items()}), cells
 
 

@@ -163,7 +163,7 @@ def measure_training(seeds: int, picture: str | None) -> None:
         histories[problem], differences = compare(problem, seeds)
         rows += [(problem, name, *cells) for name, cells in differences.items()]
     print(f"Validation loss at the end: mean of {seeds} seeds, and what each adds to float32's with the same seed\n")
-    print(table(["problem", "held in", "loss", "mean added", *(f"seed {seed}" for seed in range(seeds))], rows))
+    print(table(["problem", "held in", "loss", "added", "standard error"], rows))
     if picture:
         from matplotlib import pyplot
 

@@ -4,26 +4,15 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
-ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-METADATA = {
-    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-    "language_info": {"name": "python"},
-}
+from tests.notebooks import METADATA, NOTEBOOKS, ROOT, execute, read
+
 LARGEST = 600_000  # bytes
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
 def path(request: pytest.FixtureRequest) -> Path:
     return request.param
-
-
-def read(path: Path) -> nbformat.NotebookNode:
-    notebook = nbformat.read(path, as_version=4)
-    nbformat.validate(notebook)
-    return notebook
 
 
 def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
@@ -70,16 +59,10 @@ def test_tells_what_to_try_next(path):
 
 
 @pytest.mark.soak
-def test_runs(path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.delenv("XLA_FLAGS")  # the eight devices of the tests
+def test_runs(path):
     notebook = read(path)
     where = nbformat.v4.new_code_cell("gdx.__file__")
     notebook.cells.append(where)
-    # twice the longest that one may take on a quiet machine
-    NotebookClient(
-        notebook, timeout=180, kernel_name="python3", resources={"metadata": {"path": path.parent}}
-    ).execute()
+    execute(notebook)
     check_outputs(notebook)
     assert where.outputs[0].data["text/plain"] == repr(str(ROOT / "gdx" / "__init__.py"))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gdx.plot.style import add_legend, axes_or_new, line_styles, spans_decades
+from gdx.plot.style import add_legend, axes_or_new, line_styles, plain_decades, spans_decades
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,8 +41,6 @@ def loss_line(
     'position on the line'
     """
     ax = axes_or_new(ax)
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
     positions, drawn = np.asarray(positions, float), []
     for (label, values), style in zip(losses.items(), line_styles()):
         rows = np.atleast_2d(np.where(np.isfinite(values), values, np.nan).astype(float))
@@ -53,9 +51,7 @@ def loss_line(
             ax.fill_between(positions, *_range(rows), color=curve.get_color(), alpha=0.2, linewidth=0)
     if drawn and spans_decades(np.stack(drawn)):
         ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        ax.yaxis.set_minor_formatter(NullFormatter())
+        plain_decades(ax.yaxis)
     for label, position in (marks or {}).items():
         ax.axvline(position, color="0.5", linewidth=1, linestyle=":")
         ax.annotate(

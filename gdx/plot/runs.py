@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gdx.plot.style import COLOURS, add_legend, axes_or_new, finite_length, line_styles, run_label, spans_decades, words
+from gdx.plot.style import (
+    COLOURS,
+    add_legend,
+    axes_or_new,
+    finite_length,
+    line_styles,
+    plain_decades,
+    run_label,
+    spans_decades,
+    words,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -150,7 +160,9 @@ def _heat_map(ax: "Axes", names: list[str], values: list[list[float]], best: np.
 
     norm = LogNorm() if spans_decades(best) else None
     image = ax.imshow(np.ma.masked_invalid(best), origin="lower", aspect="auto", cmap="viridis_r", norm=norm)
-    ax.figure.colorbar(image, ax=ax, label=name)
+    bar = ax.figure.colorbar(image, ax=ax, label=name)
+    if norm is not None:
+        plain_decades(bar.ax.yaxis)
     diverged = np.argwhere(~np.isfinite(best))
     if len(diverged):
         ax.plot(diverged[:, 1], diverged[:, 0], "x", color="0.4", linestyle="none", label="diverged")
@@ -168,7 +180,7 @@ def _heat_map(ax: "Axes", names: list[str], values: list[list[float]], best: np.
         )
     for axis, key, points, most in ((ax.yaxis, names[0], values[0], 9), (ax.xaxis, names[1], values[1], 6)):
         shown = range(0, len(points), -(-len(points) // most))  # at equal distances, with room for the numbers
-        axis.set_ticks(shown, [f"{points[i]:.2g}" for i in shown])
+        axis.set_ticks(shown, [f"{float(f'{points[i]:.2g}'):g}" for i in shown])
         axis.set_label_text(words(key))
     if ax.get_legend_handles_labels()[0]:
         ax.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2, frameon=False)

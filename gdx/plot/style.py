@@ -51,3 +51,12 @@ def finite_length(values: np.ndarray) -> int:
 def spans_decades(values: np.ndarray) -> bool:
     finite = values[np.isfinite(values)]
     return bool(len(finite) and finite.min() > 0 and finite.max() > 10 * finite.min())
+
+
+def plain_decades(axis: Any) -> None:
+    """Numbers at 1, 2 and 5 of each decade of a logarithmic axis, written out."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
