@@ -58,7 +58,7 @@ def update_sharpness(state: SharpnessState, operator: Operator, *, products: int
     Args:
       state: from `init_sharpness` or the last update.
       operator: `Hessian` or `GaussNewton` at the present parameters, or it `adam_preconditioned`.
-      products: products with a vector, at least 2; each costs two to three gradients.
+      products: products with a vector, at least 2; each costs two to four gradients.
 
     Raises:
       ValueError: products is less than 2.
