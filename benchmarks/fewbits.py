@@ -86,6 +86,7 @@ PROBLEMS: Mapping[str, Callable[[], Problem]] = {"digits": digits, "characters":
 BATCH, EVALUATIONS = 128, 30
 BFLOAT16: dict[str, Any] = {"mu_dtype": "bfloat16", "nu_dtype": gdx.storage.StochasticBfloat16()}
 EIGHT_BIT: dict[str, Any] = {"mu_dtype": gdx.storage.SignedFourthRoot8(), "nu_dtype": gdx.storage.FourthRoot8()}
+TURNED: dict[str, Any] = {name: dataclasses.replace(format, axis=-2) for name, format in EIGHT_BIT.items()}
 LINEAR: dict[str, Any] = {"mu_dtype": Linear8(), "nu_dtype": Linear8()}
 
 # settings of adamw, the link that rounds parameters, their dtype
@@ -170,8 +171,13 @@ def compare(name: str, seeds: int) -> tuple[tuple[np.ndarray, dict[str, np.ndarr
     return (steps, {label: found.mean(axis=0) for label, found in losses.items()}), cells
 
 
-def eight_bit_error(name: str, counts: Sequence[int] = (10, 100, 500)) -> list[float]:
-    """Root mean square of the difference of the updates of 8-bit and float32 state, over that of the latter."""
+def eight_bit_errors(name: str, counts: Sequence[int]) -> Mapping[str, list[float]]:
+    """By axis of the blocks: root mean square difference of 8-bit updates from float32 ones, over that of the latter.
+
+    Args:
+      name: of the problem whose gradients are taken.
+      counts: the steps at which to look.
+    """
     problem = PROBLEMS[name]()
     params, gradients = train(problem, gdx.adam(problem.rate), jnp.float32, keep_gradients=max(counts))(0)
 
@@ -182,8 +188,13 @@ def eight_bit_error(name: str, counts: Sequence[int] = (10, 100, 500)) -> list[f
 
         return np.asarray(jax.lax.scan(step, tx.init(params), gradients)[1])
 
-    exact, found = (updates(gdx.scale_by_adam(**settings)) for settings in ({}, EIGHT_BIT))
-    return [float(np.sqrt(np.mean((found[i - 1] - exact[i - 1]) ** 2) / np.mean(exact[i - 1] ** 2))) for i in counts]
+    exact = updates(gdx.scale_by_adam())
+
+    def errors(settings: dict[str, Any]) -> list[float]:
+        off = updates(gdx.scale_by_adam(**settings)) - exact
+        return [float(np.sqrt(np.mean(off[i - 1] ** 2) / np.mean(exact[i - 1] ** 2))) for i in counts]
+
+    return {"-1": errors(EIGHT_BIT), "-2": errors(TURNED)}
 
 
 def second_moment_after_shrinking(counts: Sequence[int]) -> dict[str, list[float]]:
