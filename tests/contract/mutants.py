@@ -19,7 +19,7 @@ TESTS = [
     "tests/contract",
     "tests/test_transform.py",
     "tests/test_leafwise.py",
-]  # after the file's own
+]  # after the file's own, and those of its folder
 ADAM, MOMENTUM, DECAY = "links/adam.py", "links/momentum.py", "links/decay.py"
 ROUNDING, BLOCKS, FORMATS = "links/rounding.py", "storage/blocks.py", "storage/formats.py"
 
@@ -150,9 +150,8 @@ def run(file: str, right: str, wrong: str) -> str | None:
             raise SystemExit(f"{file} has no {right!r}; bring the list of variants up to date")
         source.write_text(text.replace(right, wrong, 1))
         own = Path("tests", file).with_name(f"test_{source.stem}.py")
-        if not (copy / own).exists():
-            own = own.parent  # the tests of its folder
-        tests = TESTS if str(own) in ("tests", *TESTS) else [str(own), *TESTS]
+        near = [path for path in (own, own.parent) if (copy / path).exists() and path != Path("tests")]
+        tests = [*map(str, near), *TESTS, "--ignore=tests/contract/test_mutants.py"]
         outcome = subprocess.run(
             [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "--tb=no", "-q", *tests],
             cwd=copy,
