@@ -54,6 +54,14 @@ def test_every_bfloat16_stays():
     np.testing.assert_array_equal(np.asarray(found)[normal], np.asarray(values)[normal])
 
 
+def test_every_nan_stays_one():
+    # the least and the largest payloads: random bits would make infinities of the ones, and carry from the others
+    payloads = np.concatenate([np.arange(0x7F800001, 0x7F802000), np.arange(0x7FFFE000, 0x80000000)])
+    raw = np.concatenate([payloads, payloads + 0x80000000]).astype(np.uint32)
+    found = StochasticBfloat16().encode(jnp.asarray(raw.view(np.float32)), Dither(np.uint32(1), np.uint32(0)))
+    assert np.all(np.isnan(np.asarray(found, np.float32)))
+
+
 def test_subnormals_round_to_a_neighbour_or_zero():
     tiny = jnp.asarray(np.array([1e-45, 1e-40, -1e-39, 1e-38], np.float32))
     found = np.asarray(StochasticBfloat16().encode(tiny, Dither(np.uint32(1), np.uint32(0))), np.float32)
