@@ -1,5 +1,6 @@
 """Schedules that are values: optax's own, with their numbers as leaves."""
 
+import contextlib
 import functools
 import inspect
 import operator
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdx.fields import Value, is_concrete, text, to_scalar
+from gdx.fields import Static, Value, is_concrete, text, to_scalar
 
 WAYS = 64
 
@@ -20,22 +21,24 @@ class schedule(Value):
     r"""A schedule $s_t = f(a_1, a_2, \dots)(t)$ whose numbers $a_i$ are leaves; $f$ is a function that makes schedules.
 
     The numbers given here may be changed, batched and differentiated like any hyperparameter of an
-    optimizer, and are named like one: `tx.replace(peak_value=0.2)` compiles nothing. Everything else
-    (defaults that are not given, `staircase=True`, the steps that are keys of a dictionary) is a constant.
+    optimizer, and are named like one: `tx.replace(peak_value=0.2)` compiles nothing. Those in a tree are named with
+    their path, `boundaries_and_scales.100`. Everything else (defaults that are not given, `staircase=True`, the steps
+    that are keys of a dictionary, what `functools.partial` holds) is a constant.
 
     The result has the same bits whether the numbers are constants, arguments or lanes of `vmap`. Where
-    $f$ compares its numbers, to leave out a phase of no steps say, both ways are compiled and the
-    comparison chooses between them when it runs. Steps are computed in the default float dtype: in
-    float32 they are exact up to $2^{24}$.
+    $f$ compares its numbers, to leave out a phase of no steps say, and they are no constants, both ways are compiled
+    and the comparison chooses between them when it runs; it is NaN for numbers that $f$ refuses. Steps are computed in
+    the default float dtype: in float32 they are exact up to $2^{24}$.
 
     Args:
       factory: a function that returns a function of the step count, such as `optax.cosine_decay_schedule`.
-      **arguments: its arguments: numbers and trees of numbers become leaves, anything else stays as it is.
+      **arguments: its arguments: numbers, other `gdx.schedule`s and trees of both become leaves, anything else stays as
+        it is.
 
     Raises:
       TypeError: factory is no function, does not take these arguments, needs the value of a number
         while it makes the schedule (as optax's one-cycle schedules do with `transition_steps`), or
-        compares its numbers in more than 64 ways; give that one as a constant, in `functools.partial`.
+        compares traced numbers in more than 64 ways; give that one as a constant, in `functools.partial`.
       ValueError: a number is not finite or no scalar, or the factory refuses it.
 
     >>> import gdx, optax
@@ -50,121 +53,219 @@ class schedule(Value):
     def __init__(self, factory: Callable[..., Callable[[Any], Any]], /, **arguments: Any):
         if not callable(factory):
             raise TypeError(f"schedule: got {factory!r}; expected a function such as optax.cosine_decay_schedule")
+        factory, constants = _without_partial(factory)
         name, signature = _name(factory), inspect.signature(factory)
         try:
-            signature.bind(**arguments)
+            signature.bind(**{**constants, **arguments})
         except TypeError as error:
             raise TypeError(f"schedule: {name}: {error}; it takes {', '.join(signature.parameters)}") from None
         numbers: dict[str, Any] = {}
-        constants: dict[str, Any] = {}
         for key, value in arguments.items():
-            if value is None or isinstance(value, bool | np.bool_ | str) or callable(value):
+            constants.pop(key, None)
+            if _is_constant(value):
                 constants[key] = value
             else:
-                numbers[key] = jax.tree.map(lambda leaf, key=key: to_scalar(f"schedule: {name}: {key}", leaf), value)
-        vars(self).update(factory=factory, numbers=numbers, constants=constants)
-        for _, made in self._outcomes(lambda number: number):
-            if not callable(made):
+                numbers[key] = _map_numbers(functools.partial(_to_number, f"schedule: {name}: {key}"), value)
+        # in one order, however they were given
+        order = [*signature.parameters, *sorted({*numbers, *constants} - {*signature.parameters})]
+        in_order = ({key: given[key] for key in order if key in given} for given in (numbers, constants))
+        vars(self).update(factory=factory, **dict(zip(("numbers", "constants"), in_order)))
+        for way in self._ways(lambda number: number):
+            if not callable(made := way.made):
                 raise TypeError(f"schedule: {name} returned {made!r}; expected a function of the step count")
 
     def __call__(self, count: Any) -> jax.Array:
         count = jnp.asarray(count)
         dtype = jnp.result_type(float)
 
-        def array(number: Any) -> jax.Array:
-            # adding 0 * t keeps a constant from being worked on at compile time, which rounds differently
-            return jnp.asarray(number, dtype) + 0 * count.astype(dtype)
+        def scalar(number: Any) -> Any:
+            return np.asarray(number).astype(dtype) if is_concrete(number) else jnp.asarray(number, dtype)
+
+        def value(way: _Way) -> jax.Array:
+            taken = functools.reduce(operator.and_, way.conditions) if way.conditions else None
+
+            def array(number: Any) -> jax.Array:
+                # 1 where another way is taken: there this one may divide by 0, and NaN would go into all slopes
+                chosen = scalar(number) if taken is None else jnp.where(taken, scalar(number), 1)
+                # adding 0 * t keeps a constant from being worked on at compile time, which rounds differently
+                return chosen + 0 * count.astype(dtype)
+
+            found = self._made(_Way(way.choices), scalar, array).made(count)
+            found = jnp.asarray(found.array if isinstance(found, _Number) else found)
+            return found if taken is None else jnp.where(taken, found, jnp.nan)
 
         # schedules compute with an integer count, which strict promotion would refuse
         with jax.numpy_dtype_promotion("standard"):
-            (_, made), *others = self._outcomes(array)
-            value = jnp.asarray(made(count))
-            for conditions, made in others:
-                value = jnp.where(functools.reduce(operator.and_, conditions), made(count), value)
-        return value
+            first, *others = self._ways(scalar)
+            total = value(first)
+            for way in others:
+                total = jnp.where(functools.reduce(operator.and_, way.conditions), value(way), total)
+        return total
 
-    def _outcomes(self, array: Callable[[Any], Any]) -> list[tuple[list[Any], Callable[[Any], Any]]]:
-        """What the factory makes for each way that comparisons of traced numbers can turn out.
+    def _made(self, way: "_Way", scalar: Callable[[Any], Any], array: Callable[[Any], Any]) -> "_Way":
+        """A way, with what the factory makes on it of numbers that compute as arrays and compare as scalars."""
 
-        Returns:
-          The conditions under which it is the one, and the schedule. Ways that the factory refuses are
-          left out, for what is traced cannot be refused.
-        """
-        outcomes: list[tuple[list[Any], Callable]] = []
+        def number(leaf: Any) -> Any:
+            return leaf if isinstance(leaf, schedule) else _Number(array(leaf), scalar(leaf), way)
+
+        try:
+            with np.errstate(all="ignore"):
+                made = self.factory(**_map_numbers(number, self.numbers), **self.constants)
+        except TypeError as error:
+            if _Number.__name__ not in str(error):
+                raise
+            raise TypeError(
+                f"schedule: {_name(self.factory)} computes with its numbers by more than operators while it makes the "
+                f"schedule; do it in the function of the step count that it returns ({error})"
+            ) from error
+        way.end(_with_arrays(made, {}))
+        return way
+
+    def _ways(self, scalar: Callable[[Any], Any]) -> "list[_Way]":
+        """The ways that comparisons of traced numbers can turn out, without those that the factory refuses."""
+        ways: list[_Way] = []
         refusal: ValueError | None = None
         untried: list[tuple[bool, ...]] = [()]
         while untried:
             way = _Way(untried.pop())
             try:
-                numbers = jax.tree.map(lambda number: _Number(array(number), way), self.numbers)  # noqa: B023
-                outcomes.append((way.conditions, _with_arrays(self.factory(**numbers, **self.constants))))
+                ways.append(self._made(way, scalar, scalar))
             except ValueError as error:
                 refusal = error
             untried += way.others()
-            if len(outcomes) + len(untried) > WAYS:
+            if len(ways) + len(untried) > WAYS:
                 raise TypeError(
                     f"schedule: {_name(self.factory)} compares traced numbers in more than {WAYS} ways; give some of "
-                    f"{', '.join(self.numbers)} as constants, in functools.partial"
+                    f"{', '.join(self.numbers)} as constants, in functools.partial, or close over the optimizer"
                 )
-        if not outcomes and refusal is not None:
+        if not ways and refusal is not None:
             raise refusal
-        return outcomes
+        return ways
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """Every number by its name, where in a tree with its path: `cosine_kwargs.0.peak_value`."""
+        arguments = ((name, jax.tree_util.tree_leaves_with_path(tree)) for name, tree in self.numbers.items())
+        return {_dotted(name, path): number for name, leaves in arguments for path, number in leaves}
 
     def replace(self, **changes: Any) -> Self:
-        """The same schedule with some arguments changed.
+        """The same schedule with some arguments changed, or single numbers, by their names in `named`.
 
         Raises:
           ValueError, TypeError: as when a schedule is made.
         """
-        return type(self)(self.factory, **{**self.numbers, **self.constants, **changes})
+        inner = {name: changes.pop(name) for name in self.named if "." in name and name in changes}
+        numbers = {
+            name: jax.tree_util.tree_map_with_path(lambda path, kept: inner.get(_dotted(name, path), kept), tree)  # noqa: B023
+            for name, tree in self.numbers.items()
+        }
+        # a number that is a constant stays one
+        given = {key: changes.pop(key, kept) for key, kept in self.constants.items() if not _is_constant(kept)}
+        plain = {key: kept for key, kept in self.constants.items() if key not in given}
+        return type(self)(functools.partial(self.factory, **given), **{**numbers, **plain, **changes})
 
     def __getattr__(self, name: str) -> Any:
-        if not name.startswith("_") and name in vars(self).get("numbers", {}):
-            return self.numbers[name]
+        if not name.startswith("_") and "numbers" in vars(self):
+            for known in (self.numbers, self.named):
+                if name in known:
+                    return known[name]
         raise AttributeError(f"schedule has no number {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a schedule is a value; use replace({name}=...)")
 
     def __repr__(self) -> str:
-        arguments = {**self.numbers, **self.constants}
-        return f"schedule({', '.join([_name(self.factory), *(f'{k}={text(v)}' for k, v in arguments.items())])})"
+        fixed = {key: value for key, value in self.constants.items() if not _is_constant(value)}
+        plain = {key: value for key, value in self.constants.items() if key not in fixed}
+        factory = f"partial({', '.join([_name(self.factory), *_shown(fixed)])})" if fixed else _name(self.factory)
+        return f"schedule({', '.join([factory, *_shown(self.numbers), *_shown(plain)])})"
 
 
 def _flatten_with_keys(made: schedule) -> tuple[list, tuple]:
     children = [(jax.tree_util.GetAttrKey(name), value) for name, value in made.numbers.items()]
-    return children, (made.factory, tuple(made.numbers), tuple(made.constants.items()))
+    constants = tuple((name, Static(value)) for name, value in made.constants.items())
+    return children, (made.factory, tuple(made.numbers), constants)
 
 
 def _unflatten(aux: tuple, children: Any) -> schedule:
     factory, names, constants = aux
     made = object.__new__(schedule)
-    vars(made).update(factory=factory, numbers=dict(zip(names, children)), constants=dict(constants))
+    fixed = {name: kept.value for name, kept in constants}
+    vars(made).update(factory=factory, numbers=dict(zip(names, children)), constants=fixed)
     return made
 
 
 jax.tree_util.register_pytree_with_keys(schedule, _flatten_with_keys, _unflatten)
 
 
-def _with_arrays(made: Any) -> Any:
-    """A function, or what it closes over, with every `_Number` in it replaced by its array."""
+def _without_partial(factory: Callable) -> tuple[Callable, dict[str, Any]]:
+    """The function in a `functools.partial` and its arguments by name, where they all have one."""
+    if not isinstance(factory, functools.partial):
+        return factory, {}
+    parameters = list(inspect.signature(factory.func).parameters.values())
+    named = all(p.kind == p.POSITIONAL_OR_KEYWORD for p in parameters[: len(factory.args)])
+    if len(parameters) < len(factory.args) or not named:
+        return factory, {}
+    return factory.func, {**dict(zip((p.name for p in parameters), factory.args)), **factory.keywords}
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether an argument is never a number or a tree of them."""
+    opaque = callable(value) and not isinstance(value, schedule)
+    return opaque or value is None or isinstance(value, bool | np.bool_ | str)
+
+
+def _map_numbers(function: Callable[[Any], Any], tree: Any) -> Any:
+    """The function of each number of a tree, and of each schedule as a whole."""
+    return jax.tree.map(function, tree, is_leaf=lambda x: isinstance(x, schedule))
+
+
+def _to_number(label: str, value: Any) -> Any:
+    if isinstance(value, schedule):
+        return value
+    if callable(value):
+        raise TypeError(
+            f"{label} has {text(value)} in it; expected numbers, or schedules that are values, such as "
+            f"gdx.schedule(optax.constant_schedule, value=0.1)"
+        )
+    return to_scalar(label, value)
+
+
+def _with_arrays(made: Any, known: dict[int, Any]) -> Any:
+    """A function, or what it closes over, with every `_Number` in it replaced by its array.
+
+    Args:
+      made: what the factory has made, or a part of it.
+      known: what has been replaced so far, by its `id`: a function may close over itself.
+    """
     if isinstance(made, _Number):
         return made.array
     if isinstance(made, list | tuple):
-        return type(made)(map(_with_arrays, made))
+        return type(made)(_with_arrays(value, known) for value in made)
     if isinstance(made, dict):
-        return {key: _with_arrays(value) for key, value in made.items()}
-    if isinstance(made, types.FunctionType) and made.__closure__:
-        cells = tuple(map(_cell_with_arrays, made.__closure__))
-        return types.FunctionType(made.__code__, made.__globals__, made.__name__, made.__defaults__, cells)
+        return {key: _with_arrays(value, known) for key, value in made.items()}
+    if isinstance(made, functools.partial):
+        parts = _with_arrays((made.func, list(made.args), made.keywords), known)
+        return functools.partial(parts[0], *parts[1], **parts[2])
+    if isinstance(made, types.FunctionType):
+        if id(made) not in known:
+            cells = tuple(types.CellType() for _ in made.__closure__ or ())
+            known[id(made)] = copied = types.FunctionType(made.__code__, made.__globals__, made.__name__, None, cells)
+            copied.__defaults__ = _with_arrays(made.__defaults__, known)
+            copied.__kwdefaults__ = _with_arrays(made.__kwdefaults__, known)
+            for cell, kept in zip(cells, made.__closure__ or ()):
+                with contextlib.suppress(ValueError):  # it is empty: the factory left this variable unset
+                    cell.cell_contents = _with_arrays(kept.cell_contents, known)
+        return known[id(made)]
     return made
 
 
-def _cell_with_arrays(cell: types.CellType) -> types.CellType:
-    try:
-        return types.CellType(_with_arrays(cell.cell_contents))
-    except ValueError:  # it is empty: the factory left this variable of its schedule unset
-        return cell
+def _dotted(name: str, path: tuple) -> str:
+    return ".".join([name, *(jax.tree_util.keystr((key,), simple=True) for key in path)])
+
+
+def _shown(arguments: dict[str, Any]) -> list[str]:
+    return [f"{key}={text(value)}" for key, value in arguments.items()]
 
 
 def _name(factory: Callable) -> str:
@@ -177,14 +278,21 @@ class _Way:
     def __init__(self, choices: tuple[bool, ...]):
         self.choices = choices
         self.conditions: list[Any] = []
+        self.made: Any = None
 
     def decide(self, condition: Any) -> bool:
         if is_concrete(condition):
             return bool(condition)
+        if self.made is not None:
+            raise TypeError("schedule: it compares a traced number when it is called; use jnp.where there")
         number = len(self.conditions)
         choice = self.choices[number] if number < len(self.choices) else True
         self.conditions.append(condition if choice else ~condition)
         return choice
+
+    def end(self, made: Any) -> None:
+        """Keeps what the factory has made on this way, after which nothing is left to choose."""
+        self.made = made
 
     def others(self) -> list[tuple[bool, ...]]:
         """The ways that leave this one where it was free to choose."""
@@ -193,12 +301,12 @@ class _Way:
 
 
 class _Number:
-    """A number while a factory runs: it computes with an array, and compares as the way says."""
+    """A number while a factory runs: it computes with an array, and compares as a scalar, or as the way says."""
 
     __array_ufunc__ = None  # leaves the arithmetic with numpy's scalars to this class
 
-    def __init__(self, array: Any, way: _Way):
-        self.array, self.way = array, way
+    def __init__(self, array: Any, scalar: Any, way: _Way):
+        self.array, self.scalar, self.way = array, scalar, way
 
     def _refuse(self, *_: Any) -> Any:
         raise TypeError(
@@ -212,29 +320,29 @@ class _Number:
         return text(self.array)
 
     def __bool__(self) -> bool:
-        return self.way.decide(self.array != 0)
+        return self.way.decide(self.scalar != 0)
 
-    def __neg__(self) -> "_Number":
-        return _Number(-self.array, self.way)
-
-
-def _arithmetic(operation: Callable, *, reflected: bool = False) -> Callable:
-    def method(self: _Number, other: Any) -> _Number:
-        arrays = (self.array, other.array if isinstance(other, _Number) else other)
-        return _Number(operation(*(reversed(arrays) if reflected else arrays)), self.way)
-
-    return method
+    def _of(self, operation: Callable, *others: Any) -> "_Number":
+        arrays, scalars = (
+            operation(*(getattr(x, kept) if isinstance(x, _Number) else x for x in (self, *others)))
+            for kept in ("array", "scalar")
+        )
+        return _Number(arrays, scalars, self.way)
 
 
 def _comparison(operation: Callable) -> Callable:
     def method(self: _Number, other: Any) -> bool:
-        return self.way.decide(operation(self.array, other.array if isinstance(other, _Number) else other))
+        return self.way.decide(operation(self.scalar, other.scalar if isinstance(other, _Number) else other))
 
     return method
 
 
+for _operator in ("neg", "pos", "abs"):
+    _operation = getattr(operator, _operator)
+    setattr(_Number, f"__{_operator}__", lambda x, f=_operation: x._of(f))
 for _operator in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
-    setattr(_Number, f"__{_operator}__", _arithmetic(getattr(operator, _operator)))
-    setattr(_Number, f"__r{_operator}__", _arithmetic(getattr(operator, _operator), reflected=True))
+    _operation = getattr(operator, _operator)
+    setattr(_Number, f"__{_operator}__", lambda x, y, f=_operation: x._of(f, y))
+    setattr(_Number, f"__r{_operator}__", lambda x, y, f=_operation: x._of(lambda a, b: f(b, a), y))
 for _operator in ("lt", "le", "gt", "ge", "eq", "ne"):
     setattr(_Number, f"__{_operator}__", _comparison(getattr(operator, _operator)))

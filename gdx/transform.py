@@ -171,27 +171,38 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
           ValueError: a name is unknown, or several links have a field of that name.
         """
         names = self._names()
-        changed = self
-        for name, value in changes.items():
+        for name in changes:
             if name not in names:
                 choices = [known for known in names if known.endswith(f".{name}")]
                 problem = "is ambiguous" if choices else "is unknown"
                 raise ValueError(
                     f"{type(self).__name__}.replace: {name!r} {problem}; choose from {', '.join(choices or names)}"
                 )
-            changed = changed._put(names[name][0], value)
-        return changed
+        return self._put([(names[name][0], value) for name, value in changes.items()])
 
-    def _put(self, path: Sequence, value: Any) -> Self:
-        (field, index), *rest = path
-        if rest:
-            child = _child(self, path[0])
-            child = child.replace(**{rest[0][0]: value}) if isinstance(child, schedule) else child._put(rest, value)
-            siblings = getattr(self, field)
-            value = child if index is None else (*siblings[:index], child, *siblings[index + 1 :])
-        else:
-            value = self._convert(type(self).__dataclass_fields__[field], value)
-        changed = _unflatten_fields(type(self), {**vars(self), field: value})
+    def _put(self, changes: Sequence[tuple[Sequence, Any]]) -> Self:
+        """The same transform with other values at these paths: all put in their places before any is checked."""
+        values = dict(vars(self))
+        inside: dict[tuple[str, int | None], list] = {}
+        for ((field, index), *rest), value in changes:
+            if rest:
+                inside.setdefault((field, index), []).append((rest, value))
+            else:
+                values[field] = self._convert(type(self).__dataclass_fields__[field], value)
+        for (field, index), inner in inside.items():
+            child = values[field] if index is None else values[field][index]
+            if isinstance(child, Transform):
+                child = child._put(inner)
+            elif isinstance(child, schedule):
+                child = child.replace(**{rest[0][0]: value for rest, value in inner})
+            else:
+                numbers = ", ".join(rest[0][0] for rest, _ in inner)
+                raise ValueError(
+                    f"{type(self).__name__}.replace: {field} becomes {text(child)}, which has no {numbers}"
+                )
+            siblings = values[field]
+            values[field] = child if index is None else (*siblings[:index], child, *siblings[index + 1 :])
+        changed = _unflatten_fields(type(self), values)
         changed.validate()
         return changed
 
@@ -219,7 +230,7 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
             else:
                 yield (field.name,), ((field.name, None),), field
                 if isinstance(value, schedule):
-                    for name in value.numbers:
+                    for name in value.named:
                         yield (field.name, name), ((field.name, None), (name, None)), field
                 continue
             for label, index, child in children:

@@ -141,6 +141,145 @@ def test_does_not_follow_a_state_without_a_count():
     assert tx.init(jnp.ones(2)).count == 0
 
 
+@pytest.mark.parametrize(
+    ("factory", "numbers"),
+    [
+        (
+            optax.warmup_cosine_decay_schedule,
+            {"init_value": 0.0, "peak_value": 0.1, "warmup_steps": 0, "decay_steps": 9},
+        ),
+        (
+            optax.warmup_cosine_decay_schedule,
+            {"init_value": 0.0, "peak_value": 0.0, "warmup_steps": 3, "decay_steps": 9},
+        ),
+        (optax.linear_schedule, {"init_value": 0.3, "end_value": 0.1, "transition_steps": 0}),
+    ],
+)
+@pytest.mark.parametrize("lanes", [False, True])
+def test_a_way_that_is_not_taken_leaves_no_nan_in_slopes(factory, numbers, lanes):
+    rate = gdx.schedule(factory, **numbers)
+
+    def total(rate):
+        return sum(rate(count) for count in (0, 1, 4, 20))
+
+    value = "peak_value" if "peak_value" in numbers else "init_value"
+    with jax.numpy_dtype_promotion("standard"):
+        expected = jax.grad(lambda x: sum(factory(**{**numbers, value: x})(c) for c in (0, 1, 4, 20)))(
+            numbers[value] or 1e-6
+        )
+    if lanes:
+        batch = jax.tree.map(lambda number: jnp.stack([jnp.float32(number)] * 2), rate)
+        slopes = jax.tree.map(lambda x: x[0], jax.jit(jax.vmap(jax.grad(total)))(batch))
+    else:
+        slopes = jax.jit(jax.grad(total))(jax.tree.map(jnp.float32, rate))
+    assert all(map(np.isfinite, jax.tree.leaves(slopes)))
+    np.testing.assert_allclose(getattr(slopes, value), expected, rtol=1e-4)
+
+
+def test_traced_numbers_that_the_factory_refuses_make_nan():
+    with pytest.raises(ValueError, match="positive decay_steps"):
+        warmup(decay_steps=3)
+    at_5 = jax.jit(lambda steps: warmup(decay_steps=steps)(5))
+    assert np.isnan(at_5(jnp.float32(3))) and at_5(jnp.float32(20)) == jax.jit(warmup())(5)
+
+
+def test_numbers_in_trees_have_names():
+    tx = gdx.sgd(
+        gdx.schedule(optax.piecewise_constant_schedule, init_value=1.0, boundaries_and_scales={5: 0.5, 9: 0.1})
+    )
+    assert dict(tx.hyperparams) == {"init_value": 1.0, "boundaries_and_scales.5": 0.5, "boundaries_and_scales.9": 0.1}
+    changed = tx.replace(**{"boundaries_and_scales.5": 0.2})
+    assert changed.hyperparams["boundaries_and_scales.5"] == 0.2 and changed.hyperparams["init_value"] == 1
+    assert gdx.labels(gdx.stack([tx, changed])) == [{"boundaries_and_scales.5": 0.5}, {"boundaries_and_scales.5": 0.2}]
+    tx = gdx.sgd(gdx.schedule(optax.sgdr_schedule, cosine_kwargs=CYCLES))
+    assert tx.replace(**{"cosine_kwargs.1.peak_value": 9.0}).hyperparams["cosine_kwargs.1.peak_value"] == 9
+
+
+def test_changes_are_made_before_they_are_checked():
+    shorter = {"warmup_steps": 1, "decay_steps": 3}
+    longer = {"warmup_steps": 30, "decay_steps": 50}
+    for changes in (shorter, longer, dict(reversed(longer.items()))):
+        tx = gdx.sgd(warmup()).replace(**changes)
+        assert {name: tx.hyperparams[name] for name in changes} == changes
+    with pytest.raises(ValueError, match=r"sgd\.replace: learning_rate becomes 0\.1, which has no peak_value"):
+        gdx.sgd(warmup()).replace(learning_rate=0.1, peak_value=0.2)
+    assert gdx.sgd(warmup()).replace(learning_rate=warmup(), peak_value=0.2).hyperparams["peak_value"] == 0.2
+
+
+def test_schedules_within_a_schedule():
+    parts = [warmup(), gdx.schedule(optax.constant_schedule, value=0.5)]
+    rate = gdx.schedule(optax.join_schedules, schedules=parts, boundaries=[5])
+    with jax.numpy_dtype_promotion("standard"):
+        expected = optax.join_schedules([optax.warmup_cosine_decay_schedule(0.0, 0.1, 4, 20, 0.01), lambda _: 0.5], [5])
+        for count in (0, 3, 4, 5, 20):
+            np.testing.assert_allclose(jax.jit(lambda rate, t: rate(t))(rate, count), expected(count), rtol=1e-6)
+    tx = gdx.sgd(rate)
+    assert tx.hyperparams["schedules.0.peak_value"] == 0.1
+    assert tx.replace(**{"schedules.1.value": 0.25}).learning_rate(9) == 0.25
+
+
+def test_many_comparisons_of_constants_are_one_way():
+    rate = gdx.schedule(optax.sgdr_schedule, cosine_kwargs=CYCLES * 4)
+    with jax.numpy_dtype_promotion("standard"):
+        expected = optax.sgdr_schedule(CYCLES * 4)(25)
+    np.testing.assert_allclose(jax.jit(rate)(25), expected, rtol=1e-6)
+
+
+def test_a_partial_is_a_value_and_its_numbers_stay_constants():
+    def make(steps=30):
+        return gdx.schedule(functools.partial(optax.cosine_onecycle_schedule, steps), peak_value=0.1)
+
+    assert make() == make() and hash(make()) == hash(make()) and pickle.loads(pickle.dumps(make())) == make()
+    assert make() != make(40) and make().replace(transition_steps=40) == make(40)
+    assert repr(make()) == "schedule(partial(cosine_onecycle_schedule, transition_steps=30), peak_value=0.1)"
+    assert len(jax.tree.leaves(make())) == 1 and gdx.labels(gdx.stack([gdx.sgd(make()), gdx.sgd(make())])) == [{}, {}]
+
+
+def test_the_order_of_the_keywords_does_not_matter():
+    one = gdx.schedule(optax.linear_schedule, init_value=1.0, end_value=0.0, transition_steps=10)
+    other = gdx.schedule(optax.linear_schedule, transition_steps=10, end_value=0.0, init_value=1.0)
+    assert one == other and jax.tree.structure(one) == jax.tree.structure(other)
+
+
+def test_many_counts_at_once():
+    rate = gdx.schedule(optax.linear_schedule, init_value=1.0, end_value=0.0, transition_steps=10)
+    for call in (rate, jax.jit(rate), jax.jit(lambda t, rate=rate: jax.tree.map(jnp.float32, rate)(t))):
+        np.testing.assert_allclose(call(jnp.arange(3)), [1.0, 0.9, 0.8], rtol=1e-6)
+
+
+class Ramp:
+    def __init__(self, peak):
+        self.peak = peak
+
+    def __call__(self, count):
+        return self.peak * count
+
+
+def recursive(peak):
+    def ramp(count, again=True):
+        return ramp(count, again=False) if again else peak * count
+
+    return ramp
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        lambda peak: functools.partial(lambda peak, count: peak * count, peak),
+        lambda peak: lambda count, peak=peak: peak * count,
+        lambda peak: lambda count, *, peak=peak: jnp.multiply(peak, count),
+        Ramp,
+        lambda peak: Ramp(peak).__call__,
+        recursive,
+        lambda peak: Ramp(abs(-peak)),
+    ],
+)
+def test_factories_of_any_kind(factory):
+    rate = gdx.schedule(factory, peak=0.5)
+    for call in (lambda rate: rate(3), jax.jit(lambda rate: rate(3))):
+        np.testing.assert_allclose(call(rate), 1.5, rtol=1e-6)
+
+
 REFUSED = {
     "no function": (lambda: gdx.schedule(0.1), TypeError, r"schedule: got 0\.1; expected a function such as optax"),
     "unknown argument": (
@@ -163,6 +302,16 @@ REFUSED = {
         ValueError,
         r"positive decay_steps, got decay_steps=-3\.0",
     ),
+    "a function in a tree": (
+        lambda: gdx.schedule(optax.join_schedules, schedules=[optax.constant_schedule(1.0)], boundaries=[]),
+        TypeError,
+        r"join_schedules: schedules has <constant_schedule.lambda> in it; expected numbers, or schedules",
+    ),
+    "a function of a number": (
+        lambda: gdx.schedule(lambda peak: lambda count, log=jnp.log(peak): log, peak=0.5),  # noqa: B008
+        TypeError,
+        r"<lambda> computes with its numbers by more than operators while it makes the schedule; do it in the function",
+    ),
     "an integer is needed": (
         lambda: gdx.schedule(optax.linear_onecycle_schedule, transition_steps=9, peak_value=0.1),
         TypeError,
@@ -177,7 +326,7 @@ REFUSED = {
     "no such number": (lambda: warmup().replace(peak=3), TypeError, r"unexpected keyword argument 'peak'"),
     "assignment": (lambda: setattr(warmup(), "peak_value", 3), AttributeError, r"use replace\(peak_value=\.\.\.\)"),
     "too many ways": (
-        lambda: jax.jit(gdx.schedule(optax.sgdr_schedule, cosine_kwargs=CYCLES * 4))(3),
+        lambda: jax.jit(lambda rate: rate(3))(gdx.schedule(optax.sgdr_schedule, cosine_kwargs=CYCLES * 4)),
         TypeError,
         r"sgdr_schedule compares traced numbers in more than 64 ways; give some of cosine_kwargs as constants",
     ),

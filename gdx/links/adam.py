@@ -143,8 +143,10 @@ def _sqrt(x: jax.Array) -> jax.Array:
 
 @_sqrt.defjvp
 def _sqrt_jvp(primals: tuple, tangents: tuple) -> tuple:
-    root = _sqrt(*primals)
-    return root, tangents[0] * 0.5 / jnp.where(root > 0, root, jnp.inf)
+    (x,) = primals
+    positive = x > 0
+    slope = jnp.where(positive, 0.5 / _sqrt(jnp.where(positive, x, 1)), 0)
+    return _sqrt(x), tangents[0] * slope
 
 
 @jax.custom_jvp
