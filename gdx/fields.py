@@ -85,18 +85,22 @@ def to_scalar(
         raise ValueError(
             f"{label} has shape {np.shape(value)}; {expected}. Build a batch of optimizers with gdx.stack or gdx.grid"
         )
+    coarse = ""
+    if below < np.inf and hasattr(value, "dtype") and value.dtype.itemsize < 4:
+        coarse = (
+            f"{value.dtype}, in which values near {below:g} round to it; "
+            f"pass it in float32 (with optax: inject_hyperparams(..., hyperparam_dtype='float32'))"
+        )
     if is_concrete(value):
         with np.errstate(over="ignore"):
             rounded = float(np.float32(value))
         in_range = minimum <= float(value) < below
         if not (in_range and minimum <= rounded < below and bool(rounded) == bool(value)):
             in_float32 = f" ({rounded!r} in float32)" if in_range else ""
-            raise ValueError(f"{label} is {float(value)!r}{in_float32}; {expected}")
-    elif below < np.inf and jnp.result_type(value).itemsize < 4:
-        raise TypeError(
-            f"{label} is a traced {jnp.result_type(value)}, in which values near {below:g} round to it; "
-            f"pass it in float32 (with optax: inject_hyperparams(..., hyperparam_dtype='float32'))"
-        )
+            hint = f". It is a {coarse}" if coarse else ""
+            raise ValueError(f"{label} is {float(value)!r}{in_float32}; {expected}{hint}")
+    elif coarse:
+        raise TypeError(f"{label} is a traced {coarse}")
     return value.astype(jnp.result_type(float)) if isinstance(value, jax.Array) else np.float64(value)
 
 

@@ -50,7 +50,7 @@ def stack(optimizers: Iterable[Transform]) -> Transform:
         if list(map(np.shape, jax.tree.leaves(member))) != list(map(np.shape, jax.tree.leaves(members[0]))):
             raise ValueError(
                 f"stack: optimizer {i}, {member!r}, has other shapes than optimizer 0, {members[0]!r}; "
-                f"stack single optimizers, or batches of as many members"
+                f"stack single optimizers"
             )
 
     def column(*values: Any) -> Any:
@@ -70,7 +70,9 @@ def unstack(batch: Transform) -> list[Transform]:
     >>> gdx.unstack(gdx.grid(gdx.sgd, learning_rate=[0.1, 0.2]))[1]
     sgd(learning_rate=0.2)
     """
-    return [jax.tree.map(operator.itemgetter(i), batch) for i in range(members_of(batch))]
+    size = members_of(batch)
+    whole = jax.tree.map(_on_every_device, batch)
+    return [jax.tree.map(operator.itemgetter(i), whole) for i in range(size)]
 
 
 def grid(make: Callable[..., Transform], /, **settings: Any) -> Transform:
@@ -135,6 +137,13 @@ def members_of(batch: Transform) -> int:
     if not named:
         raise ValueError(f"{batch!r} has no hyperparameters to tell members apart")
     return sizes.pop()[0]
+
+
+def _on_every_device(leaf: Any) -> Any:
+    """The same array whole on each device of its mesh: an axis that is split by its type cannot be indexed."""
+    if isinstance(leaf, jax.core.Tracer) or not isinstance(getattr(leaf, "sharding", None), jax.NamedSharding):
+        return leaf
+    return jax.device_put(leaf, jax.NamedSharding(leaf.sharding.mesh, jax.P()))
 
 
 _ARRAYS = (np.ndarray, jax.Array)

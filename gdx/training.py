@@ -2,6 +2,7 @@
 
 import functools
 import math
+import reprlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -142,6 +143,7 @@ def sweep(
         at work, the least loss and how many have diverged.
 
     Raises:
+      TypeError: loss, evaluate or progress has no hash.
       ValueError: optimizers is no batch, chunk_size is less than 1, or the leaves of batches do not
         have one leading axis in common.
 
@@ -157,6 +159,14 @@ def sweep(
     if chunk < 1:
         raise ValueError(f"sweep: chunk_size is {chunk_size}; expected at least 1, or None for all members at once")
     _steps_of(batches)
+    for name, function in (("loss", loss), ("evaluate", evaluate), ("progress", progress)):
+        try:
+            hash(function)
+        except TypeError:
+            raise TypeError(
+                f"sweep: {name} is {reprlib.repr(function)}, which has no hash, by which compiled programs are found; "
+                f"wrap it in a function, such as lambda *arguments: {name}(*arguments)"
+            ) from None
     return Sweep(optimizers, *_sweep(loss, evaluate or _keep, progress, chunk, optimizers, params, batches))
 
 
@@ -191,27 +201,29 @@ def _train_all(
     members, steps = members_of(optimizers), _steps_of(batches)
     chunks = -(-members // size)
 
-    def run(chunk: jax.Array, tx: Transform) -> tuple[jax.Array, Any]:
+    def run(chunk: jax.Array, tx: Transform, is_copy: jax.Array) -> tuple[jax.Array, Any]:
         step, data = training_step(loss, tx), batches
         if progress is not None:
-            step = _reporting(step, progress, before=chunk * steps, total=chunks * steps)
+            step = _reporting(step, progress, is_copy, before=chunk * steps, total=chunks * steps)
             data = jnp.arange(1, steps + 1), batches
         (end, _), losses = jax.lax.scan(step, (params, tx.init(params)), data)
         return losses, evaluate(end)
 
-    run_all = jax.vmap(run, (None, 0))
+    run_all = jax.vmap(run, (None, 0, 0))
     if chunks == 1:
-        return run_all(jnp.zeros([], jnp.int32), optimizers)
+        return run_all(jnp.zeros([], jnp.int32), optimizers, jnp.zeros(members, bool))
+    places = np.arange(size * chunks)
 
     def split(leaf: jax.Array) -> jax.Array:
-        filled = leaf[np.minimum(np.arange(size * chunks), members - 1)] if members < size * chunks else leaf
+        filled = leaf[np.minimum(places, members - 1)] if members < size * chunks else leaf
         # member i is in chunk i % chunks, so that an axis of members that is sharded is so in every chunk
         return filled.reshape(size, chunks).T
 
     def joined(leaf: jax.Array) -> jax.Array:
         return leaf.swapaxes(0, 1).reshape(size * chunks, *leaf.shape[2:])[:members]
 
-    by_chunk = jnp.arange(chunks), jax.tree.map(split, optimizers)
+    are_copies = jnp.asarray(places >= members).reshape(size, chunks).T
+    by_chunk = jnp.arange(chunks), jax.tree.map(split, optimizers), are_copies
     return jax.tree.map(joined, jax.lax.map(lambda chunk: run_all(*chunk), by_chunk))
 
 
@@ -259,6 +271,7 @@ def range_test(
       points: how many rates are tried, at least 2.
 
     Raises:
+      TypeError: tx is none of gdx's.
       ValueError: tx has no hyperparameter called learning_rate, or not one alone; not 0 < low < high;
         points is less than 2; no rate ends below the loss that it started from.
 
@@ -270,6 +283,8 @@ def range_test(
     >>> 0.24 < found.suggested < 0.26, 0.45 < found.edge < 0.55
     (True, True)
     """
+    if not isinstance(tx, Transform):
+        raise TypeError(f"range_test: tx is {reprlib.repr(tx)}; expected one of gdx's optimizers, such as gdx.sgd(0.1)")
     if not 0 < low < high < math.inf:
         raise ValueError(f"range_test: low is {low} and high is {high}; expected 0 < low < high")
     if points < 2:
@@ -310,7 +325,9 @@ def training_step(loss: Loss, tx: optax.GradientTransformation) -> Callable[[Any
     def step(carry: Any, batch: Any) -> Any:
         params, state = carry
         value, gradients = jax.value_and_grad(loss)(params, batch)
-        updates, state = tx.update(gradients, state, params)
+        # what some of optax's ask for: reduce_on_plateau, polyak_sgd, lbfgs
+        asked = {"value": value, "grad": gradients, "value_fn": lambda params: loss(params, batch)}
+        updates, state = tx.update(gradients, state, params, **asked)
         return (optax.apply_updates(params, updates), state), value
 
     return step
@@ -329,32 +346,37 @@ def _rematerialised_scan(step: Callable[[Any, Any], Any], carry: Any, batches: A
 
     segments = jax.tree.map(lambda x: x[:whole].reshape(steps // length, length, *x.shape[1:]), batches)
     carry, losses = jax.lax.scan(segment, carry, segments)
+    if whole == steps:
+        return carry, losses.ravel()
     carry, rest = segment(carry, jax.tree.map(lambda x: x[whole:], batches))
     return carry, jnp.concatenate([losses.ravel(), rest])
 
 
-def _reporting(step: Callable, progress: Progress, *, before: jax.Array, total: int) -> Callable[[Any, Any], Any]:
-    """The step, that calls `progress` about `REPORTS` times in all, and once for all lanes of `vmap`."""
+def _reporting(
+    step: Callable, progress: Progress, is_copy: jax.Array, *, before: jax.Array, total: int
+) -> Callable[[Any, Any], Any]:
+    """The step, that calls `progress` about `REPORTS` times in all, and once for all lanes of `vmap` but copies."""
     every = max(total // REPORTS, 1)
 
     def call(done: Any, least: Any, diverged: Any) -> None:
         progress(float(done) / total, float(least), int(diverged))
 
     @jax.custom_batching.custom_vmap
-    def report(done: jax.Array, loss: jax.Array) -> tuple:
+    def report(done: jax.Array, loss: jax.Array, is_copy: jax.Array) -> tuple:
         return ()
 
     @report.def_vmap
-    def report_all(size: int, batched: Any, done: jax.Array, losses: jax.Array) -> tuple:
+    def report_all(size: int, batched: Any, done: jax.Array, losses: jax.Array, are_copies: jax.Array) -> tuple:
         finite = jnp.isfinite(losses)
-        jax.debug.callback(call, done, jnp.min(jnp.where(finite, losses, jnp.inf)), jnp.sum(~finite))
+        least = jnp.min(jnp.where(finite, losses, jnp.inf))
+        jax.debug.callback(call, done, least, jnp.sum(~finite & ~are_copies))
         return (), ()
 
     def reporting(carry: Any, inputs: Any) -> Any:
         number, batch = inputs
         carry, loss = step(carry, batch)
         done = before + number
-        jax.lax.cond(done % every == 0, report, lambda *_: (), done, loss)
+        jax.lax.cond((done % every == 0) | (done == total), report, lambda *_: (), done, loss, is_copy)
         return carry, loss
 
     return reporting

@@ -135,6 +135,17 @@ def test_a_sweep_of_three_shows_the_least_over_the_third(ax):
     np.testing.assert_array_equal(ax.images[0].get_array().filled(-1), [[1, 2], [3, -1]])
 
 
+def test_a_sweep_of_two_that_is_no_grid_is_a_scatter(ax):
+    points = [{"learning_rate": 10.0**-i, "weight_decay": 0.5 * i} for i in range(4)]
+    plot.sweep(points, [3.0, 0.1, np.nan, 1.0], ax)
+    assert labels(ax) == ["best", "diverged"] and not ax.images
+    assert (ax.get_ylabel(), ax.get_xlabel(), ax.get_yscale()) == ("learning rate", "weight decay", "log")
+    assert len(ax.collections[0].get_offsets()) == 3
+    best, diverged = (line.get_xydata().tolist() for line in ax.lines)
+    assert best == [[0.5, 0.1]] and diverged == [[1.0, 0.01]]
+    ax.figure.canvas.draw()
+
+
 @pytest.mark.parametrize("score", [[np.nan, np.nan], [0.0, -1.0], [1.0, 1.0]])
 def test_sweeps_without_a_logarithm(ax, score):
     plot.sweep([{"b1": 0.0}, {"b1": 0.9}], score, ax)
@@ -145,6 +156,8 @@ def test_sweeps_without_a_logarithm(ax, score):
 def test_a_sweep_of_nothing():
     with pytest.raises(ValueError, match=r"differ in no hyperparameter; expected labels such as gdx\.labels gives"):
         plot.sweep([{}, {}], [1.0, 2.0])
+    with pytest.raises(ValueError, match=r"score has shape \(1,\); expected \(2,\), one for each label"):
+        plot.sweep([{"b1": 0.1}, {"b1": 0.2}], [1.0])
 
 
 @pytest.mark.parametrize("edge", [0.5, np.inf])
@@ -154,6 +167,14 @@ def test_a_range_test(ax, edge):
     result = RangeTest(np.geomspace(1e-3, 1, 4), np.array([1.0, 0.5, 0.2, np.inf]), 1.1, edge, 0.1)
     assert plot.range_test(result, ax) is ax
     assert labels(ax)[2:] == (["suggested: 0.1", "edge: 0.5"] if edge == 0.5 else ["suggested: 0.1"])
+    ax.figure.canvas.draw()
+
+
+def test_a_range_test_of_negative_losses(ax):
+    from gdx import RangeTest
+
+    plot.range_test(RangeTest(np.geomspace(1e-3, 1, 3), np.array([-1.0, -3.0, np.inf]), -0.5, 0.3, 0.03), ax)
+    assert ax.get_yscale() == "linear" and np.isfinite(ax.lines[0].get_ydata()[:2]).all()
     ax.figure.canvas.draw()
 
 

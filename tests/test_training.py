@@ -40,6 +40,10 @@ def one_by_one(tx):
     return params, state, jnp.stack(losses)
 
 
+def bowl(params, batch):
+    return 2 * jnp.sum(params**2)  # its curvature is 4
+
+
 @pytest.mark.parametrize("remat", [False, True])
 def test_takes_the_steps_of_a_loop(remat):
     tx = gdx.adamw(0.01)
@@ -62,6 +66,21 @@ def test_takes_optax_and_python_floats():
     found = gdx.train(lambda p, batch: (p["x"] - batch) ** 2, optax.sgd(0.1), {"x": 1.0}, jnp.zeros(3))
     np.testing.assert_allclose(found.params["x"], 0.8**3, rtol=1e-6)
     np.testing.assert_allclose(found.losses, [1, 0.8**2, 0.8**4], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "tx", [optax.polyak_sgd(), optax.chain(optax.adam(0.1), optax.contrib.reduce_on_plateau()), optax.lbfgs()]
+)
+def test_gives_optax_what_some_of_its_optimizers_ask_for(tx):
+    with jax.numpy_dtype_promotion("standard"):
+        found = gdx.train(lambda p, batch: jnp.sum((p - batch) ** 2), tx, jnp.ones(3), jnp.zeros(20))
+    assert found.losses[-1] < 0.2 * found.losses[0]
+
+
+def test_remat_of_a_square_of_steps_without_jit():
+    with jax.disable_jit():
+        found = gdx.train(bowl, gdx.sgd(0.1), jnp.ones(2), jnp.zeros(9), remat=True)
+    np.testing.assert_allclose(found.params, 0.6**9 * np.ones(2), rtol=1e-6)
 
 
 def hyperparameters_and_slopes(tx, remat):
@@ -193,6 +212,15 @@ def test_progress_comes_from_inside(chunk_size):
     assert calls[-1][1] < calls[0][1] and all(diverged == 0 for *_, diverged in calls)
 
 
+def test_progress_ends_with_the_last_step_and_leaves_out_copies():
+    calls = []
+    batch = gdx.grid(gdx.sgd, learning_rate=[1e-2, 1e-3, 1e-4, 1e30])  # the last chunk has two copies of the last
+    steps = jnp.tile(EXAMPLES, (18, 1))[:350]
+    gdx.sweep(loss, batch, START, steps, chunk_size=3, progress=lambda *call: calls.append(call))
+    jax.effects_barrier()
+    assert calls[-1][0] == 1 and max(diverged for *_, diverged in calls) == 1
+
+
 def test_progress_of_few_steps():
     calls = []
     batch = gdx.grid(gdx.sgd, learning_rate=[1e-2, 1e30])
@@ -200,10 +228,6 @@ def test_progress_of_few_steps():
     jax.effects_barrier()
     assert [(done, diverged) for done, _, diverged in calls] == [(0.5, 0), (1.0, 1)]
     assert calls[1][1] == result.losses[0, 1]
-
-
-def bowl(params, batch):
-    return 2 * jnp.sum(params**2)  # its curvature is 4
 
 
 @pytest.mark.parametrize(
@@ -264,6 +288,18 @@ REFUSED = {
         r"no learning rate from 1 to 10 ends below the loss of the start, 4; try others",
     ),
 }
+
+
+class Unhashable(list):
+    def __call__(self, params, batch):
+        return loss(params, batch)
+
+
+def test_refuses_what_is_no_optimizer_of_gdx_or_has_no_hash():
+    with pytest.raises(TypeError, match=r"range_test: tx is .*; expected one of gdx's optimizers"):
+        gdx.range_test(bowl, optax.sgd(0.1), jnp.ones(2), EXAMPLES)
+    with pytest.raises(TypeError, match=r"sweep: loss is \[\], which has no hash.*lambda \*arguments: loss"):
+        gdx.sweep(Unhashable(), GRID, START, EXAMPLES)
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -105,7 +105,7 @@ def learn(plan: Plan) -> tuple[list[dict[str, float]], dict[str, list[float]]]:
 
     Returns:
       The hyperparameters of each round, the start first, and what was measured with them: the
-      validation loss after the last training step, and the test accuracy.
+      validation loss after the last training step, and the test accuracy. It ends where a loss or slope is not finite.
     """
     problem = digits()
     kept = TRAINING_IMAGES - VALIDATION_IMAGES
@@ -127,6 +127,8 @@ def learn(plan: Plan) -> tuple[list[dict[str, float]], dict[str, list[float]]]:
         path.append({name: float(value) for name, value in from_point(point).hyperparams.items()})
         measured["validation loss"].append(float(loss))
         measured["test accuracy"].append(float(accuracy))
+        if not all(map(np.isfinite, [loss, *gradient.values()])):
+            break
         updates, state = meta.update(gradient, state, point)
         point = optax.apply_updates(point, updates)
     return path, measured
@@ -151,10 +153,15 @@ def run(plan: Plan) -> int:
     )
     path, measured = learn(plan)
     losses = measured["validation loss"]
+    if len(losses) <= plan.rounds:
+        console.print(
+            f"ended after {len(losses) - 1} of {plan.rounds} rounds: the loss or a slope is not finite any more; start "
+            f"from a smaller learning rate"
+        )
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for header in ("round", *path[0], *measured):
         table.add_column(header.replace("_", " "), justify="right")
-    best = int(np.nanargmin(losses))
+    best = int(np.argmin(np.where(np.isfinite(losses), losses, np.inf)))
     for i in dict.fromkeys([0, best // 4, best // 2, best]):
         accuracy = show.number("accuracy", measured["test accuracy"][i])
         table.add_row(str(i), *(f"{value:.3g}" for value in path[i].values()), f"{losses[i]:.3g}", accuracy)

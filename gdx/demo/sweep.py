@@ -110,6 +110,7 @@ def plan(arguments: argparse.Namespace) -> Plan:
     """
     given = {name: getattr(arguments, name) for name in HYPERPARAMETERS if getattr(arguments, name) is not None}
     tx = optimizer_with(arguments.data, arguments.optimizer, given)
+    given = {name: list(dict.fromkeys(points)) for name, points in given.items()}
     if not any(len(points) > 1 for points in given.values()):
         if "learning_rate" in given:
             raise ValueError("each option has one value; give one of them several, as in --learning-rate 1e-4:1:16")

@@ -76,7 +76,7 @@ def sweep(labels: Sequence[Mapping[str, float]], score: Any, ax: "Axes | None" =
       The axes.
 
     Raises:
-      ValueError: the points differ in no hyperparameter.
+      ValueError: the points differ in no hyperparameter, or there is not one score for each.
 
     >>> import gdx
     >>> batch = gdx.grid(gdx.sgd, learning_rate=[0.1, 0.2, 0.4])
@@ -88,12 +88,22 @@ def sweep(labels: Sequence[Mapping[str, float]], score: Any, ax: "Axes | None" =
         raise ValueError("plot.sweep: the points differ in no hyperparameter; expected labels such as gdx.labels gives")
     ax = axes_or_new(ax)
     names = list(labels[0])[:2]
+    score = np.asarray(score, float)
+    if score.shape != (len(labels),):
+        raise ValueError(f"plot.sweep: score has shape {score.shape}; expected ({len(labels)},), one for each label")
     values = [sorted({point[key] for point in labels}) for key in names]
     best = np.full([len(v) for v in values], np.nan)
-    for point, value in zip(labels, np.asarray(score, float)):
+    tried = np.zeros(best.shape, bool)
+    for point, value in zip(labels, score):
         cell = tuple(v.index(point[key]) for key, v in zip(names, values))
         best[cell] = np.fmin(best[cell], value if np.isfinite(value) else np.nan)
-    (_curve if len(names) == 1 else _heat_map)(ax, names, values, best, name)
+        tried[cell] = True
+    if len(names) == 1:
+        _curve(ax, names, values, best, name)
+    elif tried.all():
+        _heat_map(ax, names, values, best, name)
+    else:
+        _scatter(ax, names, [[point[key] for point in labels] for key in names], score, name)
     return ax
 
 
@@ -115,7 +125,8 @@ def range_test(result: Any, ax: "Axes | None" = None) -> "Axes":
     """
     ax = axes_or_new(ax)
     rates, losses = np.asarray(result.learning_rates), np.asarray(result.losses)
-    shown = np.where(losses <= 10 * result.start, losses, np.nan)  # what failed would hide all else
+    # what failed would hide all else
+    shown = np.where(losses - losses.min() <= 10 * abs(result.start - losses.min()), losses, np.nan)
     ax.plot(rates, shown, marker="o", markersize=3, color=COLOURS[0], label="loss at the end")
     ax.axhline(result.start, color="0.5", linewidth=1, linestyle=":", label="loss at the start")
     ax.axvline(result.suggested, color=COLOURS[2], linestyle="-", label=f"suggested: {result.suggested:.2g}")
@@ -123,7 +134,8 @@ def range_test(result: Any, ax: "Axes | None" = None) -> "Axes":
         ax.axvline(result.edge, color=COLOURS[1], linestyle="--", label=f"edge: {result.edge:.2g}")
         ax.axvspan(result.edge, max(rates[-1], result.edge), color=COLOURS[1], alpha=0.1, linewidth=0)
     ax.set_xscale("log")
-    ax.set_yscale("log")
+    if np.nanmin(shown) > 0:
+        ax.set_yscale("log")
     ax.set_xlim(rates[0], rates[-1])
     ax.set_xlabel("learning rate")
     ax.set_ylabel("loss")
@@ -155,6 +167,33 @@ def _curve(ax: "Axes", names: list[str], values: list[list[float]], best: np.nda
     add_legend(ax)
 
 
+def _scatter(ax: "Axes", names: list[str], values: list[list[float]], score: np.ndarray, name: str) -> None:
+    from matplotlib.colors import LogNorm
+
+    y, x = map(np.asarray, values)
+    finite = np.isfinite(score)
+    norm = LogNorm() if spans_decades(score) else None
+    if finite.any():
+        drawn = ax.scatter(x[finite], y[finite], c=score[finite], s=40, cmap="viridis_r", norm=norm)
+        bar = ax.figure.colorbar(drawn, ax=ax, label=name)
+        if norm is not None:
+            plain_decades(bar.ax.yaxis)
+        best = int(np.nanargmin(np.where(finite, score, np.nan)))
+        _mark_best(ax, x[best], y[best])
+    if not finite.all():
+        ax.plot(x[~finite], y[~finite], "x", color="0.4", linestyle="none", label="diverged")
+    for set_scale, points in ((ax.set_xscale, x), (ax.set_yscale, y)):
+        if np.all(points > 0) and points.max() >= 10 * points.min():
+            set_scale("log")
+    ax.set_ylabel(words(names[0]))
+    ax.set_xlabel(words(names[1]))
+    ax.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2, frameon=False)
+
+
+def _mark_best(ax: "Axes", x: Any, y: Any) -> None:
+    ax.plot(x, y, marker="*", markersize=15, color="white", markeredgecolor="black", linestyle="none", label="best")
+
+
 def _heat_map(ax: "Axes", names: list[str], values: list[list[float]], best: np.ndarray, name: str) -> None:
     from matplotlib.colors import LogNorm
 
@@ -168,16 +207,7 @@ def _heat_map(ax: "Axes", names: list[str], values: list[list[float]], best: np.
         ax.plot(diverged[:, 1], diverged[:, 0], "x", color="0.4", linestyle="none", label="diverged")
     if len(diverged) < best.size:
         row, column = np.unravel_index(np.nanargmin(best), best.shape)
-        ax.plot(
-            column,
-            row,
-            marker="*",
-            markersize=15,
-            color="white",
-            markeredgecolor="black",
-            linestyle="none",
-            label="best",
-        )
+        _mark_best(ax, column, row)
     for axis, key, points, most in ((ax.yaxis, names[0], values[0], 9), (ax.xaxis, names[1], values[1], 6)):
         shown = range(0, len(points), -(-len(points) // most))  # at equal distances, with room for the numbers
         axis.set_ticks(shown, [f"{float(f'{points[i]:.2g}'):g}" for i in shown])

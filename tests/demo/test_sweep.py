@@ -91,6 +91,7 @@ def test_a_terminal_shows_a_bar(capsys, monkeypatch):
         ("sweep --learning-rate 0.1,-1", "expected a finite number >= 0"),
         ("sweep --learning-rate -1,1", "expected a finite number >= 0"),
         ("sweep --learning-rate 0.1", "give one of them several, as in --learning-rate 1e-4:1:16"),
+        ("sweep --learning-rate 0.1,0.1", "give one of them several, as in --learning-rate 1e-4:1:16"),
         ("sweep --b1 0:1:3", "expected a finite number in [0, 1)"),
         ("sweep --chunk-size 0", "--chunk-size is 0; expected at least 1"),
         ("sweep --steps 0", "--steps is 0; expected at least 1"),
@@ -118,6 +119,12 @@ def test_learning_beats_its_own_start(capsys, folder):
     table = ranks(capsys.readouterr().out)
     first, best = table[0], table[-1]
     assert float(best[3]) < 0.7 * float(first[3]) and float(best[4].rstrip("%")) > float(first[4].rstrip("%"))
+    assert (folder / "gdx-learn.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_learning_ends_where_a_slope_is_not_finite(capsys, folder):
+    assert main(["learn", "--learning-rate", "1e6", "--momentum", "0.9", "--steps", "50", "--rounds", "3"]) == 0
+    assert "ended after 0 of 3 rounds: the loss or a slope is not finite any more" in capsys.readouterr().out
     assert (folder / "gdx-learn.png").read_bytes().startswith(b"\x89PNG")
 
 
