@@ -19,6 +19,7 @@ TESTS = [
     "tests/contract",
     "tests/test_transform.py",
     "tests/test_leafwise.py",
+    "tests/storage",
 ]  # after the file's own, and those of its folder
 ADAM, MOMENTUM, DECAY = "links/adam.py", "links/momentum.py", "links/decay.py"
 ROUNDING, BLOCKS, FORMATS = "links/rounding.py", "storage/blocks.py", "storage/formats.py"
