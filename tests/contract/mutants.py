@@ -100,7 +100,7 @@ MUTANTS = [
     ("programs not compared", "population.py", "if structure != jax.tree.structure(members[0]):", "if False:"),
     ("labels of one member", "population.py", "column[i] for name", "column[0] for name"),
     ("chunks in another order", "training.py", "filled.reshape(size, chunks).T", "filled.reshape(chunks, size)"),
-    ("chunks filled from the front", "training.py", "np.minimum(np.arange(size * chunks), members - 1)", "np.arange(size * chunks)[::-1] % members"),
+    ("chunks filled from the front", "training.py", "np.minimum(places, members - 1)", "places[::-1] % members"),
     ("steps after the last segment left out", "training.py", "x[whole:], batches", "x[steps:], batches"),
     ("nothing rematerialised", "training.py", "    @jax.checkpoint\n", ""),
     ("state of before forgotten", "training.py", "tx.init(params) if state is None else state", "tx.init(params)"),
