@@ -42,7 +42,7 @@ MUTANTS = [
     ("first moment contracted freely", ADAM, "uncontracted(shared.w1 * g)", "shared.w1 * g"),
     ("nesterov adam contracted freely", ADAM, "uncontracted(g * shared.from_g)", "g * shared.from_g"),
     ("zero over zero", ADAM, "jnp.maximum(self.eps, jnp.finfo(self.eps.dtype).tiny)", "self.eps"),
-    ("slope of the root at zero", ADAM, "_sqrt(jnp.where(positive, x, 1)), 0)", "_sqrt(x), 0)"),
+    ("slope of the root at zero", ADAM, "jnp.where(positive, 0.5 / _sqrt(jnp.where(positive, x, 1)), 0)", "0.5 / _sqrt(x)"),
     ("slope of the correction", ADAM, "-t * b ** (t - 1)", "-t * b**t"),
     ("complex second moment", ADAM, "moment_like(p, self.nu_dtype, real=True)", "moment_like(p, self.nu_dtype)"),
     ("momentum with factor 1 - mu", MOMENTUM, "self.momentum * trace + uncontracted(g)", "self.momentum * trace + (1 - self.momentum) * g"),
