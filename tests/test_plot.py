@@ -135,6 +135,11 @@ def test_a_sweep_of_three_shows_the_least_over_the_third(ax):
     np.testing.assert_array_equal(ax.images[0].get_array().filled(-1), [[1, 2], [3, -1]])
 
 
+def test_close_values_have_different_labels(ax):
+    plot.sweep(grid([1e-3, 1e-2], [0.99, 0.999, 0.9999]), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], ax)
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["0.99", "0.999", "0.9999"]
+
+
 def test_a_sweep_of_two_that_is_no_grid_is_a_scatter(ax):
     points = [{"learning_rate": 10.0**-i, "weight_decay": 0.5 * i} for i in range(4)]
     plot.sweep(points, [3.0, 0.1, np.nan, 1.0], ax)

@@ -1,6 +1,7 @@
 """The checkpoints of a run in a directory: saved while training goes on, restored with everything compared."""
 
 import functools
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -91,10 +92,14 @@ class Checkpoints:
 
         Raises:
           CheckpointError: there is a checkpoint of this step or a later one.
-          TypeError: extra is not JSON.
+          TypeError: step is no integer, or extra is not JSON.
         """
         import orbax.checkpoint as ocp
 
+        try:
+            step = operator.index(step)
+        except TypeError:
+            raise TypeError(f"save: step is {step!r}; expected an integer") from None
         newest = max(self.steps, default=-1)
         if step <= newest:
             raise CheckpointError(

@@ -33,6 +33,7 @@ def describe(tx: optax.GradientTransformation) -> dict[str, str]:
     ('0.1', 'chain(sgd)')
     """
     tx = unplaced(tx)
+    tx = tx.transform if isinstance(tx, Foreign) else tx
     described = {"optimizer": kind(tx)}
     if isinstance(tx, Transform):
         for name, field, value in tx._settings():

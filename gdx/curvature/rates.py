@@ -89,9 +89,13 @@ def best_learning_rate(smallest: Any, largest: Any, optimizer: type[Transform] =
     else:
         root = jnp.sqrt(3 * high / bounded + 1)
         rate, mu, contraction = 4 / (bounded + 3 * high), (root - 2) / (root + 2), 1 - 2 / root
-    rate = jnp.where(convex, rate, jnp.where(high > 0, 1 / high, jnp.nan))
-    contraction = jnp.where(convex, contraction, jnp.where(high > 0, 1 - low / high, jnp.nan))
-    return BestRate(rate, jnp.where(convex, mu, 0), contraction, convex)
+    is_spectrum = (high > 0) & (low <= high)
+
+    def known(best: jax.Array, cautious: Any) -> jax.Array:
+        return jnp.where(is_spectrum, jnp.where(convex, best, cautious), jnp.nan)
+
+    rates = known(rate, 1 / high), known(mu, 0), known(contraction, 1 - low / high)
+    return BestRate(*rates, convex & is_spectrum)
 
 
 def stability_edge(tx: Transform) -> jax.Array:

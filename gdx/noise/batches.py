@@ -135,7 +135,7 @@ def take(data: Any, examples: jax.Array) -> Any:
             f"noise.take: examples are {np.min(examples)} to {np.max(examples)}; expected 0 to {size - 1}, the indices "
             f"of the data's {size} examples"
         )
-    return jax.tree.map(lambda column: column[examples], data)
+    return jax.tree.map(lambda column: jnp.asarray(column)[examples], data)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -151,7 +151,13 @@ def _curve(ax: "Axes", names: list[str], values: list[list[float]], best: np.nda
     if not diverged.all():
         at = int(np.nanargmin(best))
         ax.plot(
-            x[at], best[at], marker="*", markersize=15, color=COLOURS[1], linestyle="none", label=f"best: {x[at]:.3g}"
+            x[at],
+            best[at],
+            marker="*",
+            markersize=15,
+            color=COLOURS[1],
+            linestyle="none",
+            label=f"best: {_distinct(values[0])[at]}",
         )
     if diverged.any():
         # along the upper edge: there is no loss to draw them at
@@ -190,6 +196,16 @@ def _scatter(ax: "Axes", names: list[str], values: list[list[float]], score: np.
     ax.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2, frameon=False)
 
 
+def _distinct(points: list[float]) -> list[str]:
+    """Ascending numbers with as few digits as tell them apart, at least two: off by a tenth of a gap at most."""
+    gaps = np.diff(points, prepend=-np.inf, append=np.inf)
+    for digits in range(2, 12):
+        numbers = [float(f"{point:.{digits}g}") for point in points]
+        if np.all(np.abs(np.subtract(numbers, points)) <= 0.1 * np.minimum(gaps[:-1], gaps[1:])):
+            break
+    return [f"{number:.12g}" for number in numbers]
+
+
 def _mark_best(ax: "Axes", x: Any, y: Any) -> None:
     ax.plot(x, y, marker="*", markersize=15, color="white", markeredgecolor="black", linestyle="none", label="best")
 
@@ -210,7 +226,7 @@ def _heat_map(ax: "Axes", names: list[str], values: list[list[float]], best: np.
         _mark_best(ax, column, row)
     for axis, key, points, most in ((ax.yaxis, names[0], values[0], 9), (ax.xaxis, names[1], values[1], 6)):
         shown = range(0, len(points), -(-len(points) // most))  # at equal distances, with room for the numbers
-        axis.set_ticks(shown, [f"{float(f'{points[i]:.2g}'):g}" for i in shown])
+        axis.set_ticks(shown, _distinct([points[i] for i in shown]))
         axis.set_label_text(words(key))
     if ax.get_legend_handles_labels()[0]:
         ax.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2, frameon=False)

@@ -227,7 +227,8 @@ def _sharding(like: Any, shape: tuple[int, ...], axis: int) -> Any:
     """That of an array, for one that is shorter along an axis: where it cannot be divided alike, it is not."""
     sharding = None if isinstance(like, jax.core.Tracer) else getattr(like, "sharding", None)
     if not isinstance(sharding, NamedSharding):
-        return sharding if isinstance(sharding, SingleDeviceSharding) else None
+        # an array that could be on any device leaves its scales as free as itself
+        return sharding if isinstance(sharding, SingleDeviceSharding) and like.committed else None
     spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
     fitted = NamedSharding(sharding.mesh, PartitionSpec(*spec))
     try:
@@ -247,7 +248,7 @@ class SignedFourthRoot8(Blocks):
     The error is at most $s / 63$ where $|x|$ is near $s$, and in proportion to $|x|^{3/4}$ below: half of the distance
     of neighbours, which is 1 in $k / 4$. An adaptive step weighs small moments like large ones, and in the blocks of a
     real network they differ by orders of magnitude: on a square-root scale the error of its steps is several times as
-    large there.
+    large there. A moment that only decays, by less than half of that distance in a step, stands still.
 
     Args:
       block: how many neighbours share a scale, see `Blocks`.

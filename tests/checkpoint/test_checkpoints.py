@@ -280,3 +280,12 @@ def test_a_missing_package_names_the_extra(monkeypatch, tmp_path):
 def test_at_least_one_stays(tmp_path):
     with pytest.raises(ValueError, match="keep is 0; expected an integer >= 1"):
         Checkpoints(tmp_path, keep=0)
+
+
+def test_a_step_is_an_integer_of_any_kind(checkpoints):
+    tx = gdx.sgd(0.1)
+    with pytest.raises(TypeError, match=r"save: step is 100\.0; expected an integer"):
+        checkpoints.save(100.0, tx, PARAMS, tx.init(PARAMS))
+    checkpoints.save(np.int64(3), tx, PARAMS, tx.init(PARAMS))
+    checkpoints.wait()
+    assert checkpoints.steps == [3]

@@ -80,5 +80,6 @@ def test_places_do_not_count():
     mesh = jax.make_mesh((8,), ("data",))
     tx = gdx.adamw(1e-3)
     assert describe(gdx.sharding.shard_state(tx, mesh)) == describe(tx)
+    assert describe(gdx.sharding.shard_state(optax.adam(1e-3), mesh)) == describe(optax.adam(1e-3))
     chained = gdx.chain(gdx.sharding.shard_state(tx, mesh), optax.clip(1.0))
     assert describe(chained) == describe(gdx.chain(tx, optax.clip(1.0)))

@@ -55,3 +55,10 @@ def test_what_has_no_edge(tx):
         TypeError, match=r"stability_edge: tx is .*(expected an optimizer of gdx|replace its schedules)"
     ):
         stability_edge(tx)
+
+
+@pytest.mark.parametrize("optimizer", [gdx.gradient_descent, gdx.momentum, gdx.nesterov])
+@pytest.mark.parametrize("ends", [(9.0, 1.0), (-2.0, -1.0)])
+def test_what_is_no_spectrum_is_nan_where_it_is_traced(optimizer, ends):
+    best = jax.jit(lambda low, high: best_learning_rate(low, high, optimizer))(*ends)
+    assert np.isnan([best.learning_rate, best.momentum, best.contraction]).all() and not best.convex

@@ -185,3 +185,8 @@ def test_bad_batches(sampler, data, batch_size, error, words):
 def test_bad_arguments(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_takes_numpy_data_inside_jit():
+    data = np.arange(6.0, dtype=np.float32)
+    np.testing.assert_array_equal(jax.jit(lambda i: noise.take(data, i))(jnp.array([4, 1])), [4, 1])

@@ -250,3 +250,12 @@ def test_training_lowers_the_loss_as_in_float32():
         return float(jnp.mean((params - target) ** 2))
 
     assert final(gdx.adam(0.02, mu_dtype=MU, nu_dtype=NU)) < 1.2 * final(gdx.adam(0.02)) + 1e-3
+
+
+def test_a_new_state_is_as_free_as_its_parameters():
+    formats = {"mu_dtype": SignedFourthRoot8(), "nu_dtype": FourthRoot8()}
+    params = jnp.ones((64, 512))
+    state = gdx.adam(0.1, **formats).init(params)
+    assert not any(leaf.committed for leaf in jax.tree.leaves(state))
+    there = jax.device_put(params, jax.devices()[1])
+    assert all(leaf.committed for leaf in jax.tree.leaves(gdx.adam(0.1, **formats).init(there)) if leaf.ndim)
