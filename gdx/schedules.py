@@ -82,24 +82,20 @@ class schedule(Value):
             return np.asarray(number).astype(dtype) if is_concrete(number) else jnp.asarray(number, dtype)
 
         def value(way: _Way) -> jax.Array:
-            taken = functools.reduce(operator.and_, way.conditions) if way.conditions else None
-
             def array(number: Any) -> jax.Array:
                 # 1 where another way is taken: there this one may divide by 0, and NaN would go into all slopes
-                chosen = scalar(number) if taken is None else jnp.where(taken, scalar(number), 1)
+                chosen = jnp.where(way.taken, scalar(number), 1) if way.conditions else scalar(number)
                 # adding 0 * t keeps a constant from being worked on at compile time, which rounds differently
                 return chosen + 0 * count.astype(dtype)
 
             found = self._made(_Way(way.choices), scalar, array).made(count)
-            found = jnp.asarray(found.array if isinstance(found, _Number) else found)
-            return found if taken is None else jnp.where(taken, found, jnp.nan)
+            return jnp.asarray(found.array if isinstance(found, _Number) else found)
 
         # schedules compute with an integer count, which strict promotion would refuse
         with jax.numpy_dtype_promotion("standard"):
-            first, *others = self._ways(scalar)
-            total = value(first)
-            for way in others:
-                total = jnp.where(functools.reduce(operator.and_, way.conditions), value(way), total)
+            total: Any = jnp.nan
+            for way in self._ways(scalar):
+                total = jnp.where(way.taken, value(way), total) if way.conditions else value(way)
         return total
 
     def _made(self, way: "_Way", scalar: Callable[[Any], Any], array: Callable[[Any], Any]) -> "_Way":
@@ -118,7 +114,7 @@ class schedule(Value):
                 f"schedule: {_name(self.factory)} computes with its numbers by more than operators while it makes the "
                 f"schedule; do it in the function of the step count that it returns ({error})"
             ) from error
-        way.end(_with_arrays(made, {}))
+        way.made = _with_arrays(made, {})
         return way
 
     def _ways(self, scalar: Callable[[Any], Any]) -> "list[_Way]":
@@ -145,8 +141,7 @@ class schedule(Value):
     @property
     def named(self) -> dict[str, Any]:
         """Every number by its name, where in a tree with its path: `cosine_kwargs.0.peak_value`."""
-        arguments = ((name, jax.tree_util.tree_leaves_with_path(tree)) for name, tree in self.numbers.items())
-        return {_dotted(name, path): number for name, leaves in arguments for path, number in leaves}
+        return {_dotted(path): number for path, number in jax.tree_util.tree_leaves_with_path(self)}
 
     def replace(self, **changes: Any) -> Self:
         """The same schedule with some arguments changed, or single numbers, by their names in `named`.
@@ -155,28 +150,30 @@ class schedule(Value):
           ValueError, TypeError: as when a schedule is made.
         """
         inner = {name: changes.pop(name) for name in self.named if "." in name and name in changes}
-        numbers = {
-            name: jax.tree_util.tree_map_with_path(lambda path, kept: inner.get(_dotted(name, path), kept), tree)  # noqa: B023
-            for name, tree in self.numbers.items()
-        }
+        changed = jax.tree_util.tree_map_with_path(lambda path, kept: inner.get(_dotted(path), kept), self)
+        fixed, plain = self._constants_by_kind()
         # a number that is a constant stays one
-        given = {key: changes.pop(key, kept) for key, kept in self.constants.items() if not _is_constant(kept)}
-        plain = {key: kept for key, kept in self.constants.items() if key not in given}
-        return type(self)(functools.partial(self.factory, **given), **{**numbers, **plain, **changes})
+        fixed = {name: changes.pop(name, kept) for name, kept in fixed.items()}
+        return type(self)(functools.partial(self.factory, **fixed), **{**changed.numbers, **plain, **changes})
+
+    def _constants_by_kind(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The constants that `functools.partial` made of what would be numbers, and those of other types."""
+        plain = {name: value for name, value in self.constants.items() if _is_constant(value)}
+        return {name: value for name, value in self.constants.items() if name not in plain}, plain
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("_") and "numbers" in vars(self):
-            for known in (self.numbers, self.named):
-                if name in known:
-                    return known[name]
+            if name in self.numbers:
+                return self.numbers[name]
+            if name in self.named:
+                return self.named[name]
         raise AttributeError(f"schedule has no number {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a schedule is a value; use replace({name}=...)")
 
     def __repr__(self) -> str:
-        fixed = {key: value for key, value in self.constants.items() if not _is_constant(value)}
-        plain = {key: value for key, value in self.constants.items() if key not in fixed}
+        fixed, plain = self._constants_by_kind()
         factory = f"partial({', '.join([_name(self.factory), *_shown(fixed)])})" if fixed else _name(self.factory)
         return f"schedule({', '.join([factory, *_shown(self.numbers), *_shown(plain)])})"
 
@@ -260,8 +257,8 @@ def _with_arrays(made: Any, known: dict[int, Any]) -> Any:
     return made
 
 
-def _dotted(name: str, path: tuple) -> str:
-    return ".".join([name, *(jax.tree_util.keystr((key,), simple=True) for key in path)])
+def _dotted(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def _shown(arguments: dict[str, Any]) -> list[str]:
@@ -273,7 +270,13 @@ def _name(factory: Callable) -> str:
 
 
 class _Way:
-    """How the comparisons of one run of a factory turn out: the first as chosen, any further ones True."""
+    """How the comparisons of one run of a factory turn out: the first as chosen, any further ones True.
+
+    Attributes:
+      choices: how the first ones are to turn out.
+      conditions: what has to hold for it to be this way, as far as it is traced.
+      made: what the factory has made on it, once it has.
+    """
 
     def __init__(self, choices: tuple[bool, ...]):
         self.choices = choices
@@ -290,9 +293,10 @@ class _Way:
         self.conditions.append(condition if choice else ~condition)
         return choice
 
-    def end(self, made: Any) -> None:
-        """Keeps what the factory has made on this way, after which nothing is left to choose."""
-        self.made = made
+    @property
+    def taken(self) -> Any:
+        """Whether it is this way that the numbers take."""
+        return functools.reduce(operator.and_, self.conditions, True)
 
     def others(self) -> list[tuple[bool, ...]]:
         """The ways that leave this one where it was free to choose."""

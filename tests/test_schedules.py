@@ -13,6 +13,9 @@ import gdx
 from tests.contract.table import assert_same_bits
 
 CYCLES = [{"init_value": 0.0, "peak_value": 1.0, "warmup_steps": 2, "decay_steps": n} for n in (10, 20)]
+WARMUP = {"init_value": 0.0, "peak_value": 0.1, "warmup_steps": 10}
+DECAY = {"init_value": 0.1, "decay_steps": 25}
+PARTS = [gdx.schedule(optax.warmup_constant_schedule, **WARMUP), gdx.schedule(optax.cosine_decay_schedule, **DECAY)]
 CASES = [
     (optax.constant_schedule, {"value": 0.3}),
     (optax.linear_schedule, {"init_value": 1.0, "end_value": 0.1, "transition_steps": 30, "transition_begin": 5}),
@@ -36,6 +39,7 @@ CASES = [
     ),
     (functools.partial(optax.cosine_onecycle_schedule, 30), {"peak_value": 0.1}),
     (optax.sgdr_schedule, {"cosine_kwargs": CYCLES}),
+    (optax.join_schedules, {"schedules": PARTS, "boundaries": [20]}),
 ]
 every = pytest.mark.parametrize(("factory", "arguments"), CASES, ids=range(len(CASES)))
 COUNTS = jnp.arange(50)

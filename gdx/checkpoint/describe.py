@@ -33,7 +33,6 @@ def describe(tx: optax.GradientTransformation) -> dict[str, str]:
     ('0.1', 'chain(sgd)')
     """
     tx = unplaced(tx)
-    tx = tx.transform if isinstance(tx, Foreign) else tx
     described = {"optimizer": kind(tx)}
     if isinstance(tx, Transform):
         for name, field, value in tx._settings():
@@ -45,7 +44,8 @@ def unplaced(tx: optax.GradientTransformation) -> optax.GradientTransformation:
     """The optimizer without the `shard_state` around it or one of its links."""
     if not isinstance(tx, Transform):
         return tx
-    return jax.tree.map(lambda x: x.tx if _is_placed(x) else x, tx, is_leaf=_is_placed)
+    tx = jax.tree.map(lambda x: x.tx if _is_placed(x) else x, tx, is_leaf=_is_placed)
+    return tx.transform if isinstance(tx, Foreign) else tx
 
 
 def _is_placed(x: Any) -> bool:

@@ -163,7 +163,7 @@ def _curve(ax: "Axes", names: list[str], values: list[list[float]], best: np.nda
         # along the upper edge: there is no loss to draw them at
         top = ax.get_xaxis_transform()
         ax.plot(x[diverged], np.full(diverged.sum(), 0.97), "x", color="0.4", transform=top, label="diverged")
-    if np.all(x > 0) and x[-1] >= 10 * x[0]:
+    if _is_logarithmic(x):
         ax.set_xscale("log")
     if spans_decades(best):
         ax.set_yscale("log")
@@ -174,26 +174,21 @@ def _curve(ax: "Axes", names: list[str], values: list[list[float]], best: np.nda
 
 
 def _scatter(ax: "Axes", names: list[str], values: list[list[float]], score: np.ndarray, name: str) -> None:
-    from matplotlib.colors import LogNorm
-
     y, x = map(np.asarray, values)
     finite = np.isfinite(score)
-    norm = LogNorm() if spans_decades(score) else None
     if finite.any():
-        drawn = ax.scatter(x[finite], y[finite], c=score[finite], s=40, cmap="viridis_r", norm=norm)
-        bar = ax.figure.colorbar(drawn, ax=ax, label=name)
-        if norm is not None:
-            plain_decades(bar.ax.yaxis)
+        drawn = ax.scatter(x[finite], y[finite], c=score[finite], s=40, cmap="viridis_r")
+        _add_bar(ax, drawn, score, name)
         best = int(np.nanargmin(np.where(finite, score, np.nan)))
         _mark_best(ax, x[best], y[best])
     if not finite.all():
         ax.plot(x[~finite], y[~finite], "x", color="0.4", linestyle="none", label="diverged")
     for set_scale, points in ((ax.set_xscale, x), (ax.set_yscale, y)):
-        if np.all(points > 0) and points.max() >= 10 * points.min():
+        if _is_logarithmic(points):
             set_scale("log")
     ax.set_ylabel(words(names[0]))
     ax.set_xlabel(words(names[1]))
-    ax.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2, frameon=False)
+    _add_legend_below(ax)
 
 
 def _distinct(points: list[float]) -> list[str]:
@@ -206,18 +201,31 @@ def _distinct(points: list[float]) -> list[str]:
     return [f"{number:.12g}" for number in numbers]
 
 
+def _is_logarithmic(points: np.ndarray) -> bool:
+    return bool(np.all(points > 0) and points.max() >= 10 * points.min())
+
+
+def _add_bar(ax: "Axes", drawn: Any, score: np.ndarray, name: str) -> None:
+    """The colour bar of what was drawn, and its scale, logarithmic where scores span decades."""
+    if spans_decades(score):
+        drawn.set_norm("log")
+    bar = ax.figure.colorbar(drawn, ax=ax, label=name)
+    if spans_decades(score):
+        plain_decades(bar.ax.yaxis)
+
+
+def _add_legend_below(ax: "Axes") -> None:
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2, frameon=False)
+
+
 def _mark_best(ax: "Axes", x: Any, y: Any) -> None:
     ax.plot(x, y, marker="*", markersize=15, color="white", markeredgecolor="black", linestyle="none", label="best")
 
 
 def _heat_map(ax: "Axes", names: list[str], values: list[list[float]], best: np.ndarray, name: str) -> None:
-    from matplotlib.colors import LogNorm
-
-    norm = LogNorm() if spans_decades(best) else None
-    image = ax.imshow(np.ma.masked_invalid(best), origin="lower", aspect="auto", cmap="viridis_r", norm=norm)
-    bar = ax.figure.colorbar(image, ax=ax, label=name)
-    if norm is not None:
-        plain_decades(bar.ax.yaxis)
+    image = ax.imshow(np.ma.masked_invalid(best), origin="lower", aspect="auto", cmap="viridis_r")
+    _add_bar(ax, image, best, name)
     diverged = np.argwhere(~np.isfinite(best))
     if len(diverged):
         ax.plot(diverged[:, 1], diverged[:, 0], "x", color="0.4", linestyle="none", label="diverged")
@@ -228,5 +236,4 @@ def _heat_map(ax: "Axes", names: list[str], values: list[list[float]], best: np.
         shown = range(0, len(points), -(-len(points) // most))  # at equal distances, with room for the numbers
         axis.set_ticks(shown, _distinct([points[i] for i in shown]))
         axis.set_label_text(words(key))
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2, frameon=False)
+    _add_legend_below(ax)
