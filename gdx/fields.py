@@ -11,8 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdx.storage.formats import Format
-
 Scalar = float | np.ndarray | jax.Array | optax.Schedule
 """A hyperparameter: a number, an array of shape (), or a schedule (a function of the step count)."""
 
@@ -116,33 +114,6 @@ def to_integer(label: str, value: Any) -> int:
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
         raise TypeError(f"{label} is {reprlib.repr(value)}; expected an integer")
     return int(value)
-
-
-def to_storage(label: str, value: Any, *, second_moment: bool = False) -> np.dtype | Format | None:
-    """Converts the static field that says in which dtype or storage format a moment is kept.
-
-    Args:
-      label: what errors start with.
-      value: a floating-point dtype, a format, or None.
-      second_moment: whether the moment is never negative, and divided by its root.
-    """
-    if value is None:
-        return None
-    good = "StochasticBfloat16() or gdx.storage." + ("FourthRoot8()" if second_moment else "SignedFourthRoot8()")
-    expected = f"expected a floating-point dtype such as 'bfloat16', a format such as gdx.storage.{good}, or None"
-    if isinstance(value, Format):
-        if second_moment and not value.keeps_positive:
-            raise ValueError(f"{label} is {value}, which rounds small second moments to 0, the divisor; {expected}")
-        if not (second_moment or value.signed):
-            raise ValueError(f"{label} is {value}, which holds no negative numbers; {expected}")
-        return value
-    try:
-        dtype = jnp.dtype(value)
-    except TypeError:
-        raise TypeError(f"{label} is {reprlib.repr(value)}; {expected}") from None
-    if not jnp.issubdtype(dtype, np.floating):
-        raise ValueError(f"{label} is {dtype.name!r}, in which a moment would be rounded away; {expected}")
-    return dtype
 
 
 def _is_real(value: Any) -> bool:

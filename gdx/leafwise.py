@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType
 
 from gdx.checks import check_complex, check_formats, check_like, check_state
 from gdx.numerics import compute_dtype
@@ -181,7 +182,6 @@ def _scalars(links: tuple[Leafwise, ...], counts: list, *, dtype: np.dtype) -> t
 def _stepper(structure: Any) -> Callable:
     """The jitted step of one leaf through links of this structure: each shape and dtype is traced once."""
 
-    @functools.partial(jax.jit, static_argnums=0)
     def step(acting: tuple, numbers: list, g: Any, p: Any, moments: tuple, index: Any) -> tuple:
         links, shared, counts = jax.tree.unflatten(structure, numbers)
         dtype = compute_dtype(*jax.tree.leaves((g, p, moments)))
@@ -198,7 +198,19 @@ def _stepper(structure: Any) -> Callable:
             new_moments.append(tuple(kept))
         return u if is_rounded else u.astype(g.dtype), tuple(new_moments)
 
-    return step
+    @functools.partial(jax.jit, static_argnums=0)
+    def placed(acting: tuple, numbers: list, g: Any, p: Any, moments: tuple, index: Any) -> tuple:
+        shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (g, moments))
+        one_step = functools.partial(step, acting)
+        if (
+            any(map(is_packed, jax.tree.leaves(moments, is_leaf=is_packed)))
+            and AxisType.Explicit in shardings[0].mesh.axis_types
+        ):
+            # blocks may end inside the part of a device, which types cannot say
+            one_step = jax.sharding.auto_axes(one_step, out_sharding=shardings)
+        return one_step(numbers, g, p, moments, index)
+
+    return placed
 
 
 def _format_of(format: Any, moment: Any) -> Format | None:

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 
 from gdx.compose import Composed
-from gdx.fields import Scalar, hyperparameter, static, to_bool, to_storage
+from gdx.fields import Scalar, hyperparameter, static, to_bool
 from gdx.links.adam import check_second_moment, scale_by_adam, to_second_moment
 from gdx.links.decay import add_decoupled_weight_decay
 from gdx.links.learning_rate import scale_by_learning_rate
 from gdx.links.momentum import scale_by_momentum
-from gdx.storage.formats import Format
+from gdx.storage.formats import Format, to_storage
 from gdx.transform import Transform
 
 

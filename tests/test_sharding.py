@@ -27,6 +27,8 @@ BFLOAT16 = {"mu_dtype": "bfloat16", "nu_dtype": gdx.storage.StochasticBfloat16()
 # the element-wise family, with the dtype of the parameters
 ELEMENTWISE = {
     "momentum": (gdx.momentum(0.1, 0.9), "float32"),
+    "8bit momentum": (gdx.momentum(0.1, 0.9, accumulator_dtype=EIGHT_BIT["mu_dtype"]), "float32"),
+    "8bit sgd": (gdx.sgd(0.1, 0.9, True, EIGHT_BIT["mu_dtype"]), "float32"),
     "adamw": (gdx.adamw(optax.linear_schedule(1e-2, 0.0, 10)), "float32"),
     "8bit": (gdx.adamw(1e-2, **EIGHT_BIT), "float32"),
     "stochastic": (gdx.chain(gdx.adamw(1e-2, **BFLOAT16), gdx.round_stochastically()), "bfloat16"),
@@ -113,7 +115,7 @@ def test_steps_have_the_bits_of_an_unsharded_run(name, kind, count):
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-@pytest.mark.parametrize("name", ["8bit", "stochastic"])
+@pytest.mark.parametrize("name", ["8bit momentum", "8bit", "stochastic"])
 def test_few_bits_are_the_same_on_any_number_of_devices(name, count):
     found, expected = sharded_run(name, AUTO, count), sharded_run(name, AUTO, 8)
     assert_same_bits((found.params, found.state), (expected.params, expected.state))

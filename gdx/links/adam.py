@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdx.fields import Scalar, hyperparameter, is_concrete, static, text, to_bool, to_storage
+from gdx.fields import Scalar, hyperparameter, is_concrete, static, text, to_bool
 from gdx.leafwise import Leafwise, moment_like
 from gdx.numerics import uncontracted
-from gdx.storage.formats import Format
+from gdx.storage.formats import Format, to_storage
 
 to_second_moment = functools.partial(to_storage, second_moment=True)
 
@@ -73,8 +73,9 @@ class scale_by_adam(Leafwise):
 
     Raises:
       ValueError: b1 or b2 is outside [0, 1), also once rounded to float32; eps or eps_root is
-        negative; mu_dtype or nu_dtype is no floating-point dtype or not a format for that moment;
-        nu_dtype is a dtype below float32 where b2 >= 0.99 or is a schedule.
+        negative; mu_dtype or nu_dtype is no floating-point dtype of 16 bits or more, or no format for that
+        moment;
+        nu_dtype is float16, or bfloat16 where b2 >= 0.99 or is a schedule.
 
     Sources: Kingma & Ba, Adam: A Method for Stochastic Optimization (2014), algorithm 1; Dozat,
     Incorporating Nesterov Momentum into Adam (2016), algorithm 2 as optax and torch read it.

@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import optax
 
-from gdx.fields import Scalar, hyperparameter, static, to_bool, to_storage
+from gdx.fields import Scalar, hyperparameter, static, to_bool
 from gdx.leafwise import Leafwise, moment_like
 from gdx.numerics import uncontracted
-from gdx.storage.formats import Format
+from gdx.storage.formats import Format, to_storage
 
 
 class CountedTraceState(NamedTuple):
@@ -48,7 +48,7 @@ class scale_by_momentum(Leafwise):
 
     Raises:
       ValueError: momentum is outside [0, 1), or accumulator_dtype is no floating-point dtype
-        or a format without negative numbers.
+        of 16 bits or more, or a format without negative numbers.
 
     Sources: Polyak, Some methods of speeding up the convergence of iteration methods (1964);
     Nesterov, A method of solving a convex programming problem with convergence rate O(1/k^2)

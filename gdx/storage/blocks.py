@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gdx.numerics import uncontracted
 from gdx.storage.dither import Dither
@@ -25,11 +25,11 @@ class Packed:
 
     >>> import gdx, jax.numpy as jnp
     >>> format = gdx.storage.SignedFourthRoot8(block=4, minimum_size=1)
-    >>> packed = format.encode(jnp.array([8.0, -8.0, 0.0, 0.1]), None)
+    >>> packed = format.encode(jnp.array([8.0, -8.0, 0.0, 0.1]), gdx.storage.Dither(1, 0))
     >>> packed
     Packed(codes=int8[4], scales=float32[1], format=storage.SignedFourthRoot8(block=4, minimum_size=1))
     >>> packed.shape, packed.nbytes, f"{packed.decode()[3]:.2f}"
-    ((4,), 8, '0.10')
+    ((4,), 8, '0.11')
     """
 
     codes: Any
@@ -115,11 +115,12 @@ class Blocks(Format):
     axis: int = -1
 
     def __post_init__(self) -> None:
-        for name, value in (("block", self.block), ("minimum_size", self.minimum_size)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{type(self).__name__}: {name} is {value!r}; expected an integer >= 1")
-        if not isinstance(self.axis, int) or self.axis >= 0:
-            raise ValueError(f"{type(self).__name__}: axis is {self.axis!r}; expected -1, the last axis, or less")
+        super().__post_init__()
+        for name in ("block", "minimum_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{type(self).__name__}: {name} is {getattr(self, name)}; expected an integer >= 1")
+        if self.axis >= 0:
+            raise ValueError(f"{type(self).__name__}: axis is {self.axis}; expected -1, the last axis, or less")
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         is_long = len(shape) >= -self.axis and shape[self.axis] >= self.block
@@ -158,7 +159,9 @@ class Blocks(Format):
 
     def decode_blocks(self, stored: Packed) -> jax.Array:
         """As `decode`, of what `encode_blocks` made."""
-        return self.values(stored.codes.astype(jnp.float32)) * stored.scales
+        product = self.values(stored.codes.astype(jnp.float32)) * stored.scales
+        # always itself, but what is done with it next cannot become part of a fused multiply-add with it
+        return jnp.minimum(product, jnp.finfo(jnp.float32).max)
 
     def codes(self, x: jax.Array, scales: jax.Array, bits: Any) -> jax.Array:
         """The codes, in float32, of blocks whose largest magnitudes are `scales`, which broadcast to them."""
@@ -225,7 +228,12 @@ def _largest(x: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:
 
 def _sharding(like: Any, shape: tuple[int, ...], axis: int) -> Any:
     """That of an array, for one that is shorter along an axis: where it cannot be divided alike, it is not."""
-    sharding = None if isinstance(like, jax.core.Tracer) else getattr(like, "sharding", None)
+    if isinstance(like, jax.core.Tracer):
+        sharding = jax.typeof(like).sharding
+        if AxisType.Explicit not in sharding.mesh.axis_types:
+            return None  # what is automatic does not show in a type
+    else:
+        sharding = getattr(like, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         # an array that could be on any device leaves its scales as free as itself
         return sharding if isinstance(sharding, SingleDeviceSharding) and like.committed else None
@@ -240,15 +248,45 @@ def _sharding(like: Any, shape: tuple[int, ...], axis: int) -> Any:
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class SignedFourthRoot8(Blocks):
-    r"""8 bits for a first moment or velocity: signed codes $k$ on a fourth-root scale, rounded to nearest.
+class _FourthRoot8(Blocks):
+    """Codes on a fourth-root scale, rounded stochastically."""
+
+    stochastic: ClassVar[bool] = True
+    top: ClassVar[int]
+
+    seed: int = 0  # type: ignore[misc]
+
+    def codes(self, x: jax.Array, scales: jax.Array, bits: jax.Array) -> jax.Array:
+        # where |x| would be the fourth power of a code, its root is that code's square
+        root = uncontracted(jnp.sqrt(abs(x)) * (self.top**2 / jnp.sqrt(scales)))
+        below = jnp.floor(jnp.sqrt(root))
+        # of the fourth powers: how far this one is above the last code's, and how far the next code's is
+        square, step = below * below, below + below + 1
+        chance = (root - square) * (root + square)
+        gap = step * (square + square + step)
+        # in (0, 1), made from its bits: conversions of integers are slow on CPUs
+        uniform = jax.lax.bitcast_convert_type((bits << 7) | 0x3F800040, jnp.float32) - 1
+        codes = jnp.minimum(jnp.where(uniform * gap < chance, below + 1, below), self.top)
+        if self.keeps_positive:
+            codes = jnp.where(x > 0, jnp.maximum(codes, 1), codes)
+        return jnp.where(x < 0, -codes, codes) if self.signed else codes
+
+    def values(self, codes: jax.Array) -> jax.Array:
+        square = codes * codes * jnp.float32(1 / self.top**2)
+        return jnp.sign(codes) * square * square if self.signed else square * square
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class SignedFourthRoot8(_FourthRoot8):
+    r"""8 bits for a first moment or velocity: signed codes $k$ on a fourth-root scale, rounded stochastically.
 
     $$ x \approx \operatorname{sign}(k) \, (k / 127)^4 \, s, \qquad s = \max_{\text{block}} |x| $$
 
-    The error is at most $s / 63$ where $|x|$ is near $s$, and in proportion to $|x|^{3/4}$ below: half of the distance
-    of neighbours, which is 1 in $k / 4$. An adaptive step weighs small moments like large ones, and in the blocks of a
-    real network they differ by orders of magnitude: on a square-root scale the error of its steps is several times as
-    large there. A moment that only decays, by less than half of that distance in a step, stands still.
+    Rounded up or down at random so that the expected value is the exact one. Neighbours differ by 1 in $k / 4$:
+    rounded to nearest, a moment would stand still where it should move by less than half of that, and a
+    parameter whose gradient has become zero would drift for ever. An adaptive step weighs small moments like large
+    ones, and in the blocks of a real network they differ by orders of magnitude: on a square-root scale the error
+    of its steps is several times as large there.
 
     Args:
       block: how many neighbours share a scale, see `Blocks`.
@@ -256,25 +294,25 @@ class SignedFourthRoot8(Blocks):
       axis: along which blocks lie. On TPUs, whose tiles blocks along the last one tear apart, a step with -2
         moves half the bytes; on other devices, three times as many. The error is smaller where neighbours are alike
         in size.
+      seed: of the random bits.
+
+    Raises:
+      TypeError: an argument is no integer.
+      ValueError: block or minimum_size is below 1, or axis not negative.
 
     >>> import gdx, jax.numpy as jnp
     >>> format = gdx.storage.SignedFourthRoot8(block=4, minimum_size=1)
-    >>> packed = format.encode(jnp.array([1.0, -0.25, 1e-3, 0.0]), None)
+    >>> packed = format.encode(jnp.array([1.0, -0.25, 1e-3, 0.0]), gdx.storage.Dither(1, 0))
     >>> packed.codes.tolist(), packed.scales.tolist()
-    ([127, -90, 23, 0], [1.0])
+    ([127, -90, 22, 0], [1.0])
     """
 
-    def codes(self, x: jax.Array, scales: jax.Array, bits: None) -> jax.Array:
-        magnitudes = jnp.round(jnp.sqrt(jnp.sqrt(abs(x)) * (127**2 / jnp.sqrt(scales))))
-        return jnp.where(x < 0, -magnitudes, magnitudes)
-
-    def values(self, codes: jax.Array) -> jax.Array:
-        square = codes * codes * jnp.float32(1 / 127**2)
-        return jnp.sign(codes) * square * square
+    code_dtype: ClassVar[Any] = np.int8
+    top: ClassVar[int] = 127
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class FourthRoot8(Blocks):
+class FourthRoot8(_FourthRoot8):
     r"""8 bits for a second moment: codes $k$ on a fourth-root scale, rounded stochastically.
 
     $$ x \approx (k / 255)^4 \, s, \qquad s = \max_{\text{block}} x $$
@@ -284,13 +322,7 @@ class FourthRoot8(Blocks):
     as that, which makes steps smaller. A scale of ten orders of magnitude leaves 1 in $k / 4$ as the
     distance of neighbours.
 
-    Args:
-      block: how many neighbours share a scale, see `Blocks`.
-      minimum_size: smaller arrays stay in float32.
-      axis: along which blocks lie. On TPUs, whose tiles blocks along the last one tear apart, a step with -2
-        moves half the bytes; on other devices, three times as many. The error is smaller where neighbours are alike
-        in size.
-      seed: of the random bits.
+    Args and errors are those of `SignedFourthRoot8`.
 
     >>> import gdx, jax.numpy as jnp
     >>> format = gdx.storage.FourthRoot8(block=4, minimum_size=1)
@@ -302,21 +334,4 @@ class FourthRoot8(Blocks):
     code_dtype: ClassVar[Any] = np.uint8
     signed: ClassVar[bool] = False
     keeps_positive: ClassVar[bool] = True
-    stochastic: ClassVar[bool] = True
-
-    seed: int = 0  # type: ignore[misc]
-
-    def codes(self, x: jax.Array, scales: jax.Array, bits: jax.Array) -> jax.Array:
-        # where x would be the fourth power of a code, its root is that code's square
-        root = uncontracted(jnp.sqrt(x) * (255**2 / jnp.sqrt(scales)))
-        below = jnp.floor(jnp.sqrt(root))
-        square, next_square = below * below, (below + 1) * (below + 1)
-        chance = (root - square) * (root + square)
-        gap = (next_square - square) * (next_square + square)
-        up = (bits.astype(jnp.float32) + 0.5) * (gap * jnp.float32(2**-16)) < chance
-        codes = jnp.minimum(below + up.astype(jnp.float32), 255)
-        return jnp.maximum(codes, (x > 0).astype(jnp.float32))
-
-    def values(self, codes: jax.Array) -> jax.Array:
-        square = codes * codes * jnp.float32(1 / 255**2)
-        return square * square
+    top: ClassVar[int] = 255

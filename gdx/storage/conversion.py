@@ -55,7 +55,10 @@ def _recast(value: Any, target: Any, index: int) -> Any:
         value = value.decode()
     if isinstance(target, Packed) and not isinstance(value, Packed):
         value = target.format.encode(jnp.asarray(value), Dither(np.uint32(0), np.uint32(index)))
-    return value if isinstance(target, Packed) else jnp.asarray(value).astype(target.dtype)
+    if isinstance(target, Packed):
+        return value
+    value = jnp.asarray(value)
+    return value if value.dtype == target.dtype else value.astype(target.dtype)  # keys refuse to be cast, even to keys
 
 
 def _is_count(x: Any) -> bool:

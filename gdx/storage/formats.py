@@ -1,12 +1,14 @@
-"""What a storage format is, and the one that rounds to bfloat16 stochastically."""
+"""What a storage format is, where one is taken, and the one that rounds to bfloat16 stochastically."""
 
 import dataclasses
+import reprlib
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gdx.fields import to_integer
 from gdx.storage.dither import Dither
 
 
@@ -38,6 +40,12 @@ class Format:
     keeps_positive: ClassVar[bool] = False
     stochastic: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        for field in _fields(self):
+            if field.type is int:
+                value = to_integer(f"{type(self).__name__}: {field.name}", getattr(self, field.name))
+                object.__setattr__(self, field.name, value)
+
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether arrays of this shape are worth it; the others stay as they would be without a format."""
         return True
@@ -57,10 +65,45 @@ class Format:
     def __repr__(self) -> str:
         # the name by which users reach it
         room = "storage." if type(self).__module__.startswith("gdx.storage") else ""
-        fields: Any = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
-        values = {field.name: getattr(self, field.name) for field in fields}
-        shown = [f"{f.name}={values[f.name]!r}" for f in fields if values[f.name] != f.default]
+        values = {field.name: getattr(self, field.name) for field in _fields(self)}
+        shown = [f"{f.name}={values[f.name]!r}" for f in _fields(self) if values[f.name] != f.default]
         return f"{room}{type(self).__name__}({', '.join(shown)})"
+
+
+def _fields(format: Format) -> tuple[Any, ...]:
+    """Its fields, if it is a dataclass."""
+    return dataclasses.fields(format) if dataclasses.is_dataclass(format) else ()
+
+
+def to_storage(label: str, value: Any, *, second_moment: bool = False) -> np.dtype | Format | None:
+    """Converts the static field that says in which dtype or storage format a moment is kept.
+
+    Args:
+      label: what errors start with.
+      value: a floating-point dtype, a format, or None.
+      second_moment: whether the moment is never negative, and divided by its root.
+    """
+    if value is None:
+        return None
+    good = "StochasticBfloat16() or gdx.storage." + ("FourthRoot8()" if second_moment else "SignedFourthRoot8()")
+    expected = f"expected a floating-point dtype such as 'bfloat16', a format such as gdx.storage.{good}, or None"
+    if isinstance(value, type) and issubclass(value, Format):
+        raise TypeError(f"{label} is the class {value.__name__}; {expected}")
+    if isinstance(value, Format):
+        if second_moment and not value.keeps_positive:
+            raise ValueError(f"{label} is {value}, which rounds small second moments to 0, the divisor; {expected}")
+        if not (second_moment or value.signed):
+            raise ValueError(f"{label} is {value}, which holds no negative numbers; {expected}")
+        return value
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        raise TypeError(f"{label} is {reprlib.repr(value)}; {expected}") from None
+    if not jnp.issubdtype(dtype, np.floating) or dtype.itemsize < 2:
+        raise ValueError(f"{label} is {dtype.name!r}, in which a moment would be rounded away; {expected}")
+    if second_moment and jnp.finfo(dtype).tiny > np.finfo(np.float32).tiny:
+        raise ValueError(f"{label} is {dtype.name!r}, which rounds small second moments to 0, the divisor; {expected}")
+    return dtype
 
 
 def is_encoded(format: Any, moment: Any) -> bool:

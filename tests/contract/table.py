@@ -203,6 +203,7 @@ _BAD_MOMENTUM = (
         ValueError,
         r"accumulator_dtype is storage\.FourthRoot8\(\), which holds no negative numbers; expected .*SignedFourthRoot8",
     ),
+    ({"accumulator_dtype": "float8_e5m2"}, ValueError, r"accumulator_dtype is 'float8_e5m2', in which .* rounded away"),
     ({"accumulator_dtype": "f3"}, TypeError, r"accumulator_dtype is 'f3'; expected a floating-point dtype"),
 )
 _BAD_MOMENTS = (
@@ -226,7 +227,9 @@ _BAD_MOMENTS = (
         ValueError,
         r"nu_dtype is 'bfloat16' with b2 = 0\.999: rounded to nearest, .* nu_dtype=gdx\.storage\.StochasticBfloat16",
     ),
-    ({"nu_dtype": "float16", "b2": 0.99}, ValueError, r"nu_dtype is 'float16' with b2 = 0\.99"),
+    ({"nu_dtype": "bfloat16", "b2": 0.99}, ValueError, r"nu_dtype is 'bfloat16' with b2 = 0\.99"),
+    ({"nu_dtype": "float16", "b2": 0.9}, ValueError, r"nu_dtype is 'float16', which rounds small second moments to 0"),
+    ({"mu_dtype": gdx.storage.StochasticBfloat16}, TypeError, r"mu_dtype is the class StochasticBfloat16; expected"),
     (
         {"nu_dtype": "bfloat16", "b2": gdx.schedule(optax.constant_schedule, value=0.5)},
         ValueError,

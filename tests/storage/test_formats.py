@@ -131,3 +131,10 @@ def test_slopes_pass_through_the_rounding():
     np.testing.assert_allclose(jax.tree.leaves(found)[:3], jax.tree.leaves(exact)[:3], rtol=0.25)
     with pytest.raises(NotImplementedError, match="Format defines no encode"):
         Format().encode(jnp.ones(2), Dither(1, 0))
+
+
+def test_a_seed_is_an_integer():
+    assert StochasticBfloat16(np.int64(3)) == StochasticBfloat16(3)
+    assert repr(StochasticBfloat16(np.int64(3))) == "storage.StochasticBfloat16(seed=3)"
+    with pytest.raises(TypeError, match=r"StochasticBfloat16: seed is 1\.5; expected an integer"):
+        StochasticBfloat16(seed=1.5)
