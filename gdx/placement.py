@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gdx.storage.blocks import Packed, is_packed
 from gdx.trees import place
@@ -30,16 +30,17 @@ class Plan(NamedTuple):
     follows: list[bool]
 
 
-def plan_of(state: Any, params: Any, mesh: Mesh | AbstractMesh, axis: str, specs: Any) -> Plan:
-    """The layout of a state of these parameters, both of which may be abstract.
+def plan_of(name: str, state: Any, params: Any, mesh: Mesh | AbstractMesh, axis: str, specs: Any) -> Plan:
+    """The layout of a state of these parameters, both of which may be abstract, for the function of this name.
 
     Raises:
-      ValueError: a parameter is on another mesh, or specs has nothing for it or names an axis that the mesh lacks.
+      ValueError: a parameter is on another mesh; its spec does not divide it; specs has nothing for it or names an
+        axis that the mesh lacks.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     index_of = {path: index for index, (path, _) in enumerate(leaves)}
     shapes = [np.shape(p) for _, p in leaves]
-    own = [_own_spec(path, p, mesh) if specs is None else _given_spec(specs, path, mesh) for path, p in leaves]
+    own = [_own_spec(name, path, p, mesh, specs) for path, p in leaves]
     kept = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_packed)
     follows = [_parameter_of(path, np.shape(leaf), index_of, shapes) for path, leaf in kept]
 
@@ -144,23 +145,56 @@ def sharding_of(p: Any) -> NamedSharding | None:
     return sharding if isinstance(sharding, NamedSharding) and not sharding.mesh.empty else None
 
 
-def _own_spec(path: tuple, p: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+def misplaced(name: str, path: tuple, where: Any, mesh: Mesh | AbstractMesh) -> ValueError:
+    """The error that a parameter is not on the mesh."""
+    return ValueError(
+        f"{name}: the parameter at {place(path)} is on {where}, expected on {mesh}{_first_difference(where, mesh)}. "
+        f"Pass the parameters' own mesh, or move them: jax.device_put(params, jax.NamedSharding(mesh, jax.P()))"
+    )
+
+
+def _first_difference(where: Any, mesh: Mesh | AbstractMesh) -> str:
+    """Between meshes that print alike."""
+    if str(where) != str(mesh):
+        return ""
+    at, theirs, ours = next((i, a, b) for i, (a, b) in enumerate(zip(where.devices.flat, mesh.devices.flat)) if a != b)
+    return f", whose device number {at} is {ours}, not {theirs}"
+
+
+def _agree(theirs: Mesh | AbstractMesh, mesh: Mesh | AbstractMesh) -> bool:
+    """Whether arrays on both meshes can be used together, as far as it shows."""
+    if isinstance(theirs, Mesh) and isinstance(mesh, Mesh):
+        return theirs == mesh
+    # nothing runs on an abstract mesh; inside jax.shard_map over other axes those are manual
+    is_typed = isinstance(mesh, AbstractMesh) or all(
+        kind in (expected, AxisType.Manual) for kind, expected in zip(theirs.axis_types, mesh.axis_types)
+    )
+    return theirs.shape_tuple == mesh.shape_tuple and is_typed
+
+
+def _own_spec(name: str, path: tuple, p: Any, mesh: Mesh | AbstractMesh, specs: Any) -> PartitionSpec:
+    """How a parameter itself is split: as specs has it, or as it shows."""
     sharding = sharding_of(p)
-    if sharding is None:
-        return PartitionSpec()
-    if sharding.mesh.shape_tuple != mesh.shape_tuple:
+    if sharding is not None and not _agree(sharding.mesh, mesh):
+        raise misplaced(name, path, sharding.mesh, mesh)
+    if specs is not None:
+        spec = _given_spec(name, specs, path, mesh)
+    else:
+        spec = PartitionSpec() if sharding is None else _trimmed(sharding.spec)
+    shape, parts = np.shape(p), [_parts(entry, mesh) for entry in spec]
+    if len(spec) > len(shape) or any(size % count for size, count in zip(shape, parts)):
         raise ValueError(
-            f"shard_state: the parameter at {place(path)} is on {sharding.mesh}, expected {mesh}. "
-            f"Move it: jax.device_put(params, jax.NamedSharding(mesh, jax.P()))"
+            f"{name}: the parameter at {place(path)} has the shape {shape}, which {spec} does not divide: into "
+            f"{tuple(parts)} parts on {mesh}. Split another dimension, or none: jax.P()"
         )
-    return _trimmed(sharding.spec)
+    return spec
 
 
-def _given_spec(specs: Any, path: tuple, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+def _given_spec(name: str, specs: Any, path: tuple, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     for branch, spec in jax.tree_util.tree_leaves_with_path(specs):
         if path[: len(branch)] == branch:
-            for name in (name for entry in spec for name in names_of(entry)):
-                if name not in mesh.axis_names:
-                    raise ValueError(f"shard_state: specs has {spec} at {place(path)}, but the mesh no axis {name!r}")
+            for axis in (axis for entry in spec for axis in names_of(entry)):
+                if axis not in mesh.axis_names:
+                    raise ValueError(f"{name}: specs has {spec} at {place(path)}, but the mesh no axis {axis!r}")
             return _trimmed(spec)
-    raise ValueError(f"shard_state: specs has no PartitionSpec for the parameter at {place(path)}")
+    raise ValueError(f"{name}: specs has no PartitionSpec for the parameter at {place(path)}")

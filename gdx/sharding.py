@@ -30,7 +30,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from gdx.checks import check_state_like
 from gdx.compose import to_transform
 from gdx.fields import static
-from gdx.placement import Plan, names_of, plan_of, sharding_of
+from gdx.placement import Plan, misplaced, names_of, plan_of, sharding_of
 from gdx.transform import Transform
 from gdx.trees import place
 
@@ -62,7 +62,11 @@ class shard_state(Transform):
     structure is that of `tx` alone.
 
     With automatic axes a function under `jax.jit` cannot see how its arguments are sharded: pass
-    `specs` if the parameters themselves are split over the mesh. With explicit axes nothing is needed.
+    `specs` if the parameters themselves are split over the mesh. With explicit axes nothing is needed,
+    except where optax searches along a line. A `value_fn` takes arrays as arguments, not from a closure:
+    `update(..., value_fn=loss, batch=batch)`. And `optax.value_and_grad_from_state` needs the gradient in the
+    state to have the parameters' type, here that of whole arrays:
+    `optax.tree.set(state, grad=jax.reshard(optax.tree.get(state, "grad"), jax.NamedSharding(mesh, jax.P())))`.
 
     Args:
       tx: the transform, gdx's or optax's.
@@ -73,8 +77,9 @@ class shard_state(Transform):
 
     Raises:
       TypeError: tx is no transform, mesh no mesh of devices, or specs holds something else than PartitionSpecs.
-      ValueError: the mesh has no such axis; parameters are on other devices, or are split with automatic axes and
-        without specs; the state is that of another transform.
+      ValueError: the mesh has no such axis; parameters are on another mesh (of other devices, in another order, or
+        with axes of other types), are split with automatic axes and without specs, or do not divide as their specs
+        say; the state is that of another transform.
 
     >>> import gdx, jax
     >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
@@ -93,9 +98,9 @@ class shard_state(Transform):
 
     def init(self, params: optax.Params) -> optax.OptState:
         self._check_places(params)
+        state, plan = _abstract("shard_state", self.tx, params, self.mesh, self.axis, self.specs)
         self._check_seen(params)
-        shardings = state_shardings(self.tx, params, self.mesh, self.axis, self.specs)
-        return jax.jit(_init, out_shardings=shardings)(self.tx, params)
+        return jax.jit(_init, out_shardings=_shardings(state, plan, self.mesh))(self.tx, params)
 
     def update(
         self, updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
@@ -121,7 +126,7 @@ class shard_state(Transform):
         return step(self.tx, updates, state, params, arrays)
 
     def _check_places(self, params: Any) -> None:
-        """Raises where parameters are not on the mesh."""
+        """Raises where parameters that are on no mesh are not on its devices either."""
         if self.axis in jax.sharding.get_abstract_mesh().manual_axes:
             raise ValueError(
                 f"shard_state: inside jax.shard_map over {self.axis!r} an array is one device's part; call it outside"
@@ -129,11 +134,8 @@ class shard_state(Transform):
         devices = set(self.mesh.devices.flat)
         for path, p in jax.tree_util.tree_leaves_with_path(params):
             is_placed = isinstance(p, jax.Array) and not isinstance(p, jax.core.Tracer) and p.committed
-            if is_placed and p.sharding.device_set != devices:
-                raise ValueError(
-                    f"shard_state: the parameter at {place(path)} is on {p.sharding}, expected on {self.mesh}. "
-                    f"Move it: jax.device_put(params, jax.NamedSharding(mesh, jax.P()))"
-                )
+            if is_placed and sharding_of(p) is None and p.sharding.device_set != devices:
+                raise misplaced("shard_state", path, p.sharding, self.mesh)
 
     def _check_seen(self, params: Any) -> None:
         """Raises where `update` would, under jit, take parameters for whole that are not."""
@@ -165,7 +167,8 @@ def state_shardings(
       A tree like the state with a `NamedSharding` for each array.
 
     Raises:
-      ValueError: the mesh has no such axis, or specs has nothing for a parameter.
+      ValueError: the mesh has no such axis, specs has nothing for a parameter, or a parameter is on another mesh or
+        does not divide as its spec says.
 
     >>> import gdx, jax
     >>> mesh = jax.sharding.AbstractMesh((8,), ("data",))
@@ -173,8 +176,7 @@ def state_shardings(
     >>> gdx.sharding.state_shardings(gdx.sgd(0.1, 0.9), params, mesh)[0].trace["w"].spec
     P(None, 'data')
     """
-    state, plan = _abstract("state_shardings", tx, params, mesh, axis, specs)
-    return jax.tree.unflatten(jax.tree.structure(state), [NamedSharding(mesh, spec) for spec in plan.state])
+    return _shardings(*_abstract("state_shardings", tx, params, mesh, axis, specs), mesh)
 
 
 class Place(NamedTuple):
@@ -285,7 +287,11 @@ def _abstract(
     _check_axis(name, mesh, axis)
     bare = jax.tree.map(lambda p: jax.ShapeDtypeStruct(np.shape(p), jnp.result_type(p)), params)
     state = jax.jit(_init).eval_shape(to_transform(f"{name}: tx", tx), bare)
-    return state, plan_of(state, params, mesh, axis, specs)
+    return state, plan_of(name, state, params, mesh, axis, specs)
+
+
+def _shardings(state: Any, plan: Plan, mesh: Mesh | AbstractMesh) -> Any:
+    return jax.tree.unflatten(jax.tree.structure(state), [NamedSharding(mesh, spec) for spec in plan.state])
 
 
 def _init(tx: Transform, params: optax.Params) -> optax.OptState:

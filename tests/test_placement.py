@@ -1,5 +1,7 @@
 """Which dimension of a moment is split, and whose sharding it follows: from shapes alone."""
 
+import re
+
 import jax
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding
@@ -37,6 +39,34 @@ def test_the_dimension_that_is_split(shape, own, expected):
     if shape:
         sharded = jax.ShapeDtypeStruct(shape, "float32", sharding=NamedSharding(mesh, own))
         assert gdx.sharding.state_shardings(tx, sharded, mesh).trace.spec == expected
+
+
+@pytest.mark.parametrize("call", [gdx.sharding.state_shardings, gdx.sharding.report])
+@pytest.mark.parametrize("given", ["own", "specs"])
+@pytest.mark.parametrize(
+    ("shape", "spec", "parts"),
+    [
+        ((6, 7), P("data"), "(4,)"),
+        ((6, 7), P(("data", "model")), "(8,)"),
+        ((64, 7), P("data", "model"), "(4, 2)"),
+        ((64, 8), P("data", None, "model"), "(4, 1, 2)"),
+        ((), P("data"), "(4,)"),
+    ],
+)
+def test_a_spec_that_does_not_divide_its_parameter(call, given, shape, spec, parts):
+    if given == "own" and len(spec) > len(shape):
+        pytest.skip("JAX makes no such array")
+    mesh = AbstractMesh((4, 2), ("data", "model"))
+    sharding = NamedSharding(mesh, spec) if given == "own" else None
+    params = {
+        "even": jax.ShapeDtypeStruct((8, 8), "float32"),
+        "w": jax.ShapeDtypeStruct(shape, "float32", sharding=sharding),
+    }
+    specs = None if given == "own" else {"even": P(), "w": spec}
+    words = f"the parameter at ['w'] has the shape {shape}, which {spec} does not divide: into {parts} parts"
+    words = f"{call.__name__}: {words}"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        call(gdx.adam(0.1), params, mesh, specs=specs)
 
 
 def test_a_moment_follows_the_parameter_of_the_longest_path():

@@ -297,6 +297,42 @@ def test_explicit_axes_around_any_transform(name):
     assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, params)
 
 
+@both_kinds
+def test_a_search_along_a_line(kind):
+    """With explicit axes as its docstring says: the gradient in the state has another type than a new one."""
+    mesh, tx = make_mesh(8, kind), optax.lbfgs(memory_size=3)
+    params, batch = make_params(shapes=FEW), jnp.linspace(0.5, 2, 64)
+
+    def loss(params, batch):
+        return sum(
+            jnp.sum((jnp.expand_dims(batch[: p.shape[-1]], range(p.ndim - 1)) * p - 1) ** 2) for p in params.values()
+        )
+
+    def trained(tx, params, batch, typed):
+        @jax.jit
+        def step(params, state):
+            value, g = optax.value_and_grad_from_state(loss)(params, batch, state=typed(state))
+            updates, state = tx.update(g, state, params, value=value, grad=g, value_fn=loss, batch=batch)
+            return optax.apply_updates(params, updates), state
+
+        state = tx.init(params)
+        for _ in range(3):
+            params, state = step(params, state)
+        return params, state
+
+    def typed(state):
+        return optax.tree.set(state, grad=jax.reshard(optax.tree.get(state, "grad"), NamedSharding(mesh, P())))
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        expected = trained(tx, params, batch, lambda state: state)
+        sharded, on_mesh = gdx.sharding.shard_state(tx, mesh), put({**params, "batch": batch}, mesh)
+        batch = on_mesh.pop("batch")
+        found = trained(sharded, on_mesh, batch, typed if kind is EXPLICIT else lambda state: state)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert optax.tree.get(found[1], "diff_params_memory")["w"].sharding.spec[1] == "data"
+
+
 @pytest.mark.parametrize("place", ["chain", "masked", "partition", "TrainState", "scan"])
 def test_inside_what_is_built_around_it(place):
     mesh = make_mesh()
@@ -391,7 +427,12 @@ def other_mesh():
             ValueError,
             r"specs has P\('model'\S* at \['odd'\], but the mesh no axis 'model'",
         ),
-        (lambda: init(mesh=other_mesh()), ValueError, r"the parameter at \['odd'\] is on .*Move it: jax\.device_put"),
+        (
+            lambda: init(mesh=other_mesh()),
+            ValueError,
+            r"shard_state: the parameter at \['odd'\] is on .*'data': 8.*, expected on .*'data': 4.*jax\.device_put",
+        ),
+        (lambda: init(specs=P(None, "data")), ValueError, r"the parameter at \['odd'\] has the shape \(7,\), which"),
         (
             lambda: gdx.sharding.state_shardings(gdx.adam(0.1), make_params(), make_mesh(), "model"),
             ValueError,
@@ -405,7 +446,7 @@ def other_mesh():
         (
             lambda: gdx.sharding.state_shardings(gdx.adam(0.1), put(make_params(), make_mesh(4)), make_mesh()),
             ValueError,
-            r"parameter at \['odd'\] is on .*'data': 4.*, expected .*'data': 8",
+            r"state_shardings: the parameter at \['odd'\] is on .*'data': 4.*, expected on .*'data': 8",
         ),
     ],
 )
@@ -438,9 +479,58 @@ def test_a_state_of_other_parameters():
 def test_parameters_on_one_of_the_devices():
     params = jax.device_put(make_params(shapes=FEW), jax.devices()[3])
     with pytest.raises(
-        ValueError, match=r"parameter at \['odd'\] is on SingleDeviceSharding.*Move it: jax\.device_put"
+        ValueError, match=r"parameter at \['odd'\] is on SingleDeviceSharding.*or move them: jax\.device_put"
     ):
         gdx.sharding.shard_state(gdx.adam(0.1), make_mesh()).init(params)
+
+
+REVERSED = jax.sharding.Mesh(np.array(jax.devices()[::-1]), ("data",), axis_types=(AUTO,))
+ALIKE = {
+    "order": (REVERSED, make_mesh(), r"whose device number 0 is \S*:0, not \S*:7"),
+    "explicit": (make_mesh(8, EXPLICIT), make_mesh(), ""),
+    "automatic": (make_mesh(), make_mesh(8, EXPLICIT), ""),
+}
+
+
+@pytest.mark.parametrize("specs", [None, P()], ids=["no specs", "specs"])
+@pytest.mark.parametrize("name", ALIKE)
+def test_parameters_on_a_mesh_that_looks_alike(name, specs):
+    """Refused before anything is computed: arrays of both could never be used together."""
+    theirs, mesh, words = ALIKE[name]
+    params = put(make_params(shapes=FEW), theirs)
+    tx = gdx.sharding.shard_state(gdx.adam(0.1), mesh, specs=specs)
+    state = tx.init(put(make_params(shapes=FEW), mesh))
+    both = re.escape(f"{theirs}, expected on {mesh}")
+    words = rf"the parameter at \['odd'\] is on {both}.*{words}.*jax\.device_put\(params"
+    for call in (tx.init, functools.partial(tx.update, params, state)):
+        with pytest.raises(ValueError, match=f"shard_state: {words}"):
+            call(params)
+    with pytest.raises(ValueError, match=f"state_shardings: {words}"):
+        gdx.sharding.state_shardings(tx, params, mesh, specs=specs)
+    if name != "order":  # which a tracer does not show
+        with pytest.raises(ValueError, match=r"the parameter at \['odd'\] is on .*expected on"):
+            jax.jit(tx.init)(params)
+    tx.init(jax.device_put(params, NamedSharding(mesh, P())))  # as the error says
+
+
+def test_the_axes_of_an_abstract_mesh_may_have_any_type():
+    params = put(make_params(), make_mesh(8, EXPLICIT))
+    found = gdx.sharding.report(gdx.adam(0.1), params, AbstractMesh((8,), ("data",)))
+    assert found == gdx.sharding.report(gdx.adam(0.1), params, make_mesh(8, EXPLICIT))
+
+
+def test_inside_shard_map_over_another_axis():
+    """There that axis is manual, and the parameters are still on the mesh."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AUTO, AUTO))
+    params, tx = put(make_params(shapes=FEW), mesh), gdx.sharding.shard_state(gdx.adam(0.1), mesh)
+
+    def step(tx, params):
+        return one_step(tx, params, tx.init(params), params)[0]
+
+    part = functools.partial(step, tx)
+    part = jax.shard_map(part, mesh=mesh, in_specs=P(), out_specs=P(), axis_names={"model"}, check_vma=False)
+    for a, b in zip(jax.tree.leaves(jax.jit(part)(params)), jax.tree.leaves(step(tx.tx, params)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
 def test_split_parameters_that_jit_would_hide():
