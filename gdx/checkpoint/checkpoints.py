@@ -1,5 +1,6 @@
 """The checkpoints of a run in a directory: saved while training goes on, restored with everything compared."""
 
+import contextlib
 import functools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ import optax
 from gdx.checkpoint import manifest
 from gdx.checkpoint.checksums import checksum
 from gdx.extra import needs
+from gdx.fields import to_integer
 
 
 class CheckpointError(ValueError):
@@ -52,6 +54,7 @@ class Checkpoints:
       keep: how many of the newest stay.
 
     Raises:
+      TypeError: keep is no integer.
       ValueError: keep is less than 1.
       MissingExtra: Orbax is not installed.
 
@@ -68,12 +71,11 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | Path, *, keep: int = 3):
-        if keep < 1:
-            raise ValueError(f"Checkpoints: keep is {keep!r}; expected an integer >= 1")
+        self.keep = _integer("Checkpoints: keep", keep, 1)
         with needs("checkpoint"):
             import orbax.checkpoint  # noqa: F401 - missing now rather than at the first save
         self.directory = Path(directory).absolute()
-        self.keep = keep
+        self._is_closed = False
 
     @property
     def steps(self) -> list[int]:
@@ -93,13 +95,16 @@ class Checkpoints:
         Raises:
           CheckpointError: there is a checkpoint of this step or a later one.
           TypeError: step is no integer, or extra is not JSON.
+          ValueError: step is negative, or `close` was called.
         """
         import orbax.checkpoint as ocp
 
-        try:
-            step = operator.index(step)
-        except TypeError:
-            raise TypeError(f"save: step is {step!r}; expected an integer") from None
+        step = _integer("save: step", step, 0)
+        if self._is_closed:
+            raise ValueError(
+                f"save: these Checkpoints of {self.directory} are closed, by close() or the end of their `with`; "
+                f"save before that, or make new ones: Checkpoints({str(self.directory)!r})"
+            )
         newest = max(self.steps, default=-1)
         if step <= newest:
             raise CheckpointError(
@@ -135,14 +140,18 @@ class Checkpoints:
           allow: the fields that may differ, by their names in `tx.hyperparams`; those of tx are gone on with.
 
         Raises:
+          TypeError: step is no integer, or allow no sequence of names.
           CheckpointError: there is none, it is not what was saved, it was saved with another optimizer, or it holds
             other arrays. To take it into another storage format, restore it with the optimizer that saved it, then
             use `gdx.storage.convert`.
         """
+        if isinstance(allow, str | bytes) or not isinstance(allow, Iterable):
+            raise TypeError(f"restore: allow is {allow!r}; expected a sequence of names, such as ['learning_rate']")
+        step = None if step is None else _integer("restore: step", step, 0)
         self.wait()
         step = self._chosen(step)
         content = self._manifest(step)
-        problem = manifest.check(content, tx, params, state, allow)
+        problem = manifest.check(content, tx, params, state, tuple(allow))
         if problem:
             raise CheckpointError(f"restore: {self._name(step)} {problem}")
         values = self._arrays(step, content["arrays"], manifest.leaves(params, state))
@@ -155,7 +164,8 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and ends the threads that write."""
+        """Waits, and ends the threads that write: after it, one can restore but not save. Again, it does nothing."""
+        self._is_closed = True
         if "_manager" in vars(self):
             self._manager.close()
 
@@ -234,6 +244,17 @@ class Checkpoints:
             if keys[path] in found and checksum(found[keys[path]]) != saved[path][2]:
                 raise self._damaged(step, f"{path} is not what was saved")
         return [_placed(found.get(keys[path]), target) for path, target in targets.items()]
+
+
+def _integer(label: str, value: Any, least: int) -> int:
+    """A whole number of any kind, also in an array."""
+    if not isinstance(value, bool):
+        with contextlib.suppress(TypeError):
+            value = operator.index(value)
+    number = to_integer(label, value)
+    if number < least:
+        raise ValueError(f"{label} is {number}; expected an integer >= {least}")
+    return number
 
 
 def _keys(paths: Iterable[str]) -> dict[str, str]:
