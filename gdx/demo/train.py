@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import os
 import re
 import shlex
 import signal
@@ -166,8 +167,11 @@ def _optimizer(chosen: dict[str, Any]) -> gdx.Transform:
 
 
 def _check_checkpoints(folder: Path, resume: bool) -> Path:
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--checkpoints is {str(folder)!r}, which is a file; expected a folder")
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(
+            f"--checkpoints is {str(folder)!r}, but {str(there)!r} is no folder that can be written; give another one"
+        )
     found = _has_checkpoints(folder)
     if resume and not found:
         raise ValueError(f"--resume: there is no checkpoint in {str(folder)!r}; leave it out to begin a run there")

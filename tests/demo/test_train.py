@@ -159,7 +159,11 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(capsys):
         ("--learning-rate -1", "expected a finite number >= 0"),
         ("--storage int8", "choose from float32, bfloat16, 8-bit"),
         ("--storage 8-bit --optimizer gradient_descent", "choose another --optimizer"),
-        ("--checkpoints file", "which is a file; expected a folder"),
+        ("--checkpoints file", "but 'file' is no folder that can be written; give another one"),
+        ("--checkpoints file/below/it", "--checkpoints is 'file/below/it', but 'file' is no folder"),
+        ("--checkpoints file/below --resume", "--checkpoints is 'file/below', but 'file' is no folder"),
+        ("--checkpoints link", "but 'link' is no folder"),
+        ("--checkpoints locked/below", "but 'locked' is no folder that can be written"),
         ("--checkpoints used", "where a run has left checkpoints; go on with it by --resume"),
         ("--checkpoints empty --resume", "there is no checkpoint in 'empty'"),
         ("--checkpoints missing --resume", "there is no checkpoint in 'missing'"),
@@ -168,6 +172,9 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(capsys):
 )
 def test_a_wrong_option_says_what_is_allowed_before_any_process_starts(options, allowed, capsys, monkeypatch, folder):
     (folder / "file").touch()
+    (folder / "link").symlink_to("nowhere")
+    (folder / "locked").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked")  # root may write anywhere
     (folder / "used" / "20").mkdir(parents=True)
     (folder / "empty").mkdir()
     monkeypatch.setattr("gdx.demo.processes.run", lambda *_, **__: pytest.fail("processes were started"))
