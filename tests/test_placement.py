@@ -1,10 +1,12 @@
-"""Which dimension of a moment is split, and whose sharding it follows: from shapes alone."""
+"""Which dimension of a moment is split, and whose sharding it follows, from shapes alone; on which mesh it may be."""
 
+import functools
 import re
 
 import jax
+import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gdx
@@ -42,7 +44,6 @@ def test_the_dimension_that_is_split(shape, own, expected):
 
 
 @pytest.mark.parametrize("call", [gdx.sharding.state_shardings, gdx.sharding.report])
-@pytest.mark.parametrize("given", ["own", "specs"])
 @pytest.mark.parametrize(
     ("shape", "spec", "parts"),
     [
@@ -53,20 +54,16 @@ def test_the_dimension_that_is_split(shape, own, expected):
         ((), P("data"), "(4,)"),
     ],
 )
-def test_a_spec_that_does_not_divide_its_parameter(call, given, shape, spec, parts):
-    if given == "own" and len(spec) > len(shape):
-        pytest.skip("JAX makes no such array")
+def test_a_spec_that_does_not_divide_its_parameter(call, shape, spec, parts):
     mesh = AbstractMesh((4, 2), ("data", "model"))
-    sharding = NamedSharding(mesh, spec) if given == "own" else None
-    params = {
-        "even": jax.ShapeDtypeStruct((8, 8), "float32"),
-        "w": jax.ShapeDtypeStruct(shape, "float32", sharding=sharding),
-    }
-    specs = None if given == "own" else {"even": P(), "w": spec}
+    even, bare = jax.ShapeDtypeStruct((8, 8), "float32"), jax.ShapeDtypeStruct(shape, "float32")
+    cases = [(bare, {"even": P(), "w": spec})]
+    if len(spec) <= len(shape):  # JAX makes no other array
+        cases.append((jax.ShapeDtypeStruct(shape, "float32", sharding=NamedSharding(mesh, spec)), None))
     words = f"the parameter at ['w'] has the shape {shape}, which {spec} does not divide: into {parts} parts"
-    words = f"{call.__name__}: {words}"
-    with pytest.raises(ValueError, match=re.escape(words)):
-        call(gdx.adam(0.1), params, mesh, specs=specs)
+    for p, specs in cases:
+        with pytest.raises(ValueError, match=re.escape(f"{call.__name__}: {words}")):
+            call(gdx.adam(0.1), {"even": even, "w": p}, mesh, specs=specs)
 
 
 def test_a_moment_follows_the_parameter_of_the_longest_path():
@@ -101,3 +98,63 @@ def test_codes_and_scales_agree(shape, own, codes, scales):
     tx, p = gdx.adam(0.1, **EIGHT_BIT), jax.ShapeDtypeStruct(shape, "float32")
     found = gdx.sharding.state_shardings(tx, p, mesh, specs=own)[0]
     assert [(moment.codes.spec, moment.scales.spec) for moment in (found.mu, found.nu)] == [(codes, scales)] * 2
+
+
+def mesh_of(devices, *kinds):
+    return jax.sharding.Mesh(np.array(devices), ("data", "model")[: len(kinds)], axis_types=kinds)
+
+
+def params_on(mesh):
+    return jax.device_put({"w": np.ones((16, 64), "float32")}, NamedSharding(mesh, P()))
+
+
+AUTOMATIC = mesh_of(jax.devices(), AxisType.Auto)
+EXPLICIT = mesh_of(jax.devices(), AxisType.Explicit)
+REVERSED = mesh_of(jax.devices()[::-1], AxisType.Auto)
+
+
+@pytest.mark.parametrize("specs", [None, P()], ids=["no specs", "specs"])
+@pytest.mark.parametrize(
+    ("theirs", "mesh", "words"),
+    [
+        (REVERSED, AUTOMATIC, r"whose device number 0 is \S*:0, not \S*:7"),
+        (EXPLICIT, AUTOMATIC, ""),
+        (AUTOMATIC, EXPLICIT, ""),
+    ],
+    ids=["order", "explicit", "automatic"],
+)
+def test_parameters_on_a_mesh_that_looks_alike(theirs, mesh, words, specs):
+    """Refused before anything is computed: arrays of both could never be used together."""
+    params = params_on(theirs)
+    tx = gdx.sharding.shard_state(gdx.adam(0.1), mesh, specs=specs)
+    state = tx.init(params_on(mesh))
+    both = re.escape(f"{theirs}, expected on {mesh}")
+    words = rf"the parameter at \['w'\] is on {both}.*{words}.*jax\.device_put\(params"
+    for call in (tx.init, functools.partial(tx.update, params, state)):
+        with pytest.raises(ValueError, match=f"shard_state: {words}"):
+            call(params)
+    with pytest.raises(ValueError, match=f"state_shardings: {words}"):
+        gdx.sharding.state_shardings(tx, params, mesh, specs=specs)
+    if theirs is not REVERSED:  # which a tracer does not show
+        with pytest.raises(ValueError, match=r"the parameter at \['w'\] is on .*expected on"):
+            jax.jit(tx.init)(params)
+    tx.init(jax.device_put(params, NamedSharding(mesh, P())))  # as the error says
+
+
+def test_the_axes_of_an_abstract_mesh_may_have_any_type():
+    params, tx = params_on(EXPLICIT), gdx.adam(0.1)
+    found = gdx.sharding.report(tx, params, AbstractMesh((8,), ("data",)))
+    assert found == gdx.sharding.report(tx, params, EXPLICIT)
+
+
+def test_inside_shard_map_over_another_axis():
+    """There that axis is manual, and the parameters are still on the mesh."""
+    mesh = mesh_of(np.reshape(jax.devices(), (4, 2)), AxisType.Auto, AxisType.Auto)
+    tx, params = gdx.sharding.shard_state(gdx.momentum(0.1, 0.9), mesh), params_on(mesh)
+
+    def updates(tx, params):
+        return tx.update(params, tx.init(params), params)[0]
+
+    part = functools.partial(updates, tx)
+    part = jax.shard_map(part, mesh=mesh, in_specs=P(), out_specs=P(), axis_names={"model"}, check_vma=False)
+    np.testing.assert_array_equal(jax.jit(part)(params)["w"], updates(tx.tx, params)["w"])

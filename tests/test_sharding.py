@@ -484,55 +484,6 @@ def test_parameters_on_one_of_the_devices():
         gdx.sharding.shard_state(gdx.adam(0.1), make_mesh()).init(params)
 
 
-REVERSED = jax.sharding.Mesh(np.array(jax.devices()[::-1]), ("data",), axis_types=(AUTO,))
-ALIKE = {
-    "order": (REVERSED, make_mesh(), r"whose device number 0 is \S*:0, not \S*:7"),
-    "explicit": (make_mesh(8, EXPLICIT), make_mesh(), ""),
-    "automatic": (make_mesh(), make_mesh(8, EXPLICIT), ""),
-}
-
-
-@pytest.mark.parametrize("specs", [None, P()], ids=["no specs", "specs"])
-@pytest.mark.parametrize("name", ALIKE)
-def test_parameters_on_a_mesh_that_looks_alike(name, specs):
-    """Refused before anything is computed: arrays of both could never be used together."""
-    theirs, mesh, words = ALIKE[name]
-    params = put(make_params(shapes=FEW), theirs)
-    tx = gdx.sharding.shard_state(gdx.adam(0.1), mesh, specs=specs)
-    state = tx.init(put(make_params(shapes=FEW), mesh))
-    both = re.escape(f"{theirs}, expected on {mesh}")
-    words = rf"the parameter at \['odd'\] is on {both}.*{words}.*jax\.device_put\(params"
-    for call in (tx.init, functools.partial(tx.update, params, state)):
-        with pytest.raises(ValueError, match=f"shard_state: {words}"):
-            call(params)
-    with pytest.raises(ValueError, match=f"state_shardings: {words}"):
-        gdx.sharding.state_shardings(tx, params, mesh, specs=specs)
-    if name != "order":  # which a tracer does not show
-        with pytest.raises(ValueError, match=r"the parameter at \['odd'\] is on .*expected on"):
-            jax.jit(tx.init)(params)
-    tx.init(jax.device_put(params, NamedSharding(mesh, P())))  # as the error says
-
-
-def test_the_axes_of_an_abstract_mesh_may_have_any_type():
-    params = put(make_params(), make_mesh(8, EXPLICIT))
-    found = gdx.sharding.report(gdx.adam(0.1), params, AbstractMesh((8,), ("data",)))
-    assert found == gdx.sharding.report(gdx.adam(0.1), params, make_mesh(8, EXPLICIT))
-
-
-def test_inside_shard_map_over_another_axis():
-    """There that axis is manual, and the parameters are still on the mesh."""
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AUTO, AUTO))
-    params, tx = put(make_params(shapes=FEW), mesh), gdx.sharding.shard_state(gdx.adam(0.1), mesh)
-
-    def step(tx, params):
-        return one_step(tx, params, tx.init(params), params)[0]
-
-    part = functools.partial(step, tx)
-    part = jax.shard_map(part, mesh=mesh, in_specs=P(), out_specs=P(), axis_names={"model"}, check_vma=False)
-    for a, b in zip(jax.tree.leaves(jax.jit(part)(params)), jax.tree.leaves(step(tx.tx, params)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
-
-
 def test_split_parameters_that_jit_would_hide():
     mesh = make_mesh()
     params = put(make_params(shapes=FEW), mesh, {"w": P("data")})
