@@ -9,6 +9,7 @@ pytest.importorskip("matplotlib")
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from gdx import plot
@@ -16,7 +17,7 @@ from gdx import plot
 
 @pytest.fixture
 def ax():
-    return Figure().subplots()
+    return FigureCanvasAgg(Figure()).figure.subplots()  # the canvas of a bare figure draws nothing
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +63,30 @@ def test_a_diverged_curve_ends_before_it(ax, bad):
 @pytest.mark.parametrize("losses", [[], [np.nan], [0.0, 0.0], [-1.0, -2.0], [1.0, 0.0]])
 def test_losses_without_a_logarithm(ax, losses):
     plot.loss_curves({"sgd": losses}, ax)
+    assert ax.get_yscale() == "linear"
+    ax.figure.canvas.draw()
+
+
+@pytest.mark.parametrize(("last", "scale"), [(0.1, "log"), (0.0, "linear"), (-1.0, "linear")])
+def test_losses_are_on_a_logarithmic_scale_only_if_it_hides_none(ax, last, scale):
+    plot.loss_curves({"adam": [3.0, 1.0, last], "sgd": [2.0, 1.0, np.inf, -1.0]}, ax)
+    assert ax.get_yscale() == scale
+
+
+@pytest.mark.parametrize(
+    ("draw", "dots"),
+    [
+        (lambda ax: plot.loss_curves({"sgd": [2.0]}, ax), [0]),
+        (lambda ax: plot.loss_curves({"sgd": [2.0, 1.0]}, ax), None),
+        (lambda ax: plot.sharpness({"sgd": [2.0]}, 4.0, ax), [0]),
+        (lambda ax: plot.loss_line([0.5], {"loss": [2.0]}, ax), [0]),
+        (lambda ax: plot.loss_line(np.arange(6), {"loss": [1.0, np.nan, 2.0, 3.0, np.nan, 4.0]}, ax), [0, 5]),
+    ],
+)
+def test_points_without_a_neighbour_are_dots(ax, draw, dots):
+    (line, *_) = draw(ax).lines
+    assert line.get_marker() == ("None" if dots is None else "o")
+    assert line.get_markevery() == dots
     ax.figure.canvas.draw()
 
 
@@ -151,11 +176,54 @@ def test_a_sweep_of_two_that_is_no_grid_is_a_scatter(ax):
     ax.figure.canvas.draw()
 
 
+def numbers(axis) -> list[str]:
+    axis.axes.figure.canvas.draw()
+    low, high = axis.get_view_interval()
+    ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+    return [t.label1.get_text() or t.label2.get_text() for t in ticks if low <= t.get_loc() <= high]
+
+
+@pytest.mark.parametrize(
+    ("decades", "some", "least", "most"),
+    [
+        (1.2, {"0.5", "1", "2"}, 3, 6),
+        (2.5, {"0.2", "1", "5"}, 6, 9),
+        (7.5, {"0.01", "1", "100"}, 4, 9),
+        (14, set(), 4, 9),
+    ],
+)
+def test_the_numbers_of_logarithmic_axes_and_bars(decades, some, least, most):
+    heights = np.geomspace(10 ** (-decades / 2), 10 ** (decades / 2), 20)
+    line = plot.loss_line(np.arange(20), {"loss": heights})
+    bar = plot.sweep(grid([1, 2, 3, 4], [1, 2, 3, 4, 5]), heights).figure.axes[1]
+    for axis in (line.yaxis, bar.yaxis):
+        shown = [text for text in numbers(axis) if text]
+        assert some <= set(shown) and least <= len(shown) <= most and not any("$" in text for text in shown)
+
+
+@pytest.mark.parametrize("points", [grid([0.1, 0.2], [1.0, 2.0]), [{"a": i, "b": i} for i in range(4)]])
+def test_limits_of_a_sweep_are_those_of_its_colours(points):
+    for limits, extend in (((0.1, 3.0), "max"), ((0.3, 9e9), "min"), ((0.3, 3.0), "both"), ((0.1, 1e3), "neither")):
+        ax = plot.sweep(points, [0.2, 0.5, 1.0, 900.0], limits=limits)
+        (drawn,) = ax.images or ax.collections
+        assert drawn.get_clim() == limits and drawn.colorbar.extend == extend
+        if limits == (0.1, 3.0):
+            assert {"0.1", "0.2", "0.5", "1", "2"} <= set(numbers(ax.figure.axes[1].yaxis))
+
+
+def test_limits_of_a_sweep_of_one_hyperparameter_are_those_of_its_axis(ax):
+    plot.sweep([{"b1": 0.0}, {"b1": 0.9}], [1.0, 900.0], ax, limits=(0.5, 2.0))
+    assert ax.get_ylim() == (0.5, 2.0) and ax.get_yscale() == "linear"
+    with pytest.raises(ValueError, match=r"limits is \(2, 1\); expected \(low, high\) with low < high"):
+        plot.sweep([{"b1": 0.0}, {"b1": 0.9}], [1.0, 2.0], limits=(2, 1))
+
+
 @pytest.mark.parametrize("score", [[np.nan, np.nan], [0.0, -1.0], [1.0, 1.0]])
 def test_sweeps_without_a_logarithm(ax, score):
     plot.sweep([{"b1": 0.0}, {"b1": 0.9}], score, ax)
     ax.figure.canvas.draw()
     plot.sweep(grid([0.1, 0.2], [1.0]), score)
+    plot.sweep(grid([0.1, 0.2], [1.0]), score, limits=(0.1, 3.0)).figure.canvas.draw()
 
 
 def test_a_sweep_of_nothing():
@@ -216,6 +284,11 @@ def test_sharpness_against_the_edge(ax):
     ax.figure.canvas.draw()
 
 
+def test_sharpness_below_zero_is_seen(ax):
+    plot.sharpness({"sgd": [-3.0, 1.0]}, 4.0, ax)
+    assert ax.get_ylim()[0] < -3
+
+
 def test_sharpness_of_runs_with_edges_of_their_own(ax):
     runs = {"slow": [1.0, 2.0], "fast": [1.0, np.nan]}
     plot.sharpness(runs, {"slow": 20.0, "fast": jnp.float32(2.0)}, ax)
@@ -257,9 +330,36 @@ def test_a_loss_plane_has_x_along_its_columns(ax):
 
 
 @pytest.mark.parametrize("heights", [np.full((3, 3), np.nan), np.ones((3, 3)), np.diag([np.inf, -1.0, 5.0])])
-def test_loss_planes_that_are_flat_or_not_finite(ax, heights):
-    plot.loss_plane(np.arange(3), np.arange(3), heights, ax)
+@pytest.mark.parametrize("levels", [None, [7.0, 8.0]])
+def test_loss_planes_that_are_flat_or_not_finite(ax, heights, levels):
+    plot.loss_plane(np.arange(3), np.arange(3), heights, ax, levels=levels)
     ax.figure.canvas.draw()
+
+
+@pytest.mark.parametrize("height", [0.0, 0.7, -1e-9])
+@pytest.mark.parametrize("rounding", [0, 1e-16])
+def test_a_flat_loss_plane_has_its_colour(ax, height, rounding):
+    plot.loss_plane(np.arange(3), np.arange(3), height * (1 + rounding * np.arange(9).reshape(3, 3)), ax)
+    low, high = ax.collections[0].levels
+    assert low < height < high
+    ax.figure.canvas.draw()
+    inside = ax.transAxes.transform([(0.3, 0.4)])[0].astype(int)
+    assert np.asarray(ax.figure.canvas.buffer_rgba())[-inside[1], inside[0], :3].tolist() != [255, 255, 255]
+
+
+def test_nearly_equal_losses_of_a_plane_have_different_labels(ax):
+    plot.loss_plane(np.arange(4), np.arange(4), 2.3 + 1e-4 * np.arange(16).reshape(4, 4), ax)
+    texts = [text.get_text() for text in ax.figure.axes[1].get_yticklabels()]
+    assert len(set(texts)) == len(texts) == 10
+
+
+@pytest.mark.parametrize(("rows", "columns", "shape"), [(1, 5, (1, 5)), (5, 1, (5, 1)), (4, 5, (5, 4)), (4, 5, (5,))])
+def test_a_loss_plane_of_another_shape(rows, columns, shape):
+    with pytest.raises(
+        ValueError, match=r"plot\.loss_plane: losses has shape .* expected \(rows, columns\), one for each"
+    ):
+        plot.loss_plane(np.arange(columns), np.arange(rows), np.ones(shape))
+    assert not pyplot.get_fignums()
 
 
 def test_loss_planes_with_the_same_levels(ax):

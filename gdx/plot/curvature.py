@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gdx.plot.style import COLOURS, add_legend, axes_or_new, finite_length, line_styles, run_label
+from gdx.plot.style import COLOURS, add_legend, axes_or_new, finite_length, line_styles, mark_lone, run_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +53,7 @@ def spectral_density(
     if edges is not None:
         for edge, colour, style in ((edges.smallest, COLOURS[2], "-."), (edges.largest, COLOURS[1], "--")):
             name = "smallest" if edge is edges.smallest else "largest"
-            ax.axvline(float(edge.value), color=colour, linestyle=style, label=f"{name}: {float(edge.value):.3g}")
+            ax.axvline(float(edge.value), color=colour, linestyle=style, label=f"{name}: {float(edge.value):.4g}")
     ax.set_yscale("log")
     ax.set_xlim(points[0], points[-1])
     ax.set_ylim(floor, 3 * highest)
@@ -94,18 +94,21 @@ def sharpness(
     if missing:
         raise ValueError(f"plot.sharpness: edge has no {missing[0]!r}; expected a number, or one for each run")
     ax = axes_or_new(ax)
-    values = [float(x) for x in edges.values()]
+    values, lowest = [float(x) for x in edges.values()], 0.0
     for (name, curve), style in zip(history.items(), line_styles()):
         curve = np.asarray(curve, float)
         at = np.arange(len(curve)) if steps is None else np.asarray(steps[name])
         end = finite_length(curve)
-        ax.plot(at[:end], curve[:end], label=run_label(name, end < len(curve)), **style)
+        (line,) = ax.plot(at[:end], curve[:end], label=run_label(name, end < len(curve)), **style)
+        mark_lone(line)
+        lowest = min([lowest, *curve[:end]])
         if len(set(values)) > 1:  # each run has its own
             limit = float(edges[name])
             ax.axhline(limit, color=style["color"], linestyle=":", linewidth=1.4, label=f"edge of {name}: {limit:.3g}")
     if len(set(values)) == 1:
         ax.axhline(values[0], color="black", linestyle=":", linewidth=1.4, label=f"edge of stability: {values[0]:.3g}")
-    ax.set_ylim(bottom=0)
+    if lowest == 0:  # the largest eigenvalue is negative where the loss curves down on all sides
+        ax.set_ylim(bottom=0)
     ax.set_xlabel("step")
     ax.set_ylabel(f"sharpness ({UNIT})")
     ax.grid(alpha=0.3)

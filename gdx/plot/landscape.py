@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gdx.plot.style import add_legend, axes_or_new, line_styles, plain_decades, spans_decades
+from gdx.plot.style import add_legend, axes_or_new, distinct, line_styles, mark_lone, plain_decades, spans_decades
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,6 +47,7 @@ def loss_line(
         mean = rows.mean(axis=0)  # NaN where a line is
         drawn.append(mean)
         (curve,) = ax.plot(positions, mean, label=label, **style)
+        mark_lone(curve)
         if len(rows) > 1:
             ax.fill_between(positions, *_range(rows), color=curve.get_color(), alpha=0.2, linewidth=0)
     if drawn and spans_decades(np.stack(drawn)):
@@ -91,11 +92,15 @@ def loss_plane(
       ax: the axes to draw on; None for new ones.
       points: points to mark, by name.
       levels: the heights of the contours, at least 2, ascending: give the same to pictures that are to be compared.
-        None for 10 between the least and the largest loss, at equal ratios where they span a decade.
+        None for 10 between the least and the largest loss, at equal ratios where they span a decade, or for 2
+        around a constant.
       name: what is drawn.
 
     Returns:
       The axes.
+
+    Raises:
+      ValueError: there are not 2 coordinates or more of each, or not one loss for each pair.
 
     >>> import gdx, jax.numpy as jnp, numpy as np
     >>> x, directions = np.linspace(-1, 1, 9), (jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]))
@@ -103,18 +108,23 @@ def loss_plane(
     >>> gdx.plot.loss_plane(x, x, losses, points={"minimum": (0, 0)}).get_ylabel()
     'second direction'
     """
+    heights = np.ma.masked_invalid(np.asarray(losses, float))
+    if heights.shape != (np.size(y), np.size(x)) or min(heights.shape) < 2:
+        raise ValueError(
+            f"plot.loss_plane: losses has shape {heights.shape}, for {np.size(x)} x and {np.size(y)} y; expected "
+            f"(rows, columns), one for each y and each x and at least 2 of both; draw one row with plot.loss_line"
+        )
     ax = axes_or_new(ax)
     from matplotlib.colors import BoundaryNorm
     from matplotlib.patheffects import withStroke
 
-    heights = np.ma.masked_invalid(np.asarray(losses, float))
     levels = _levels(heights) if levels is None else np.asarray(levels, float)
     if levels is not None:
         norm = BoundaryNorm(levels, 256, extend="both")
         filled = ax.contourf(x, y, heights, levels=levels, cmap="viridis", norm=norm, extend="both")
         ax.contour(x, y, heights, levels=levels, colors="white", linewidths=0.5, alpha=0.7)
         bar = ax.figure.colorbar(filled, ax=ax, label=name, spacing="uniform")
-        bar.set_ticks(levels, labels=[f"{level:.2g}" for level in levels])
+        bar.set_ticks(levels, labels=distinct(levels))
     for label, (a, b) in (points or {}).items():
         ax.plot(a, b, "o", color="white", markeredgecolor="black", markersize=7, zorder=3)
         text = ax.annotate(label, (a, b), textcoords="offset points", xytext=(7, 5), color="white", fontweight="bold")
@@ -129,9 +139,12 @@ def _range(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _levels(heights: np.ma.MaskedArray) -> np.ndarray | None:
-    """Heights of ten contours; None where nothing rises."""
+    """Heights of ten contours, or of two around what is flat; None where nothing is finite."""
     finite = heights.compressed()
-    if not len(finite) or finite.min() == finite.max():
+    if not len(finite):
         return None
+    low, high = finite.min(), finite.max()
+    if high - low <= 1e-9 * abs(low):  # what differs is rounding
+        return low + 0.1 * (abs(low) or 1.0) * np.array([-1, 1])
     space = np.geomspace if spans_decades(finite) else np.linspace
-    return space(finite.min(), finite.max(), 10)
+    return space(low, high, 10)

@@ -9,8 +9,11 @@ from gdx.plot.style import (
     COLOURS,
     add_legend,
     axes_or_new,
+    distinct,
     finite_length,
+    is_positive,
     line_styles,
+    mark_lone,
     plain_decades,
     run_label,
     spans_decades,
@@ -20,11 +23,13 @@ from gdx.plot.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Limits = tuple[float, float] | None
+
 
 def loss_curves(
     history: Mapping[str, Any], ax: "Axes | None" = None, *, steps: Mapping[str, Any] | None = None
 ) -> "Axes":
-    """Draws the loss of each run by step, on a logarithmic scale.
+    """Draws the loss of each run by step, on a logarithmic scale where all losses are positive.
 
     A curve ends before the first loss that is not finite, and its run is marked as diverged.
 
@@ -42,16 +47,18 @@ def loss_curves(
     ('log', ['sgd', 'too fast (diverged)'])
     """
     ax = axes_or_new(ax)
-    some_positive = False
+    drawn = []
     for (name, losses), style in zip(history.items(), line_styles()):
         losses = np.asarray(losses, float)
         at = np.arange(len(losses)) if steps is None else np.asarray(steps[name])
         end = finite_length(losses)
-        some_positive |= bool(np.any(losses[:end] > 0))
+        drawn.append(losses[:end])
         (line,) = ax.plot(at[:end], losses[:end], label=run_label(name, end < len(losses)), **style)
         if 0 < end < len(losses):
             ax.plot(at[end - 1], losses[end - 1], marker="x", color=line.get_color())
-    if some_positive:
+        else:
+            mark_lone(line)
+    if drawn and is_positive(np.concatenate(drawn)):
         ax.set_yscale("log")
     ax.set_xlabel("step")
     ax.set_ylabel("loss")
@@ -60,7 +67,14 @@ def loss_curves(
     return ax
 
 
-def sweep(labels: Sequence[Mapping[str, float]], score: Any, ax: "Axes | None" = None, *, name: str = "loss") -> "Axes":
+def sweep(
+    labels: Sequence[Mapping[str, float]],
+    score: Any,
+    ax: "Axes | None" = None,
+    *,
+    name: str = "loss",
+    limits: Limits = None,
+) -> "Axes":
     """Draws the score of each point of a sweep: a curve over one hyperparameter, a heat map over two.
 
     Of more hyperparameters the first two are shown, with the least score over the others. The
@@ -71,12 +85,14 @@ def sweep(labels: Sequence[Mapping[str, float]], score: Any, ax: "Axes | None" =
       score: of shape (points,): the smaller the better; NaN or infinite for a point that diverged.
       ax: the axes to draw on; None for new ones.
       name: what the score is.
+      limits: (low, high), the ends of its colours or axis, logarithmic where they span more than a decade; colours
+        draw scores beyond them like the ends. None for the least and the largest score.
 
     Returns:
       The axes.
 
     Raises:
-      ValueError: the points differ in no hyperparameter, or there is not one score for each.
+      ValueError: the points differ in no hyperparameter, there is not one score for each, or low is not below high.
 
     >>> import gdx
     >>> batch = gdx.grid(gdx.sgd, learning_rate=[0.1, 0.2, 0.4])
@@ -86,11 +102,13 @@ def sweep(labels: Sequence[Mapping[str, float]], score: Any, ax: "Axes | None" =
     """
     if not labels or not labels[0]:
         raise ValueError("plot.sweep: the points differ in no hyperparameter; expected labels such as gdx.labels gives")
-    ax = axes_or_new(ax)
-    names = list(labels[0])[:2]
     score = np.asarray(score, float)
     if score.shape != (len(labels),):
         raise ValueError(f"plot.sweep: score has shape {score.shape}; expected ({len(labels)},), one for each label")
+    if limits is not None and not limits[0] < limits[1]:
+        raise ValueError(f"plot.sweep: limits is {limits}; expected (low, high) with low < high")
+    ax = axes_or_new(ax)
+    names = list(labels[0])[:2]
     values = [sorted({point[key] for point in labels}) for key in names]
     best = np.full([len(v) for v in values], np.nan)
     tried = np.zeros(best.shape, bool)
@@ -99,11 +117,11 @@ def sweep(labels: Sequence[Mapping[str, float]], score: Any, ax: "Axes | None" =
         best[cell] = np.fmin(best[cell], value if np.isfinite(value) else np.nan)
         tried[cell] = True
     if len(names) == 1:
-        _curve(ax, names, values, best, name)
+        _curve(ax, names, values, best, name, limits)
     elif tried.all():
-        _heat_map(ax, names, values, best, name)
+        _heat_map(ax, names, values, best, name, limits)
     else:
-        _scatter(ax, names, [[point[key] for point in labels] for key in names], score, name)
+        _scatter(ax, names, [[point[key] for point in labels] for key in names], score, name, limits)
     return ax
 
 
@@ -134,7 +152,7 @@ def range_test(result: Any, ax: "Axes | None" = None) -> "Axes":
         ax.axvline(result.edge, color=COLOURS[1], linestyle="--", label=f"edge: {result.edge:.2g}")
         ax.axvspan(result.edge, max(rates[-1], result.edge), color=COLOURS[1], alpha=0.1, linewidth=0)
     ax.set_xscale("log")
-    if np.nanmin(shown) > 0:
+    if is_positive(shown):
         ax.set_yscale("log")
     ax.set_xlim(rates[0], rates[-1])
     ax.set_xlabel("learning rate")
@@ -144,7 +162,9 @@ def range_test(result: Any, ax: "Axes | None" = None) -> "Axes":
     return ax
 
 
-def _curve(ax: "Axes", names: list[str], values: list[list[float]], best: np.ndarray, name: str) -> None:
+def _curve(
+    ax: "Axes", names: list[str], values: list[list[float]], best: np.ndarray, name: str, limits: Limits
+) -> None:
     x = np.asarray(values[0])
     ax.plot(x, best, marker="o", markersize=4, color=COLOURS[0])
     diverged = ~np.isfinite(best)
@@ -157,7 +177,7 @@ def _curve(ax: "Axes", names: list[str], values: list[list[float]], best: np.nda
             markersize=15,
             color=COLOURS[1],
             linestyle="none",
-            label=f"best: {_distinct(values[0])[at]}",
+            label=f"best: {distinct(values[0])[at]}",
         )
     if diverged.any():
         # along the upper edge: there is no loss to draw them at
@@ -165,20 +185,24 @@ def _curve(ax: "Axes", names: list[str], values: list[list[float]], best: np.nda
         ax.plot(x[diverged], np.full(diverged.sum(), 0.97), "x", color="0.4", transform=top, label="diverged")
     if _is_logarithmic(x):
         ax.set_xscale("log")
-    if spans_decades(best):
+    if spans_decades(best if limits is None else np.asarray(limits)):
         ax.set_yscale("log")
+    if limits is not None:
+        ax.set_ylim(*limits)
     ax.set_xlabel(words(names[0]))
     ax.set_ylabel(name)
     ax.grid(alpha=0.3)
     add_legend(ax)
 
 
-def _scatter(ax: "Axes", names: list[str], values: list[list[float]], score: np.ndarray, name: str) -> None:
+def _scatter(
+    ax: "Axes", names: list[str], values: list[list[float]], score: np.ndarray, name: str, limits: Limits
+) -> None:
     y, x = map(np.asarray, values)
     finite = np.isfinite(score)
     if finite.any():
         drawn = ax.scatter(x[finite], y[finite], c=score[finite], s=40, cmap="viridis_r")
-        _add_bar(ax, drawn, score, name)
+        _add_bar(ax, drawn, score[finite], name, limits)
         best = int(np.nanargmin(np.where(finite, score, np.nan)))
         _mark_best(ax, x[best], y[best])
     if not finite.all():
@@ -191,26 +215,22 @@ def _scatter(ax: "Axes", names: list[str], values: list[list[float]], score: np.
     _add_legend_below(ax)
 
 
-def _distinct(points: list[float]) -> list[str]:
-    """Ascending numbers with as few digits as tell them apart, at least two: off by a tenth of a gap at most."""
-    gaps = np.diff(points, prepend=-np.inf, append=np.inf)
-    for digits in range(2, 12):
-        numbers = [float(f"{point:.{digits}g}") for point in points]
-        if np.all(np.abs(np.subtract(numbers, points)) <= 0.1 * np.minimum(gaps[:-1], gaps[1:])):
-            break
-    return [f"{number:.12g}" for number in numbers]
-
-
 def _is_logarithmic(points: np.ndarray) -> bool:
     return bool(np.all(points > 0) and points.max() >= 10 * points.min())
 
 
-def _add_bar(ax: "Axes", drawn: Any, score: np.ndarray, name: str) -> None:
-    """The colour bar of what was drawn, and its scale, logarithmic where scores span decades."""
-    if spans_decades(score):
+def _add_bar(ax: "Axes", drawn: Any, score: np.ndarray, name: str, limits: Limits) -> None:
+    """The colour bar of what was drawn, and its scale, logarithmic where scores or limits span decades."""
+    logarithmic = spans_decades(score if limits is None else np.asarray(limits))
+    if logarithmic:
         drawn.set_norm("log")
-    bar = ax.figure.colorbar(drawn, ax=ax, label=name)
-    if spans_decades(score):
+    extend = "neither"
+    if limits is not None:
+        drawn.set_clim(*limits)
+        below, above = np.any(score < limits[0]), np.any(score > limits[1])
+        extend = ("neither", "min", "max", "both")[below + 2 * above]
+    bar = ax.figure.colorbar(drawn, ax=ax, label=name, extend=extend)
+    if logarithmic:
         plain_decades(bar.ax.yaxis)
 
 
@@ -223,9 +243,11 @@ def _mark_best(ax: "Axes", x: Any, y: Any) -> None:
     ax.plot(x, y, marker="*", markersize=15, color="white", markeredgecolor="black", linestyle="none", label="best")
 
 
-def _heat_map(ax: "Axes", names: list[str], values: list[list[float]], best: np.ndarray, name: str) -> None:
+def _heat_map(
+    ax: "Axes", names: list[str], values: list[list[float]], best: np.ndarray, name: str, limits: Limits
+) -> None:
     image = ax.imshow(np.ma.masked_invalid(best), origin="lower", aspect="auto", cmap="viridis_r")
-    _add_bar(ax, image, best, name)
+    _add_bar(ax, image, best, name, limits)
     diverged = np.argwhere(~np.isfinite(best))
     if len(diverged):
         ax.plot(diverged[:, 1], diverged[:, 0], "x", color="0.4", linestyle="none", label="diverged")
@@ -234,6 +256,6 @@ def _heat_map(ax: "Axes", names: list[str], values: list[list[float]], best: np.
         _mark_best(ax, column, row)
     for axis, key, points, most in ((ax.yaxis, names[0], values[0], 9), (ax.xaxis, names[1], values[1], 6)):
         shown = range(0, len(points), -(-len(points) // most))  # at equal distances, with room for the numbers
-        axis.set_ticks(shown, _distinct([points[i] for i in shown]))
+        axis.set_ticks(shown, distinct([points[i] for i in shown]))
         axis.set_label_text(words(key))
     _add_legend_below(ax)
