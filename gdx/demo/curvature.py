@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,6 @@ from gdx.demo import show
 from gdx.demo.options import add_output, check_output, check_seed, check_steps
 from gdx.demo.problems import SURFACES, Arrays, load
 from gdx.extra import needs
-from gdx.plot.style import COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,6 +36,7 @@ examples:
 """
 PROBLEMS = (*reversed(SURFACES), "digits")
 TRAINING_STEPS = 1000
+PENALTY = 0.01
 FAMILY = {"gradient_descent": gdx.gradient_descent, "momentum": gdx.momentum, "nesterov": gdx.nesterov}
 DISTANCE = 1e-4  # at which a run starts: small enough that the curvature is that of its centre
 EXACT = 1e-11  # below it, in float64, distances are rounding
@@ -68,8 +69,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     names = ",".join(PROBLEMS)
     add("--data", action="append", metavar="NAMES", help=f"comma separated, from {names} (default: all)")
-    add("--penalty", type=float, default=0.01, metavar="X", help="L2 penalty of the digits network (default: 0.01)")
-    add("--steps", type=int, default=400, metavar="N", help="measured steps, at least 2 (default: 400)")
+    add("--penalty", type=float, metavar="X", help=f"L2 penalty of the digits network (default: {PENALTY})")
+    add(
+        "--steps",
+        type=int,
+        default=400,
+        metavar="N",
+        help="measured steps, at least 2; the table says where they are too few (default: 400)",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of the initial parameters and the estimates (default: 0)")
     add_output(parser, "gdx-curvature.png")
 
@@ -84,13 +91,16 @@ def plan(arguments: argparse.Namespace) -> Plan:
     for name in names:
         if name not in PROBLEMS:
             raise ValueError(f"--data has {name!r}; choose from {', '.join(PROBLEMS)}")
-    if not 0 <= arguments.penalty < np.inf:
-        raise ValueError(f"--penalty is {arguments.penalty}; expected a finite number >= 0")
+    penalty = PENALTY if arguments.penalty is None else arguments.penalty
+    if not 0 <= penalty < np.inf:
+        raise ValueError(f"--penalty is {penalty}; expected a finite number >= 0")
+    if arguments.penalty is not None and "digits" not in names:
+        raise ValueError(f"--penalty does not apply to {' and '.join(names)}; use it with digits")
     if check_steps(arguments.steps) < 2:
         raise ValueError(f"--steps is {arguments.steps}; expected at least 2, for a ratio of two distances")
     return Plan(
         tuple(dict.fromkeys(names)),
-        arguments.penalty,
+        penalty,
         arguments.steps,
         check_seed(arguments.seed),
         check_output(arguments.output),
@@ -199,6 +209,15 @@ def _distances(
     return np.append(DISTANCE, walk(tx, [center, start]))
 
 
+def fewest_steps(rho: float, power: int) -> int:
+    """How many steps show a contraction rho by step, of distances that go like (1 + b k)^power rho^k, b about 1 - rho.
+
+    That the factor is not quite k^power changes the 1 - rho that is measured in n steps by a part of
+    2 / (x (1 + x)), x = n (1 - rho): by 5 % at x = 6.
+    """
+    return math.ceil(6 / (1 - rho)) if power else 2
+
+
 def contraction(distances: np.ndarray, power: int) -> float:
     """The contraction rho by step, of distances k^power rho^k, over the later half of those that are not rounding."""
     end = int(np.argmin(np.append(distances > EXACT, False))) - 1
@@ -264,26 +283,40 @@ def _rates_table(found: dict[str, Found]) -> "Table":
         for optimizer, best in result.best.items():
             if best.convex or optimizer == "gradient_descent":
                 momentum = "-" if optimizer == "gradient_descent" else f"{float(best.momentum):.4f}"
+                rho, distances = float(best.contraction), result.distances[optimizer]
                 # the best momentum gives the slowest modes double roots, and these distances like k rho^k
-                measured = f"{contraction(result.distances[optimizer], int(optimizer != 'gradient_descent')):.4f}"
-                rate = f"{float(best.learning_rate):.4g}"
-                table.add_row(name, optimizer, rate, momentum, f"{float(best.contraction):.4f}", measured)
+                power = int(optimizer != "gradient_descent")
+                fewest = fewest_steps(rho, power)
+                measured = f"{contraction(distances, power):.4f}"
+                if len(distances) <= fewest:
+                    measured = f"needs {fewest} steps"
+                table.add_row(name, optimizer, f"{float(best.learning_rate):.4g}", momentum, f"{rho:.4f}", measured)
     return table
 
 
+def predicted(result: Found, optimizer: str, steps: int) -> np.ndarray:
+    """The distance of two runs, by step, on a quadratic with the edges as its curvatures: the formula, step by step."""
+    rate, mu, _, _ = map(float, result.best[optimizer])
+    curvatures = np.array([float(result.edges.smallest.value), float(result.edges.largest.value)])
+    theta, velocity = np.full(2, DISTANCE / np.sqrt(2)), np.zeros(2)
+    distances = [DISTANCE]
+    for _ in range(steps):
+        push = rate * curvatures * theta
+        velocity = mu * velocity - push
+        theta = theta + (mu * velocity - push if optimizer == "nesterov" else velocity)
+        distances.append(float(np.linalg.norm(theta)))
+    return np.array(distances)
+
+
 def _draw_distances(ax: "Axes", result: Found) -> None:
-    """Measured distances, and beside each the predicted slope."""
+    """Measured distances, and beside each the predicted one."""
     convex = bool(result.best["gradient_descent"].convex)
     shown = {name: d for name, d in result.distances.items() if convex or name == "gradient_descent"}
     exact = {name: np.where(np.cumprod(d > EXACT), d, np.nan) for name, d in shown.items()}
     plot.loss_curves({name: d[np.isfinite(d)] for name, d in exact.items()}, ax)
-    for colour, (name, distances) in zip(COLOURS, exact.items()):
-        steps = np.arange(np.isfinite(distances).sum())
-        rho, mu = float(result.best[name].contraction), float(result.best[name].momentum)
-        # from rest, a double root r makes (1 + b k) r^k of a distance: at both edges for momentum, at one for Nesterov
-        slopes = {"gradient_descent": (0, 0), "momentum": (1 - rho, 1 + rho), "nesterov": (1 - mu / rho, 0)}[name]
-        growth = np.sqrt(sum((1 + b * steps) ** 2 for b in slopes) / 2)
+    for name, distances in exact.items():
         label = "predicted" if name == list(exact)[-1] else None
-        ax.plot(steps, DISTANCE * growth * rho**steps, color=colour, linestyle=":", linewidth=1, label=label)
+        curve = predicted(result, name, int(np.isfinite(distances).sum()) - 1)
+        ax.plot(curve, color="black", linestyle=":", linewidth=1.2, label=label)
     ax.set_ylabel("distance of two runs")
     ax.legend(handlelength=3.5)

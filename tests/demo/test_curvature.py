@@ -1,6 +1,8 @@
 """`python -m gdx curvature`, from its options to its tables and its picture."""
 
+import dataclasses
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +12,11 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
+from matplotlib.figure import Figure
+
 from gdx.__main__ import main
 from gdx.demo import curvature
+from gdx.demo.problems import SURFACES
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +71,50 @@ def test_a_terminal_shows_a_bar(capsys, monkeypatch):
     assert "\x1b[" in capsys.readouterr().out
 
 
+def investigate(name, **options):
+    import jax
+
+    options = {"data": (name,), "penalty": 0.0, "steps": 30, "seed": 0, "output": Path("x.png"), **options}
+    with jax.enable_x64(True):
+        return curvature.investigate(name, curvature.Plan(**options), lambda done: None)
+
+
+def test_the_predicted_distances_are_those_of_a_quadratic():
+    found = investigate("quadratic")
+    for optimizer, distances in found.distances.items():
+        np.testing.assert_allclose(curvature.predicted(found, optimizer, 30), distances, rtol=1e-6, atol=1e-13)
+
+
+def test_without_a_minimum_the_steepest_half_of_the_predicted_distance_is_gone_at_once(monkeypatch):
+    # a saddle in place of the quadratic: growth of 1.25 along its first axis, at the rate of 1 / largest
+    saddle = dataclasses.replace(
+        SURFACES["quadratic"], function=lambda point: 0.5 * (2 * point[1] ** 2 - 0.5 * point[0] ** 2)
+    )
+    monkeypatch.setitem(SURFACES, "quadratic", saddle)
+    found = investigate("quadratic")
+    assert not found.best["gradient_descent"].convex
+    distances = found.distances["gradient_descent"]
+    np.testing.assert_allclose(distances[1:], curvature.DISTANCE / np.sqrt(2) * 1.25 ** np.arange(1, 31), rtol=1e-6)
+    ax = Figure().subplots()
+    curvature._draw_distances(ax, found)
+    measured, predicted = (line.get_ydata() for line in ax.lines)
+    np.testing.assert_array_equal(measured, distances)
+    np.testing.assert_allclose(predicted, distances, rtol=1e-6)
+
+
+def test_a_contraction_is_shown_from_the_steps_on_that_it_needs(capsys):
+    for steps, missing in ((2, ["momentum", "nesterov"]), (13, ["nesterov"]), (17, [])):
+        assert main(["curvature", "--data", "quadratic", "--steps", str(steps)]) == 0
+        _, *rates = rows(capsys.readouterr().out.replace(" steps", "-steps").replace("needs ", "needs-"), "quadratic")
+        assert [cells[0] for cells in rates if cells[-1].startswith("needs-")] == missing
+        for cells in rates:
+            if cells[0] in missing:
+                assert cells[-1] == {"momentum": "needs-13-steps", "nesterov": "needs-17-steps"}[cells[0]]
+            else:
+                predicted, measured = map(float, cells[-2:])
+                np.testing.assert_allclose(1 - measured, 1 - predicted, rtol=0.05)
+
+
 def test_contraction_of_distances():
     steps = np.arange(400)
     assert curvature.contraction(0.9**steps, 0) == pytest.approx(0.9)
@@ -79,6 +128,8 @@ def test_contraction_of_distances():
         ("--data mnist", "--data has 'mnist'; choose from quadratic, rosenbrock, digits"),
         ("--penalty -1", "--penalty is -1.0; expected a finite number >= 0"),
         ("--penalty nan", "--penalty is nan; expected a finite number >= 0"),
+        ("--penalty 5 --data quadratic", "--penalty does not apply to quadratic; use it with digits"),
+        ("--penalty 0 --data quadratic,rosenbrock", "does not apply to quadratic and rosenbrock; use it with digits"),
         ("--steps 1", "--steps is 1; expected at least 2"),
         ("--steps 0", "--steps is 0; expected at least 1"),
         ("--seed -1", "--seed is -1; expected 0 to"),
