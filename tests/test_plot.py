@@ -60,15 +60,15 @@ def test_a_diverged_curve_ends_before_it(ax, bad):
     ax.figure.canvas.draw()
 
 
-@pytest.mark.parametrize("losses", [[], [np.nan], [0.0, 0.0], [-1.0, -2.0], [1.0, 0.0]])
+@pytest.mark.parametrize("losses", [[], [np.nan], [0.0, 0.0], [-1.0, -2.0], [1.0, -0.5]])
 def test_losses_without_a_logarithm(ax, losses):
     plot.loss_curves({"sgd": losses}, ax)
     assert ax.get_yscale() == "linear"
     ax.figure.canvas.draw()
 
 
-@pytest.mark.parametrize(("last", "scale"), [(0.1, "log"), (0.0, "linear"), (-1.0, "linear")])
-def test_losses_are_on_a_logarithmic_scale_only_if_it_hides_none(ax, last, scale):
+@pytest.mark.parametrize(("last", "scale"), [(0.1, "log"), (0.0, "log"), (-1.0, "linear")])
+def test_losses_are_on_a_logarithmic_scale_unless_one_is_negative(ax, last, scale):
     plot.loss_curves({"adam": [3.0, 1.0, last], "sgd": [2.0, 1.0, np.inf, -1.0]}, ax)
     assert ax.get_yscale() == scale
 

@@ -29,9 +29,9 @@ Limits = tuple[float, float] | None
 def loss_curves(
     history: Mapping[str, Any], ax: "Axes | None" = None, *, steps: Mapping[str, Any] | None = None
 ) -> "Axes":
-    """Draws the loss of each run by step, on a logarithmic scale where all losses are positive.
+    """Draws the loss of each run by step, on a logarithmic scale where none is negative.
 
-    A curve ends before the first loss that is not finite, and its run is marked as diverged.
+    There a loss of 0 leaves the picture through its bottom. A curve ends before the first loss that is not finite, and its run is marked as diverged.
 
     Args:
       history: the losses of each run, by its name.
@@ -58,7 +58,8 @@ def loss_curves(
             ax.plot(at[end - 1], losses[end - 1], marker="x", color=line.get_color())
         else:
             mark_lone(line)
-    if drawn and is_positive(np.concatenate(drawn)):
+    shown = np.concatenate([[], *drawn])
+    if np.any(shown > 0) and not np.any(shown < 0):
         ax.set_yscale("log")
     ax.set_xlabel("step")
     ax.set_ylabel("loss")
