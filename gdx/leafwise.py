@@ -12,10 +12,11 @@ from jax.sharding import AxisType
 
 from gdx.checks import check_complex, check_formats, check_like, check_state
 from gdx.numerics import compute_dtype
-from gdx.storage.blocks import Blocks, InBlocks, Packed, is_packed
+from gdx.storage.blocks import Blocks, InBlocks, Packed, is_packed, reassembled
 from gdx.storage.dither import Dither
 from gdx.storage.formats import Format, is_encoded, with_slope_of
 from gdx.transform import Transform
+from gdx.trees import varying_alike
 
 
 class Rounding(NamedTuple):
@@ -136,7 +137,10 @@ def update_leaves(
     acting, counts, moments = [], [], []
     for link, state in zip(links, states):
         check_state(link, state, link.State)
-        trees = {name: getattr(state, name) for name in _moments_of(link)}
+        names = _moments_of(link)
+        trees = {
+            name: reassembled(getattr(state, name), f) for name, f in zip(names, link.formats or [None] * len(names))
+        }
         for name, moment in trees.items():
             check_like(link, updates, f"state.{name}", moment)
         kept = [leaves_like(structure, moment) for moment in trees.values()]
@@ -200,14 +204,13 @@ def _stepper(structure: Any) -> Callable:
 
     @functools.partial(jax.jit, static_argnums=0)
     def placed(acting: tuple, numbers: list, g: Any, p: Any, moments: tuple, index: Any) -> tuple:
-        shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (g, moments))
         one_step = functools.partial(step, acting)
-        if (
-            any(map(is_packed, jax.tree.leaves(moments, is_leaf=is_packed)))
-            and AxisType.Explicit in shardings[0].mesh.axis_types
-        ):
-            # blocks may end inside the part of a device, which types cannot say
-            one_step = jax.sharding.auto_axes(one_step, out_sharding=shardings)
+        if any(map(is_packed, jax.tree.leaves(moments, is_leaf=is_packed))):
+            g, p, moments = varying_alike((g, p, moments))
+            shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (g, moments))
+            if AxisType.Explicit in shardings[0].mesh.axis_types:
+                # blocks may end inside the part of a device, which types cannot say
+                one_step = jax.sharding.auto_axes(one_step, out_sharding=shardings)
         return one_step(numbers, g, p, moments, index)
 
     return placed

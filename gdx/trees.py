@@ -1,4 +1,4 @@
-"""Trees of arrays: where a leaf is, in words, and the leading axis that all leaves share."""
+"""Trees of arrays: where a leaf is, in words, the leading axis that all leaves share, and what differs by device."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -40,3 +40,14 @@ def leading_axis(label: str, tree: Any, axis: str, *, least: int = 0, mend: str 
             f"{mend}"
         )
     return lengths.pop()[0]
+
+
+def varying_alike(tree: Any) -> Any:
+    """Arrays inside `jax.shard_map`, all with the type of those that differ between devices, as branches need."""
+    axes = frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree)))
+
+    def cast(x: jax.Array) -> jax.Array:
+        missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(cast, tree)

@@ -31,7 +31,8 @@ def loss_curves(
 ) -> "Axes":
     """Draws the loss of each run by step, on a logarithmic scale where none is negative.
 
-    There a loss of 0 leaves the picture through its bottom. A curve ends before the first loss that is not finite, and its run is marked as diverged.
+    There a loss of 0 leaves the picture through its bottom. A curve ends before the first loss that is not finite, and
+    its run is marked as diverged.
 
     Args:
       history: the losses of each run, by its name.

@@ -90,6 +90,8 @@ def to_storage(label: str, value: Any, *, second_moment: bool = False) -> np.dty
     if isinstance(value, type) and issubclass(value, Format):
         raise TypeError(f"{label} is the class {value.__name__}; {expected}")
     if isinstance(value, Format):
+        if type(value).__hash__ is None:
+            raise TypeError(f"{label} is {value}, which has no hash; make the format a frozen dataclass")
         if second_moment and not value.keeps_positive:
             raise ValueError(f"{label} is {value}, which rounds small second moments to 0, the divisor; {expected}")
         if not (second_moment or value.signed):

@@ -65,6 +65,13 @@ def test_a_velocity_that_only_decays_vanishes(momentum):
     assert abs(found.mean() - 0.01 * momentum**steps) <= SIGMAS * found.std() / np.sqrt(found.size)
 
 
+def test_below_the_first_code_nothing_is_left_to_chance():
+    """A first moment of a billionth would else be one code, now and then, and its step as long as a thousand."""
+    for format, relative, code in ((MU, 3e-9, 0), (NU, 2e-10, 1)):
+        x = jnp.full((16, 256), relative).at[:, 0].set(1)
+        assert np.all(format.encode(x, FIRST).codes[:, 1:] == code)
+
+
 def test_a_positive_second_moment_stays_positive():
     x = jnp.asarray(np.array([1.0, 1e-12, 1e-30, 0.0, 1e-37, 0.5, 0.0, 2e-20], np.float32))
     packed = FourthRoot8(**SMALL).encode(x, FIRST)
@@ -156,6 +163,53 @@ def test_sharded_like_the_parameter_with_the_same_bits(spec, kind):
     # a device's part of a row along both axes is half of a block
     scales = NamedSharding(mesh, P() if spec == P(None, ("a", "b")) else spec)
     assert fresh.scales.sharding.is_equivalent_to(scales, 2)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "tx", [gdx.adam(0.1, mu_dtype=MU, nu_dtype=NU), gdx.sgd(0.1, 0.9, accumulator_dtype=MU)], ids=["adam", "sgd"]
+)
+def test_inside_shard_map(tx, kind):
+    """Each device trains its own part, also from a state that all had in common."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+    parts = jnp.asarray(np.random.default_rng(0).standard_normal((4, 16, 256)).astype(np.float32))
+
+    def train(state, p):
+        step = lambda state, _: tx.update(p, state, p)[::-1]  # noqa: E731
+        return jax.lax.scan(step, tx.update(p, state, p)[1], None, 2)[1]
+
+    def own(p):
+        return train(tx.init(p[0]), p[0])[None]
+
+    def common(state, p):
+        return train(state, p[0])[None]
+
+    state = tx.init(parts[0])
+    split = jax.device_put(parts, NamedSharding(mesh, P("data")))
+    expected = jnp.stack([jax.jit(train)(state, p) for p in parts])
+    found = jax.jit(jax.shard_map(own, mesh=mesh, in_specs=P("data"), out_specs=P("data")))(split)
+    assert_same_bits(found, expected)
+    state = jax.device_put(state, NamedSharding(mesh, P()))
+    found = jax.jit(jax.shard_map(common, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data")))(state, split)
+    assert_same_bits(found, expected)
+
+
+def test_a_gradient_that_is_still_to_be_summed_is_refused():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    w = jax.device_put(jnp.ones((16, 256)), NamedSharding(mesh, P()))
+    x = jax.device_put(jnp.ones((8, 16)), NamedSharding(mesh, P("data")))
+    tx = gdx.sgd(0.1, 0.9, accumulator_dtype=MU)
+
+    def step(w, state, x, summed):
+        g = jax.grad(lambda w: jnp.sum((x @ w) ** 2))(jax.reshard(w, P(reduced={"data"})))
+        return tx.update({"w": jax.reshard(g, P()) if summed else g}, state)[0]["w"]
+
+    step = jax.jit(step, static_argnames="summed")
+    words = r"gradient at \['w'\] is a sum that is still to be made.*'data'.*jax\.reshard"
+    with jax.set_mesh(mesh):
+        with pytest.raises(ValueError, match=words):
+            step(w, tx.init({"w": w}), x, False)
+        np.testing.assert_allclose(step(w, tx.init({"w": w}), x, True), -0.1 * 2 * 16 * 8, rtol=1e-6)
 
 
 def test_scales_that_do_not_divide_are_replicated_along_their_axis():

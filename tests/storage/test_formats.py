@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import gdx
@@ -138,3 +139,33 @@ def test_a_seed_is_an_integer():
     assert repr(StochasticBfloat16(np.int64(3))) == "storage.StochasticBfloat16(seed=3)"
     with pytest.raises(TypeError, match=r"StochasticBfloat16: seed is 1\.5; expected an integer"):
         StochasticBfloat16(seed=1.5)
+
+
+def test_a_format_without_a_hash_is_refused():
+    @dataclasses.dataclass
+    class Thawed(Format):
+        pass
+
+    with pytest.raises(
+        TypeError, match=r"mu_dtype is .*Thawed\(\), which has no hash; make the format a frozen dataclass"
+    ):
+        gdx.adam(0.1, mu_dtype=Thawed())
+
+
+def test_random_rounding_needs_a_count():
+    class velocity(gdx.Leafwise):
+        State = optax.TraceState
+
+        @property
+        def formats(self):
+            return (StochasticBfloat16(),)
+
+        def start(self, p):
+            return (jnp.zeros_like(p, jnp.bfloat16),)
+
+        def step(self, shared, g, p, trace):
+            return trace + g, trace + g
+
+    tx = velocity()
+    with pytest.raises(TypeError, match="velocity: formats that round at random need a field `count` in TraceState"):
+        tx.update(jnp.ones(3), tx.init(jnp.ones(3)))
