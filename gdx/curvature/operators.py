@@ -293,17 +293,19 @@ def adam_preconditioned(operator: Operator, tx: Transform, state: Any) -> Precon
 
 
 def on_any_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of an operator and arrays that takes explicitly sharded ones; its results are then on every device."""
+    """A function of two trees of arrays that takes explicitly sharded ones; its results are then on every device."""
 
     @functools.wraps(function)
-    def automatic(operator: Operator, arrays: Any, *options: Any) -> Any:
-        def run(operator: Operator, arrays: Any) -> Any:
+    def automatic(operator: Any, arrays: Any, *options: Any) -> Any:
+        def run(operator: Any, arrays: Any) -> Any:
             return function(operator, arrays, *options)
 
-        meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(operator)]
-        if any(mesh.explicit_axes for mesh in meshes):
-            # one array of differently sharded leaves has no sharding of its own
-            run = jax.sharding.auto_axes(run, out_sharding=jax.P())
+        for leaf in jax.tree.leaves((operator, arrays)):
+            mesh = jax.typeof(leaf).sharding.mesh
+            if mesh.explicit_axes:
+                # one array of differently sharded leaves has no sharding of its own
+                everywhere = jax.NamedSharding(mesh, jax.P())
+                return jax.sharding.auto_axes(run, out_sharding=everywhere)(operator, arrays)
         return run(operator, arrays)
 
     return automatic

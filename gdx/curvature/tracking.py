@@ -31,7 +31,7 @@ def init_sharpness(params: Any, key: jax.Array) -> SharpnessState:
     """A state that knows nothing yet: its vector is random.
 
     Args:
-      params: parameters, or anything with their tree and shapes.
+      params: the parameters, a tree of floating-point arrays; only its shapes and dtypes matter.
       key: a random key.
 
     >>> import gdx, jax, jax.numpy as jnp
@@ -39,10 +39,7 @@ def init_sharpness(params: Any, key: jax.Array) -> SharpnessState:
     >>> state.value.item(), state.error.item(), round(jnp.linalg.norm(state.vector["w"]).item(), 3)
     (0.0, inf, 1.0)
     """
-    like = to_vector(params)
-    vector = jax.random.normal(key, like.shape, like.dtype)
-    vector = from_vector(vector / jnp.linalg.norm(vector), params)
-    return SharpnessState(jnp.zeros((), like.dtype), jnp.full((), jnp.inf, like.dtype), vector, key)
+    return _unknown(params, key)
 
 
 def update_sharpness(state: SharpnessState, operator: Operator, *, products: int = 4) -> SharpnessState:
@@ -76,6 +73,16 @@ def update_sharpness(state: SharpnessState, operator: Operator, *, products: int
         raise ValueError(f"update_sharpness: products is {products}; expected at least 2")
     check_params(operator, operator.params)
     return _followed(operator, state, products)
+
+
+@jax.jit
+@on_any_mesh
+def _unknown(params: Any, key: jax.Array) -> SharpnessState:
+    like = to_vector(params)
+    # jax.jit drops arguments that are not read, and with them the mesh
+    vector, _ = jax.lax.optimization_barrier((jax.random.normal(key, like.shape, like.dtype), like))
+    vector = from_vector(vector / jnp.linalg.norm(vector), params)
+    return SharpnessState(jnp.zeros((), like.dtype), jnp.full((), jnp.inf, like.dtype), vector, key)
 
 
 @functools.partial(jax.jit, static_argnums=2)

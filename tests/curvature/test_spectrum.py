@@ -1,10 +1,14 @@
 """Edges, density and trace against dense eigensolvers, their errors, and spectra where Lanczos breaks down."""
 
+import contextlib
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType
 
 from gdx import curvature
 from tests.curvature import networks
@@ -99,30 +103,54 @@ def test_under_jit_it_is_the_same(x64):
     np.testing.assert_allclose(inside.largest.value, outside.largest.value, rtol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_on_a_mesh_it_is_the_same(kind):
+def on_mesh(mesh, x, *spec):
+    return jax.device_put(x, jax.NamedSharding(mesh, jax.P(*spec)))
+
+
+def everything(hessian):
+    edges = curvature.spectrum_edges(hessian, KEY, krylov_size=20)
+    density = curvature.spectral_density(hessian, KEY, krylov_size=6, probes=2)
+    tracked = curvature.update_sharpness(curvature.init_sharpness(hessian.params, KEY), hessian)
+    trace = curvature.trace(hessian, KEY)
+    return edges.smallest.value, edges.largest.value, jnp.mean(density.nodes), trace.value, tracked.value
+
+
+@pytest.fixture(scope="module")
+def without_a_mesh():
+    return everything(network_hessian(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("kind", "in_jit", "entered"),
+    [("Auto", False, False), ("Auto", True, True), *itertools.product(["Explicit"], [False, True], [False, True])],
+)
+def test_on_a_mesh_it_is_the_same(kind, in_jit, entered, without_a_mesh):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(getattr(AxisType, kind),) * 2)
     alone = network_hessian(np.float32)
-    state = curvature.init_sharpness(alone.params, KEY)
+    with jax.set_mesh(mesh) if entered else contextlib.nullcontext():
+        params = jax.tree.map(lambda x: on_mesh(mesh, x), alone.params)
+        first, last = alone.params["first"], alone.params["last"]
+        params["first"] = {"w": on_mesh(mesh, first["w"], None, "model"), "b": on_mesh(mesh, first["b"], "model")}
+        params["last"] = (on_mesh(mesh, last[0], "model"), *params["last"][1:])
+        batches = jax.tree.map(lambda x: on_mesh(mesh, x, None, "data"), alone.batches)
+        got = (jax.jit(everything) if in_jit else everything)(curvature.Hessian(networks.loss, params, batches))
+    np.testing.assert_allclose(got, without_a_mesh, rtol=2e-3, atol=2e-4)
 
-    def found(hessian):
-        edges = curvature.spectrum_edges(hessian, KEY, krylov_size=20)
-        tracked = jax.jit(curvature.update_sharpness)(state, hessian).value
-        return edges.smallest.value, edges.largest.value, curvature.trace(hessian, KEY).value, tracked
 
-    expected = found(alone)
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(getattr(jax.sharding.AxisType, kind),) * 2)
-    with jax.set_mesh(mesh):
+def test_a_loss_that_states_its_shardings():
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
 
-        def place(x, *spec):
-            return jax.device_put(x, jax.NamedSharding(mesh, jax.P(*spec)))
+    def loss(w, x):
+        return jnp.mean(jnp.einsum("bi,io->bo", jnp.tanh(x), w, out_sharding=jax.P("data")) ** 2)
 
-        params = jax.tree.map(place, alone.params)
-        params["first"] = {"w": place(params["first"]["w"], None, "model"), "b": place(params["first"]["b"], "model")}
-        params["last"] = (place(params["last"][0], "model"), *params["last"][1:])
-        batches = jax.tree.map(lambda x: place(x, None, "data"), alone.batches)
-        got = found(curvature.Hessian(networks.loss, params, batches))
-    for a, b in zip(got, expected):
-        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
+    def plain(w, x):
+        return jnp.mean((jnp.tanh(x) @ w) ** 2)
+
+    w, x = jnp.ones((4, 2)), networks.data(2, dtype=np.float32)[0][..., :4]
+    expected = curvature.spectrum_edges(curvature.Hessian(plain, w, x), KEY).largest.value
+    typed = jax.sharding.explicit_axes(loss, in_sharding=(jax.P("model"), jax.P("data")))
+    hessian = curvature.Hessian(typed, on_mesh(mesh, w, "model"), on_mesh(mesh, x, None, "data"))
+    np.testing.assert_allclose(curvature.spectrum_edges(hessian, KEY).largest.value, expected, rtol=1e-3)
 
 
 def test_memory_is_bounded_by_the_size_of_the_krylov_space():

@@ -52,6 +52,19 @@ def test_it_finds_an_eigenvector_that_overtakes():
     assert abs(state.vector[1]) > 0.99
 
 
+def test_a_scan_over_a_mesh_with_explicit_axes():
+    """The state has the same types before and after."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    params = jax.device_put(jnp.arange(1.0, 9.0), jax.NamedSharding(mesh, jax.P("data")))
+    hessian = curvature.Hessian(lambda p, batch: jnp.sum(p**3), params, jnp.zeros(1))
+
+    def update(state, _):
+        return curvature.update_sharpness(state, hessian), None
+
+    state, _ = jax.lax.scan(update, curvature.init_sharpness(params, KEY), None, 5)
+    np.testing.assert_allclose(state.value, 48, rtol=1e-4)
+
+
 def test_the_state_keeps_its_types_in_low_precision():
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), networks.start(np.float32))
     data = jax.tree.map(lambda x: x.astype(jnp.bfloat16), networks.data(1, dtype=np.float32))
