@@ -59,7 +59,15 @@ def lanczos(product: Callable[[jax.Array], jax.Array], start: jax.Array, size: i
     with needs("curvature"):
         from matfree import decomp
     run = decomp.tridiag_sym(size, materialize=False, reortho="full", custom_vjp=False)
-    basis, (diagonal, beside), residual, _ = run(product, start)
+    first = start / jnp.linalg.norm(start)
+    image = product(first)
+    unit = near(image)  # matfree squares what a product is: in float32 nothing is left of 1e-20
+
+    def in_units(vector: jax.Array) -> jax.Array:
+        # the later vectors are orthogonal to the first, whose image is known
+        return jax.lax.cond(jnp.vdot(vector, first) > 0.5, lambda _: image, product, vector) / unit
+
+    basis, (diagonal, beside), residual, _ = run(in_units, start)
     coupling = jnp.append(beside, jnp.linalg.norm(residual))
     # matfree divides by the length of what is left: by 0, or noise, once the span is exhausted
     size_of_all = jnp.nanmax(jnp.abs(diagonal)) + jnp.nanmax(jnp.abs(coupling))
@@ -69,15 +77,22 @@ def lanczos(product: Callable[[jax.Array], jax.Array], start: jax.Array, size: i
     beside = jnp.where(alive[1:], beside, 0)
     values, coefficients = jnp.linalg.eigh(jnp.diag(diagonal) + jnp.diag(beside, 1) + jnp.diag(beside, -1))
     errors = jnp.where(alive[-1] & goes_on[-1], coupling[-1], 0) * jnp.abs(coefficients[-1])
-    return Krylov(values, coefficients, basis, alive, errors)
+    return Krylov(values * unit, coefficients, basis, alive, errors * unit)
 
 
 def measured(product: Callable[[jax.Array], jax.Array], vector: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The vector at length 1, its Rayleigh quotient, and how far the two are from an eigenpair."""
     vector = vector / jnp.linalg.norm(vector)
     image = product(vector)
-    value = jnp.vdot(vector, image)
-    return vector, value, jnp.linalg.norm(image - value * vector)
+    value, unit = jnp.vdot(vector, image), near(image)
+    return vector, value, jnp.linalg.norm((image - value * vector) / unit) * unit
+
+
+def near(x: jax.Array) -> jax.Array:
+    """A power of two near the largest number of an array: to divide by without rounding, where squares would be 0."""
+    kind = jnp.finfo(x.dtype)
+    exponent = jnp.frexp(jnp.max(jnp.abs(x)))[1]  # 0 for what is 0, infinite or NaN
+    return jnp.ldexp(jnp.ones((), x.dtype), jnp.clip(exponent, kind.minexp, kind.maxexp - 2))
 
 
 def to_vector(tree: Any) -> jax.Array:

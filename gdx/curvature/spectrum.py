@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdx.checks import check_params
-from gdx.curvature.krylov import from_vector, lanczos, measured, on_vectors, to_vector
+from gdx.curvature.krylov import from_vector, lanczos, measured, near, on_vectors, to_vector
 from gdx.curvature.operators import Operator, on_any_mesh
 from gdx.extra import needs
 from gdx.fields import is_concrete
@@ -318,8 +318,8 @@ def _sampler(operator: Operator) -> Callable[[jax.Array], jax.Array]:
 
 def _mean_and_error(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The mean over the first axis and its standard error."""
-    count = len(samples)
-    error = jnp.std(samples, axis=0, ddof=1) / np.array(np.sqrt(count), samples.dtype)
+    count, unit = len(samples), near(samples)
+    error = jnp.std(samples / unit, axis=0, ddof=1) * unit / np.array(np.sqrt(count), samples.dtype)
     return jnp.mean(samples, axis=0), error if count > 1 else jnp.full_like(error, jnp.nan)
 
 

@@ -96,6 +96,27 @@ def test_where_the_krylov_space_is_exhausted(eigenvalues):
         assert jnp.all((means >= min(eigenvalues) - tolerance) & (means <= max(eigenvalues) + tolerance))
 
 
+@pytest.mark.parametrize("exponent", [-100, -60, 60, 100])
+def test_a_spectrum_in_another_unit_is_the_same(exponent):
+    """A power of two rounds nothing, and its square is no float32."""
+    q, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((40, 40)))
+    matrix = (q * np.linspace(-1, 9, 40)) @ q.T
+
+    def found(unit):
+        hessian = curvature.Hessian(half_square, jnp.ones(40), jnp.asarray(matrix * unit, jnp.float32)[None])
+        edges = curvature.spectrum_edges(hessian, KEY, krylov_size=12)
+        density = curvature.spectral_density(hessian, KEY, krylov_size=12, probes=2)
+        heights = [x * unit for x in density.at(jnp.linspace(-1.0, 9.0, 5) * unit, unit)]
+        state = curvature.update_sharpness(curvature.init_sharpness(hessian.params, KEY), hessian)
+        assert edges.converged and edges.largest.error > 0 and state.error > 0
+        ends = [(edge.value, edge.error) for edge in (edges.smallest, edges.largest)]
+        scaled = ends, density.nodes, state.value, state.error, curvature.trace(hessian, KEY, samples=4)
+        return jax.tree.map(lambda x: x / unit, scaled), heights, edges.largest.vector, density.weights, state.vector
+
+    for a, b in zip(jax.tree.leaves(found(2.0**exponent)), jax.tree.leaves(found(1.0))):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_under_jit_it_is_the_same(x64):
     hessian = network_hessian()
     outside = curvature.spectrum_edges(hessian, KEY)
