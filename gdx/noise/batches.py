@@ -59,7 +59,7 @@ def padded_epochs(key: jax.Array, data: Any, batch_size: int, number: int = 1) -
 
     What fills it up repeats an example with weight 0, so take the weighted mean of the examples' losses,
     `jnp.average(losses, weights=weights)`. Its gradient is that of the $r = N \bmod B$ examples left over:
-    unbiased, and as noisy as a batch of $r$ is.
+    unbiased, and as noisy as a batch of $r$ is; that of `value_and_grad` too, which weighs its micro-batches.
 
     Args:
       key, data, batch_size, number: as in `epochs`.

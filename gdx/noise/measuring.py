@@ -1,17 +1,20 @@
 """The noise scale while training: from micro-batches, by a link that changes nothing."""
 
+import functools
 import reprlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gdx.checks import check_state
 from gdx.fields import Scalar, hyperparameter
-from gdx.noise.batches import check_whole
+from gdx.noise.batches import Batches, check_whole
 from gdx.noise.estimates import Noise, estimate, squared_norm
+from gdx.numerics import accurate
 from gdx.training import Loss
 from gdx.transform import Transform
 from gdx.trees import leading_axis
@@ -22,7 +25,7 @@ class MicroBatches(NamedTuple):
 
     Attributes:
       squared_norm: the mean of the squared norms of their gradients.
-      size: how many examples each of them has.
+      size: how many examples each of them has; where weights make them unequal, how many on average.
       number: how many there are, at least 2.
     """
 
@@ -36,6 +39,11 @@ def value_and_grad(loss: Loss, number: int) -> Callable[[Any, Any], tuple[tuple[
 
     The batch is split into micro-batches by `optax.microbatching`, so that the memory is that of one. Their mean
     is the gradient of the batch, for a loss that is a mean over examples.
+
+    Where the batch is `Batches`, as `padded_epochs` gives them, and the loss the mean with their weights, each
+    micro-batch counts by the sum of its weights: value and gradient are those of the batch, and the noise is
+    measured without bias, from the micro-batches that have an example (NaN, which `measure_noise` leaves out, if
+    that is only one). Weights anywhere else in a batch are not seen: there each micro-batch counts alike.
 
     Args:
       loss: the mean loss of parameters on a batch, a real scalar.
@@ -67,18 +75,33 @@ def value_and_grad(loss: Loss, number: int) -> Callable[[Any, Any], tuple[tuple[
                 f"expected a positive multiple of {number}"
             )
 
-        def on_one(part: Any) -> tuple[jax.Array, Any, jax.Array]:
+        def on_one(part: Any) -> tuple[Any, jax.Array]:
             value, gradients = jax.value_and_grad(loss)(params, part)
             # behind a condition, or XLA on CPUs works the gradients out twice
             nothing = jnp.full([], jnp.nan, jnp.result_type(float))
-            return value, gradients, jax.lax.cond(jnp.isfinite(value), squared_norm, lambda _: nothing, gradients)
+            small = jax.lax.cond(jnp.isfinite(value), squared_norm, lambda _: nothing, gradients)
+            found = value, gradients, small
+            if not isinstance(part, Batches):
+                return found, jnp.ones([])
+            share = jnp.sum(part.weights, dtype=float) * number / jnp.sum(batch.weights, dtype=float)
+            return jax.tree.map(functools.partial(_times, share), found), (share > 0).astype(share.dtype)
 
-        mean = optax.microbatching.AccumulationType.MEAN
-        split = optax.microbatching.microbatch(on_one, 0, size // number, (mean, mean, mean))
-        value, gradients, small = split(batch)
-        return (value, MicroBatches(small, size // number, number)), gradients
+        totals, filled = optax.microbatching.microbatch(on_one, 0, size // number)(batch)
+        value, gradients, small = jax.tree.map(lambda x: x / np.array(number, x.dtype), totals)
+        if not isinstance(batch, Batches):
+            return (value, MicroBatches(small, size // number, number)), gradients
+        # one alone has none to be compared with
+        known, mean_size = filled > 1, jnp.sum(batch.weights, dtype=float) / filled
+        several = jnp.where(known, small, jnp.nan), jnp.where(known, mean_size, 1), jnp.where(known, filled, 2)
+        return (value, MicroBatches(*several)), gradients
 
     return wrapped
+
+
+def _times(share: jax.Array, mean: jax.Array) -> jax.Array:
+    wide = accurate(mean)
+    # the mean of no examples is NaN
+    return jnp.where(share > 0, share.astype(wide.dtype) * wide, 0).astype(mean.dtype)
 
 
 class NoiseState(NamedTuple):

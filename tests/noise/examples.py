@@ -19,6 +19,10 @@ def loss(params, examples):
     return jnp.mean(losses(params, examples))
 
 
+def weighted_loss(params, batch):
+    return jnp.average(losses(params, batch.examples), weights=jnp.asarray(batch.weights, float))
+
+
 def flat(gradients):
     return np.concatenate([np.asarray(g).reshape(len(gradients["b"]), -1) for g in jax.tree.leaves(gradients)], axis=1)
 

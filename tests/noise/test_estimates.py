@@ -11,11 +11,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from gdx import noise
-from tests.noise.examples import PARAMS, RAGGED, TRACE, G, N, loss
+from tests.noise.examples import PARAMS, RAGGED, TRACE, G, N, loss, weighted_loss
 
 
-def estimates(batches, number):
-    """The estimates of each batch of indices, from its micro-batches."""
+def estimates(batches, number, loss=loss):
+    """The estimates of each batch, from its micro-batches."""
 
     def one(batch):
         (_, micro), gradients = noise.value_and_grad(loss, number)(PARAMS, batch)
@@ -23,11 +23,11 @@ def estimates(batches, number):
         return noise.estimate(micro.squared_norm, big, small_batch=micro.size, big_batch=micro.size * micro.number)
 
     with jax.enable_x64(True):
-        return jax.tree.map(np.asarray, jax.jit(jax.vmap(one))(jnp.asarray(batches)))
+        return jax.tree.map(np.asarray, jax.jit(jax.vmap(one))(jax.tree.map(jnp.asarray, batches)))
 
 
 def test_estimates_are_unbiased_with_replacement():
-    found = estimates(list(itertools.product(range(N), repeat=4)), 2)
+    found = estimates(np.array(list(itertools.product(range(N), repeat=4))), 2)
     np.testing.assert_allclose(found.squared_norm.mean(), G @ G, rtol=1e-10)
     np.testing.assert_allclose(found.covariance_trace.mean(), TRACE, rtol=1e-10)
     assert np.any(found.squared_norm < 0)
@@ -35,7 +35,17 @@ def test_estimates_are_unbiased_with_replacement():
 
 @pytest.mark.parametrize(("size", "number"), [(4, 2), (3, 3), (6, 2)])
 def test_estimates_are_unbiased_without_replacement(size, number):
-    found = estimates(list(itertools.permutations(range(N), size)), number)
+    found = estimates(np.array(list(itertools.permutations(range(N), size))), number)
+    mean = noise.Noise(found.squared_norm.mean(), found.covariance_trace.mean()).within(N)
+    np.testing.assert_allclose(mean.squared_norm, G @ G, rtol=1e-10)
+    np.testing.assert_allclose(mean.covariance_trace, TRACE, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("filled", "size", "number"), [(2, 4, 2), (3, 4, 2), (3, 4, 4), (3, 6, 3)])
+def test_estimates_from_batches_that_are_filled_up_are_unbiased(filled, size, number):
+    examples = np.array([(*drawn, *[0] * (size - filled)) for drawn in itertools.permutations(range(N), filled)])
+    weights = np.broadcast_to(np.arange(size) < filled, examples.shape).astype(np.float32)
+    found = estimates(noise.Batches(examples, weights), number, weighted_loss)
     mean = noise.Noise(found.squared_norm.mean(), found.covariance_trace.mean()).within(N)
     np.testing.assert_allclose(mean.squared_norm, G @ G, rtol=1e-10)
     np.testing.assert_allclose(mean.covariance_trace, TRACE, rtol=1e-10)

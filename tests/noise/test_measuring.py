@@ -9,7 +9,7 @@ import pytest
 import gdx
 from gdx import noise
 from tests.contract.table import assert_same_bits, gradients, one_step, tree
-from tests.noise.examples import INPUTS, PARAMS, loss
+from tests.noise.examples import INPUTS, PARAMS, loss, weighted_loss
 
 
 @pytest.mark.parametrize("number", [2, 4])
@@ -21,6 +21,47 @@ def test_micro_batches_give_the_gradient_of_the_batch(number):
         for a, b in zip(jax.tree.leaves((value, gradients)), jax.tree.leaves(expected)):
             np.testing.assert_allclose(a, b, rtol=1e-12)
     assert (micro.size, micro.number) == (4 // number, number)
+
+
+@pytest.mark.parametrize("number", [2, 4])
+@pytest.mark.parametrize("filled", [1, 2, 3, 4])
+def test_filled_up_batches_have_the_gradient_of_their_examples(filled, number):
+    batch = noise.Batches(jnp.array([2, 3, 5, 1]), jnp.where(jnp.arange(4) < filled, 1.0, 0.0))
+    value_and_grad = noise.value_and_grad(weighted_loss, number)
+    with jax.enable_x64(True):
+        (value, micro), gradients = value_and_grad(PARAMS, batch)
+        expected = jax.value_and_grad(loss)(PARAMS, batch.examples[:filled])
+        for a, b in zip(jax.tree.leaves((value, gradients)), jax.tree.leaves(expected)):
+            np.testing.assert_allclose(a, b, rtol=1e-12)
+        tx = noise.measure_noise()
+        state = tx.update(gradients, tx.init(PARAMS), micro_batches=micro)[1]
+        assert state.measured == int(filled > 1) and bool(jnp.isnan(micro.squared_norm)) == (filled == 1)
+        if filled == 4:
+            assert (micro.size, micro.number) == (4 // number, number)
+            (_, alike), _ = noise.value_and_grad(loss, number)(PARAMS, batch.examples)
+            np.testing.assert_allclose(micro.squared_norm, alike.squared_norm, rtol=1e-12)
+
+
+def test_filled_up_batches_in_bfloat16():
+    def average(theta, batch):
+        return jnp.average(theta * batch.examples.astype(theta.dtype), weights=batch.weights.astype(theta.dtype))
+
+    batch = noise.Batches(jnp.array([2, 3, 5, 1]), jnp.array([1.0, 1.0, 1.0, 0.0]))
+    (value, _), gradient = noise.value_and_grad(average, 2)(jnp.ones((), jnp.bfloat16), batch)
+    assert gradient.dtype == value.dtype == jnp.bfloat16
+    np.testing.assert_allclose(gradient.astype(float), 10 / 3, rtol=2**-7)
+
+
+def test_complex_parameters():
+    x = jnp.array([1.0, 2.0, 3.0, 4.0])
+
+    def square(theta, x):
+        return jnp.mean(jnp.abs(theta - x.astype(theta.dtype)) ** 2)
+
+    (value, micro), gradient = noise.value_and_grad(square, 2)(jnp.array(1 + 2j), x)
+    for a, b in zip((value, gradient), jax.value_and_grad(square)(jnp.array(1 + 2j), x)):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+    np.testing.assert_allclose(micro.squared_norm, np.mean([4 + 16, 16 + 16]), rtol=1e-6)
 
 
 def train(tx, number, steps=40):
