@@ -78,8 +78,9 @@ class _Averaged(Operator):
 
     def __call__(self, vector: Any) -> Any:
         check_params(self, self.params)
+        check_vector(f"{type(self).__name__}:", self.params, vector)
         params = jax.tree.map(accurate, self.params)
-        vector = _vector_like(self, params, vector)
+        vector = jax.tree.map(lambda p, v: jnp.asarray(v).astype(p.dtype), params, vector)
         count = leading_axis(
             f"{type(self).__name__}: in batches,",
             self.batches,
@@ -248,7 +249,7 @@ def adam_preconditioned(operator: Operator, tx: Transform, state: Any) -> Precon
 
     Raises:
       TypeError: tx has not one Adam's hyperparameters, or the state not one Adam's state.
-      ValueError: the state has taken no step.
+      ValueError: the state has taken no step; $P_t$ is 0 (where $\nu_t$ is, without `eps` and `eps_root`) or NaN.
 
     Source: Cohen et al., Adaptive Gradient Methods at the Edge of Stability (2022), section 2.
 
@@ -289,7 +290,14 @@ def adam_preconditioned(operator: Operator, tx: Transform, state: Any) -> Precon
         root = jnp.sqrt(nu / c2 + eps_root.astype(nu.dtype))
         return jax.lax.rsqrt(c1 * (root + eps.astype(nu.dtype)))
 
-    return Preconditioned(operator, jax.tree.map(scale, adam.nu, is_leaf=is_packed))
+    scales = jax.tree.map(scale, adam.nu, is_leaf=is_packed)
+    for path, s in jax.tree_util.tree_leaves_with_path(scales):
+        if is_concrete(s) and not bool(jnp.all(jnp.isfinite(s))):
+            raise ValueError(
+                f"adam_preconditioned: the second moment (nu) at {place(path)} is NaN, or 0 while eps and eps_root are "
+                f"0, so that Adam's step divides by 0; expected finite gradients and eps > 0: tx.replace(eps=1e-8)"
+            )
+    return Preconditioned(operator, scales)
 
 
 def on_any_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -315,27 +323,21 @@ def _is_adam(state: Any) -> bool:
     return {"count", "nu"} <= set(getattr(state, "_fields", ()))
 
 
-def _vector_like(operator: Operator, params: Any, vector: Any) -> Any:
-    """The vector in the dtypes of the parameters, once it has their structure and shapes."""
-    name = type(operator).__name__
+def check_vector(label: str, params: Any, vector: Any) -> None:
+    """Raises unless a vector has the structure and shapes of the parameters, and is real where they are."""
     given: Any = jax.tree.structure(vector)
     expected = jax.tree.structure(params)
     if given != expected:
         raise ValueError(
-            f"{name}: the vector's tree is {given}, that of the parameters {expected}; "
+            f"{label} the vector's tree is {given}, that of the parameters {expected}; "
             f"pass a vector with the tree of the parameters"
         )
-
-    def like(path: Any, p: jax.Array, v: Any) -> jax.Array:
-        if np.shape(v) != p.shape or (jnp.iscomplexobj(v) and not jnp.iscomplexobj(p)):
+    for (path, p), v in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(vector)):
+        if np.shape(v) != np.shape(p) or (jnp.iscomplexobj(v) and not jnp.iscomplexobj(p)):
             raise ValueError(
-                f"{name}: the vector at {place(path)} is "
-                f"{jnp.result_type(v)}{list(np.shape(v))}, the parameter there {p.dtype}{list(p.shape)}; expected the "
-                f"same shape, and real where the parameter is"
+                f"{label} the vector at {place(path)} is {jnp.result_type(v)}{list(np.shape(v))}, the parameter there "
+                f"{jnp.result_type(p)}{list(np.shape(p))}; expected the same shape, and real where the parameter is"
             )
-        return jnp.asarray(v).astype(p.dtype)
-
-    return jax.tree_util.tree_map_with_path(like, params, vector)
 
 
 @functools.partial(jax.jit, static_argnums=1)

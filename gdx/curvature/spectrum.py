@@ -13,7 +13,7 @@ from gdx.checks import check_params
 from gdx.curvature.krylov import from_vector, lanczos, measured, near, on_vectors, to_vector
 from gdx.curvature.operators import Operator, on_any_mesh
 from gdx.extra import needs
-from gdx.fields import is_concrete
+from gdx.fields import is_concrete, to_integer
 
 Progress = Callable[[float], None]
 """Called after each product with the fraction of the largest number of products that is done, in (0, 1]."""
@@ -86,7 +86,9 @@ def spectrum_edges(
       progress: called after each product.
 
     Raises:
-      ValueError: an option is out of range; outside of jit, where it is seen, the loss or a product is infinite or NaN.
+      ValueError: an option is out of range, or there are no parameters; outside of jit, where it is seen, the loss or a
+        product is infinite or NaN; what the operator raises.
+      TypeError: krylov_size or rounds is no integer, a parameter no floating-point array; what the operator raises.
 
     Sources: Lanczos (1950); Saad, Numerical Methods for Large Eigenvalue Problems (2011), chapters 6 and 7.
 
@@ -112,7 +114,7 @@ class Density(NamedTuple):
     r"""The distribution of eigenvalues, by Gauss quadrature: sums of point masses, one row for each probe.
 
     Attributes:
-      nodes: of shape (probes, krylov_size): where the masses are.
+      nodes: of shape (probes, krylov_size), or (probes, parameters) if those are fewer: where the masses are.
       weights: of that shape: the masses, in each row with the sum 1.
     """
 
@@ -156,7 +158,7 @@ def spectral_density(
       progress: called after each product.
 
     Raises:
-      ValueError: as `spectrum_edges`.
+      ValueError, TypeError: as `spectrum_edges`.
 
     Sources: Golub & Meurant, Matrices, Moments and Quadrature (2010); Ghorbani et al., An Investigation into Neural
     Net Optimization via Hessian Eigenvalue Density (2019).
@@ -200,7 +202,7 @@ def trace(operator: Operator, key: jax.Array, *, samples: int = 32, progress: Pr
       progress: called after each product.
 
     Raises:
-      ValueError: as `spectrum_edges`.
+      ValueError, TypeError: as `spectrum_edges`.
 
     Source: Hutchinson, A stochastic estimator of the trace of the influence matrix (1989).
 
@@ -329,13 +331,13 @@ def _check_size(name: str, operator: Operator, krylov_size: int) -> int:
     number = sum(np.size(x) * (2 if jnp.iscomplexobj(x) else 1) for x in jax.tree.leaves(operator.params))
     if number == 0:
         raise ValueError(f"{name}: the operator has no parameters; expected at least one")
-    if krylov_size < 2:
+    if to_integer(f"{name}: krylov_size", krylov_size) < 2:
         raise ValueError(f"{name}: krylov_size is {krylov_size}; expected at least 2")
     return min(krylov_size, number)
 
 
 def _check_count(name: str, what: str, count: int) -> None:
-    if count < 1:
+    if to_integer(f"{name}: {what}", count) < 1:
         raise ValueError(f"{name}: {what} is {count}; expected at least 1")
 
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from gdx.checks import check_params
 from gdx.curvature.krylov import from_vector, lanczos, on_vectors, to_vector
-from gdx.curvature.operators import Operator, on_any_mesh
+from gdx.curvature.operators import Operator, check_vector, on_any_mesh
+from gdx.fields import to_integer
 
 
 class SharpnessState(NamedTuple):
@@ -58,7 +59,9 @@ def update_sharpness(state: SharpnessState, operator: Operator, *, products: int
       products: products with a vector, at least 2; each costs two to four gradients.
 
     Raises:
-      ValueError: products is less than 2.
+      ValueError: products is less than 2, or the state's vector not shaped like the parameters; what the operator
+        raises.
+      TypeError: products is no integer, a parameter no floating-point array; what the operator raises.
 
     >>> import gdx, jax, jax.numpy as jnp
     >>> loss = lambda theta, batch: jnp.sum(jnp.arange(1.0, 9.0) * theta**4) / 12
@@ -69,9 +72,10 @@ def update_sharpness(state: SharpnessState, operator: Operator, *, products: int
     >>> round(state.value.item(), 1)  # 8 * 1.2^2
     11.5
     """
-    if products < 2:
+    if to_integer("update_sharpness: products", products) < 2:
         raise ValueError(f"update_sharpness: products is {products}; expected at least 2")
     check_params(operator, operator.params)
+    check_vector("update_sharpness: in the state,", operator.params, state.vector)
     return _followed(operator, state, products)
 
 

@@ -31,7 +31,9 @@ class Noise(NamedTuple):
 
     @property
     def scale(self) -> jax.Array:
-        r"""The (simple) noise scale $\operatorname{tr}\Sigma / |G|^2$, in examples; inf where $|G|^2$ is not positive.
+        r"""The (simple) noise scale $\operatorname{tr}\Sigma / |G|^2$, in examples.
+
+        It is inf where $|G|^2$ is not positive, and NaN where there is no noise either.
 
         It predicts the critical batch size $B_c$: training with batches of $B$ takes $1 + B_c / B$ times the
         fewest steps and $1 + B / B_c$ times the fewest examples (McCandlish et al., eq. 2.9 and 2.11).
@@ -42,18 +44,22 @@ class Noise(NamedTuple):
         r"""$E|g_B - G|^2$ of batches of this size.
 
         Args:
-          batch_size: $B$.
+          batch_size: $B$; it and examples may be traced.
           examples: $N$, if batches are drawn from so many without replacement: this is then the `Noise` of those,
             see `within`. None with replacement.
 
         Raises:
-          ValueError: batch_size is less than 1, or larger than examples.
+          ValueError: batch_size is less than 1, or larger than examples (of numbers that can be read here).
         """
-        if batch_size < 1 or (examples is not None and batch_size > examples):
+        concrete = is_concrete(batch_size) and is_concrete(examples)
+        if concrete and (batch_size < 1 or (examples is not None and batch_size > examples)):
             most = "" if examples is None else f" and at most {examples}, the number of examples"
             raise ValueError(f"noise.Noise.variance: batch_size is {batch_size}; expected at least 1{most}")
-        fraction = 1.0 if examples is None else (examples - batch_size) / max(examples - 1, 1)
-        return self.covariance_trace * (fraction / batch_size)
+        size, fraction = _number(batch_size, self.covariance_trace), 1.0
+        if examples is not None:
+            total = _number(examples, self.covariance_trace)
+            fraction = (total - size) / (max if is_concrete(total) else jnp.maximum)(total - 1, 1)
+        return self.covariance_trace * (fraction / size)
 
     def within(self, examples: int) -> "Noise":
         r"""The noise around the mean gradient of so many examples, rather than of all that there could be.
@@ -65,9 +71,22 @@ class Noise(NamedTuple):
            E \operatorname{tr}\Sigma_N = \operatorname{tr}\Sigma \, (N - 1) / N. $$
 
         It matters as soon as the noise scale is not far below $N$: at the end of training on little data.
+
+        Args:
+          examples: $N$; it may be traced.
+
+        Raises:
+          ValueError: examples is less than 1.
         """
-        share = 1 / examples
+        if is_concrete(examples) and examples < 1:
+            raise ValueError(f"noise.Noise.within: examples is {examples}; expected at least 1")
+        share = 1 / _number(examples, self.covariance_trace)
         return Noise(self.squared_norm + self.covariance_trace * share, self.covariance_trace * (1 - share))
+
+
+def _number(examples: Any, like: Any) -> Any:
+    """A number of examples: Python's where it can be read, else in the dtype of what it divides."""
+    return float(examples) if is_concrete(examples) else examples.astype(jnp.result_type(like))
 
 
 def estimate(small: Any, big: Any, *, small_batch: Any, big_batch: Any) -> Noise:
@@ -85,7 +104,7 @@ def estimate(small: Any, big: Any, *, small_batch: Any, big_batch: Any) -> Noise
       small_batch, big_batch: $b < B$, their sizes.
 
     Raises:
-      ValueError: not 1 <= small_batch < big_batch.
+      ValueError: not 1 <= small_batch < big_batch, of numbers that can be read here.
 
     Source: McCandlish et al., An Empirical Model of Large-Batch Training (2018), appendix A.1.
 
@@ -129,13 +148,14 @@ def of_gradients(gradients: Any, batch_size: int = 1) -> Noise:
     number = leading_axis("noise.of_gradients:", gradients, "micro-batches")
     if number < 2:
         raise ValueError(f"noise.of_gradients: there is {number} gradient; expected at least 2 to see them scatter")
-    if batch_size < 1:
+    if is_concrete(batch_size) and batch_size < 1:
         raise ValueError(f"noise.of_gradients: batch_size is {batch_size}; expected at least 1")
     wide = jax.tree.map(accurate, gradients)
     means = jax.tree.map(lambda g: jnp.mean(g, axis=0), wide)
     scatter = squared_norm(jax.tree.map(lambda g, mean: g - mean[None], wide, means))
-    trace = scatter * (batch_size / (number - 1))
-    return Noise(squared_norm(means) - trace * (1 / (batch_size * number)), trace)
+    size = _number(batch_size, scatter)
+    trace = scatter * (size / (number - 1))
+    return Noise(squared_norm(means) - trace * (1 / (size * number)), trace)
 
 
 def squared_norm(tree: Any) -> jax.Array:

@@ -138,7 +138,7 @@ class measure_noise(Transform):
       decay: $\beta$ in [0, 1); the averages span about $1 / (1 - \beta)$ steps.
 
     Raises:
-      ValueError: decay is outside [0, 1).
+      ValueError: decay is outside [0, 1), or update is called with fewer than 2 micro-batches or empty ones.
       TypeError: update is called without micro_batches, or they are no `MicroBatches`.
 
     Source: McCandlish et al., An Empirical Model of Large-Batch Training (2018), appendix A.1.

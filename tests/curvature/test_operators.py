@@ -227,6 +227,23 @@ def test_a_preconditioner_from_few_bits_and_from_optax():
     assert 0 < np.max(np.abs(few / exact - 1)) < 0.5
 
 
+def test_where_adam_divides_by_zero():
+    def loss(p, batch):
+        return jnp.sum(p["w"] ** 2) + 0 * jnp.sum(p["unused"])
+
+    params, tx = {"w": jnp.ones(2), "unused": jnp.ones(3)}, gdx.adam(0.1, eps=0.0)
+    hessian = curvature.Hessian(loss, params, jnp.zeros(1))
+    for g in (jax.grad(loss)(params, 0), {"w": jnp.full(2, jnp.nan), "unused": jnp.ones(3)}):
+        _, state = tx.update(g, tx.init(params), params)
+        place = "w" if np.isnan(g["w"][0]) else "unused"
+        with pytest.raises(
+            ValueError, match=rf"adam_preconditioned: the second moment \(nu\) at \['{place}'\] is NaN, or"
+        ):
+            curvature.adam_preconditioned(hessian, tx, state)
+        scale = jax.jit(lambda state: curvature.adam_preconditioned(hessian, tx, state).scale)(state)
+        assert not np.isfinite(scale[place]).any()
+
+
 def test_what_has_no_adam():
     hessian = curvature.Hessian(lambda p, b: jnp.sum(p**2), jnp.ones(2), jnp.zeros(1))
     tx = gdx.adam(0.1)

@@ -91,6 +91,7 @@ def test_where_the_krylov_space_is_exhausted(eigenvalues):
     np.testing.assert_allclose(edges.largest.value, max(eigenvalues), atol=tolerance, rtol=0)
     if len(eigenvalues) == 40:  # one program for all of them
         density = curvature.spectral_density(hessian, KEY, probes=3)
+        assert density.nodes.shape == density.weights.shape == (3, 40)
         np.testing.assert_allclose(density.weights.sum(axis=1), 1, rtol=1e-5)
         means = jnp.sum(density.weights * density.nodes, axis=1)
         assert jnp.all((means >= min(eigenvalues) - tolerance) & (means <= max(eigenvalues) + tolerance))
@@ -271,4 +272,22 @@ def test_what_is_not_finite_says_why(function, loss, params, reason):
 )
 def test_options_out_of_range(call, message):
     with pytest.raises(ValueError, match=message):
+        call(quadratic([1.0, 2.0]))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda h: curvature.spectrum_edges(h, KEY, krylov_size=4.5), "edges: krylov_size is 4.5; expected an integer"),
+        (lambda h: curvature.spectrum_edges(h, KEY, rounds=2.0), "spectrum_edges: rounds is 2.0; expected an integer"),
+        (lambda h: curvature.spectral_density(h, KEY, probes=2.0), "density: probes is 2.0; expected an integer"),
+        (lambda h: curvature.trace(h, KEY, samples=True), "trace: samples is True; expected an integer"),
+        (
+            lambda h: curvature.trace(curvature.Hessian(h.loss, jnp.arange(2), h.batches), KEY),
+            r"Hessian: the parameter at the root is int32\[2\], expected a floating-point array",
+        ),
+    ],
+)
+def test_options_and_parameters_of_another_type(call, message):
+    with pytest.raises(TypeError, match=message):
         call(quadratic([1.0, 2.0]))

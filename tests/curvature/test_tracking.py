@@ -81,3 +81,19 @@ def test_one_parameter_and_too_few_products():
     np.testing.assert_allclose([state.value, state.error], [6, 0], atol=1e-5)
     with pytest.raises(ValueError, match="update_sharpness: products is 1; expected at least 2"):
         curvature.update_sharpness(state, hessian, products=1)
+    with pytest.raises(TypeError, match=r"update_sharpness: products is 2\.5; expected an integer"):
+        curvature.update_sharpness(state, hessian, products=2.5)
+
+
+def test_the_state_of_other_parameters():
+    state = curvature.init_sharpness({"a": jnp.ones(2), "b": jnp.ones(3)}, KEY)
+    for params, words in (
+        (
+            {"a": jnp.ones(3), "b": jnp.ones(2)},
+            r"the vector at \['a'\] is float32\[2\], the parameter there float32\[3",
+        ),
+        ({"a": jnp.ones(5)}, "pass a vector with the tree of the parameters"),
+    ):
+        hessian = curvature.Hessian(lambda p, batch: jnp.sum(p["a"] ** 2), params, jnp.zeros(1))
+        with pytest.raises(ValueError, match=f"update_sharpness: in the state, .*{words}"):
+            curvature.update_sharpness(state, hessian)

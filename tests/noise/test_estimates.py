@@ -97,6 +97,16 @@ def test_scales(squared_norm, trace, scale):
     np.testing.assert_array_equal(found, np.float32(scale))
 
 
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_numbers_of_examples_may_be_traced(wrap):
+    found = noise.Noise(jnp.array(2.0), jnp.array(90.0))
+    np.testing.assert_allclose(wrap(found.variance)(10), 9, rtol=1e-6)
+    np.testing.assert_allclose(wrap(found.variance)(10, 91), 9 * 81 / 90, rtol=1e-6)
+    np.testing.assert_allclose(wrap(found.variance)(1, 1), 0)
+    np.testing.assert_allclose(wrap(found.within)(9), (12, 80), rtol=1e-6)
+    np.testing.assert_allclose(wrap(lambda b: noise.of_gradients(jnp.array([1.0, 3.0]), b))(8), (3, 16), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -110,6 +120,7 @@ def test_scales(squared_norm, trace, scale):
         (lambda: noise.of_gradients(np.zeros((2, 3)), 0), ValueError, r"of_gradients: batch_size is 0; expected at"),
         (lambda: noise.of_gradients(RAGGED), ValueError, r"of_gradients: .*a leading axis of micro-batches"),
         (lambda: noise.Noise(1.0, 1.0).variance(0), ValueError, r"variance: batch_size is 0; expected at least 1$"),
+        (lambda: noise.Noise(1.0, 1.0).within(0), ValueError, r"within: examples is 0; expected at least 1$"),
         (
             lambda: noise.Noise(1.0, 1.0).variance(9, 8),
             ValueError,
