@@ -40,7 +40,7 @@ class Noise(NamedTuple):
         """
         return jnp.asarray(self.covariance_trace) / jnp.maximum(self.squared_norm, 0)
 
-    def variance(self, batch_size: int, examples: int | None = None) -> jax.Array:
+    def variance(self, batch_size: Any, examples: Any = None) -> jax.Array:
         r"""$E|g_B - G|^2$ of batches of this size.
 
         Args:
@@ -61,7 +61,7 @@ class Noise(NamedTuple):
             fraction = (total - size) / (max if is_concrete(total) else jnp.maximum)(total - 1, 1)
         return self.covariance_trace * (fraction / size)
 
-    def within(self, examples: int) -> "Noise":
+    def within(self, examples: Any) -> "Noise":
         r"""The noise around the mean gradient of so many examples, rather than of all that there could be.
 
         Where batches (or the two batches that are compared, the small in the large) are drawn from $N$ examples without
@@ -125,7 +125,7 @@ def estimate(small: Any, big: Any, *, small_batch: Any, big_batch: Any) -> Noise
     return Noise(big - excess, excess * b * ratio)
 
 
-def of_gradients(gradients: Any, batch_size: int = 1) -> Noise:
+def of_gradients(gradients: Any, batch_size: Any = 1) -> Noise:
     r"""The noise from the gradients of micro-batches, or of single examples:
 
     $$ \operatorname{tr}\Sigma \approx \frac{b}{M - 1} \sum_{i=1}^M |g_i - \bar g|^2, \qquad
@@ -135,7 +135,7 @@ def of_gradients(gradients: Any, batch_size: int = 1) -> Noise:
 
     Args:
       gradients: a tree of arrays with a leading axis of $M$ micro-batches.
-      batch_size: $b$, the number of examples in each.
+      batch_size: $b$, the number of examples in each; it may be traced.
 
     Raises:
       ValueError: there are fewer than 2, the leaves do not have one leading axis in common, or batch_size is

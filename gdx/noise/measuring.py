@@ -54,7 +54,7 @@ def value_and_grad(loss: Loss, number: int) -> Callable[[Any, Any], tuple[tuple[
       for instance), that returns `((value, micro_batches), gradients)`.
 
     Raises:
-      ValueError: number is less than 2, or does not divide the batch.
+      ValueError: number is less than 2, or does not divide the batch, or the batch has no one axis of examples.
       TypeError: number is no integer.
 
     >>> import gdx, jax.numpy as jnp
