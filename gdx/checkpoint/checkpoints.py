@@ -79,8 +79,13 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """The steps of the checkpoints, oldest first, also one that is being written."""
-        return sorted(self._manager.all_steps()) if self.directory.exists() else []
+        """The steps of the checkpoints in the directory, oldest first, and the one that this object is writing."""
+        if not self.directory.exists():
+            return []
+        # Orbax's list has the step that is being written, but not what others wrote, nor all after a failed write
+        if not self._manager.is_saving_in_progress():
+            self._manager.reload()
+        return sorted(self._manager.all_steps())
 
     def save(self, step: int, tx: optax.GradientTransformation, params: Any, state: Any, *, extra: Any = None) -> None:
         """Starts to write a checkpoint, and returns as soon as the arrays may be donated.

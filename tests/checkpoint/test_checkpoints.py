@@ -245,6 +245,21 @@ def test_the_newest_stay_and_no_step_comes_twice(checkpoints):
         checkpoints.restore(tx, PARAMS, state, step=6)
 
 
+def test_two_see_what_the_other_saved(tmp_path):
+    tx = gdx.sgd(0.1)
+    state = tx.init(PARAMS)
+    with Checkpoints(tmp_path, keep=1) as writer, Checkpoints(tmp_path, keep=1) as reader:
+        for step in (1, 2):  # the first is gone when the second is there
+            writer.save(step, tx, PARAMS, state)
+            writer.wait()
+            assert reader.restore(tx, PARAMS, state).step == step
+        with pytest.raises(CheckpointError, match="the step is 2, but .* has a checkpoint of step 2"):
+            reader.save(2, tx, PARAMS, state)
+        reader.save(3, tx, PARAMS, state)
+        reader.wait()
+        assert writer.steps == [3]
+
+
 @pytest.mark.parametrize("extra", [jnp.ones(3), (1, 2), {1: 2}, float("nan"), object()])
 def test_extra_is_json(extra, checkpoints):
     with pytest.raises(TypeError, match="as JSON has them"):

@@ -119,6 +119,26 @@ def damage_folders(folder: Path) -> None:
     report("arrays of another run")
 
 
+def fill_the_disk(folder: Path) -> None:
+    """Two steps are saved, two fail, and then two are saved again."""
+    import resource
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpoints(folder, keep=2) as checkpoints:
+        for step, limit in enumerate((soft, soft, 10_000, 10_000, soft, soft)):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            try:
+                checkpoints.save(step, TX, *run(step))
+                checkpoints.wait()
+                failed = None
+            except Exception as error:
+                failed = str(error)
+            kept = sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+            print(json.dumps([failed, checkpoints.steps, kept]), flush=True)
+
+
 def reported(function: str, folder: Path) -> list[list]:
     code = f"from tests.checkpoint.test_damage import *; {function}(Path({str(folder)!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -149,6 +169,13 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     assert "its manifest is not what was saved" in results["another step"]
     assert "has format 99; this version of gdx reads 1" in results["another format"]
     assert "params['b'] is not what was saved" in results["arrays of another run"]
+
+
+def test_steps_are_what_is_on_disk_after_a_write_that_failed(tmp_path):
+    """And `keep` counts them all."""
+    failed, steps, kept = zip(*reported("fill_the_disk", tmp_path))
+    assert ["File too large" in (error or "") for error in failed] == [False, False, True, True, False, False]
+    assert list(steps) == list(kept) == [[0], [0, 1], [0, 1], [0, 1], [1, 4], [4, 5]]
 
 
 def content(step: int) -> tuple:
