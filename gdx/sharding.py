@@ -62,8 +62,11 @@ class shard_state(Transform):
     structure is that of `tx` alone.
 
     With automatic axes a function under `jax.jit` cannot see how its arguments are sharded: pass
-    `specs` if the parameters themselves are split over the mesh. With explicit axes nothing is needed,
-    except where optax searches along a line. A `value_fn` takes arrays as arguments, not from a closure:
+    `specs` if the parameters themselves are split over the mesh. Around a loop of steps, such as `jax.lax.scan`,
+    the compiler may then return the parameters split as the moments are; compile it with
+    `jax.jit(..., out_shardings=jax.tree.map(lambda x: x.sharding, (params, state)))`.
+
+    With explicit axes nothing is needed, except where optax searches along a line. A `value_fn` takes arrays as arguments, not from a closure:
     `update(..., value_fn=loss, batch=batch)`. And `optax.value_and_grad_from_state` needs the gradient in the
     state to have the parameters' type, here that of whole arrays:
     `optax.tree.set(state, grad=jax.reshard(optax.tree.get(state, "grad"), jax.NamedSharding(mesh, jax.P())))`.
@@ -146,8 +149,10 @@ class shard_state(Transform):
             if sharding is not None and not sharding.is_fully_replicated:
                 raise ValueError(
                     f"shard_state: the parameter at {place(path)} is split as {sharding.spec}, which jax.jit hides "
-                    f"where axes are automatic. Pass it on: "
-                    f"shard_state(tx, mesh, specs=jax.tree.map(lambda p: p.sharding.spec, params))"
+                    f"where axes are automatic. If it is meant to be, pass it on: "
+                    f"shard_state(tx, mesh, specs=jax.tree.map(lambda p: p.sharding.spec, params)). If a compiled loop "
+                    f"returned it so, move it back, jax.device_put(params, jax.NamedSharding(mesh, jax.P())), and "
+                    f"compile the loop with out_shardings=jax.tree.map(lambda x: x.sharding, (params, state))"
                 )
 
 

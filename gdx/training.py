@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gdx.placement import sharding_of
 from gdx.population import labels, members_of, stack
 from gdx.transform import Transform
 from gdx.trees import leading_axis
@@ -52,6 +53,9 @@ def train(
     hyperparameter: `remat=True` then keeps the parameters and state of every $\sqrt{K}$-th of the $K$
     steps and computes the others again.
 
+    Called outside `jax.jit` it returns parameters that are on a mesh as they were there, also where the compiler
+    would leave them split as the state is (`gdx.sharding.shard_state` says what to do inside).
+
     Args:
       loss: the loss of parameters on one batch, a real scalar.
       tx: the optimizer, gdx's or optax's.
@@ -71,12 +75,18 @@ def train(
     >>> bool(jax.grad(final)(gdx.sgd(0.1)).learning_rate < 0)
     True
     """
-    params = jax.tree.map(jnp.asarray, params)
-    carry = (params, tx.init(params) if state is None else state)
+    start = jax.tree.map(jnp.asarray, params)
+    carry = (start, tx.init(start) if state is None else state)
     scan = _rematerialised_scan if remat else jax.lax.scan
     _steps_of(batches)
     (params, state), losses = scan(training_step(loss, tx), carry, batches)
-    return Trained(params, state, losses)
+    return Trained(jax.tree.map(_as_placed, params, start), state, losses)
+
+
+def _as_placed(p: jax.Array, start: jax.Array) -> jax.Array:
+    """A parameter on its mesh as it was at the start, or what it is where either is traced."""
+    sharding = None if isinstance(p, jax.core.Tracer) or isinstance(start, jax.core.Tracer) else sharding_of(start)
+    return p if sharding is None else jax.device_put(p, sharding)
 
 
 class Sweep(NamedTuple):

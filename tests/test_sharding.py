@@ -132,6 +132,25 @@ def test_eager_steps():
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(updates))
 
 
+@both_kinds
+@pytest.mark.parametrize("own", [P(), P(None, "model")], ids=["whole", "split"])
+def test_training_returns_parameters_as_they_were(kind, own):
+    """Where they are split as the moments are, the next call compiles again and `init` refuses them."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+    params = jax.device_put({"w": jnp.ones((64, 512))}, NamedSharding(mesh, own))
+    tx = gdx.sharding.shard_state(gdx.adamw(1e-2), mesh, specs=None if kind is EXPLICIT else own)
+    batches = jax.device_put(jnp.ones((5, 32, 64)), NamedSharding(mesh, P(None, "data")))
+
+    def loss(params, batch):
+        return jnp.mean(jnp.tanh(batch @ params["w"]) ** 2)
+
+    state = tx.init(params)
+    found, after, _ = gdx.train(loss, tx, params, batches, state=state)
+    for was, now in zip(jax.tree.leaves((params, state)), jax.tree.leaves((found, after)), strict=True):
+        assert now.sharding.is_equivalent_to(was.sharding, was.ndim)
+    tx.init(found)
+
+
 # over a model axis of 2, and how a moment is then split over a data axis of 4
 OWN = {"w": P(None, "model"), "stack": P(None, "model"), "wide": P(), "odd": P(), "s": P()}
 FURTHER = {

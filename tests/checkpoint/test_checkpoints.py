@@ -253,7 +253,7 @@ def test_two_see_what_the_other_saved(tmp_path):
             writer.save(step, tx, PARAMS, state)
             writer.wait()
             assert reader.restore(tx, PARAMS, state).step == step
-        with pytest.raises(CheckpointError, match="the step is 2, but .* has a checkpoint of step 2"):
+        with pytest.raises(CheckpointError, match=r"the step is 2, but .* has a checkpoint of step 2"):
             reader.save(2, tx, PARAMS, state)
         reader.save(3, tx, PARAMS, state)
         reader.wait()
