@@ -107,7 +107,9 @@ def _split(
     if not candidates:
         return own
     dimension = min(candidates)[-1]
-    entries[dimension] = axis if entries[dimension] is None else (*names_of(entries[dimension]), axis)
+    # in one dimension an explicit axis, which is in the array's type, has to come before automatic ones
+    names = (*names_of(entries[dimension]), axis)
+    entries[dimension] = tuple(sorted(names, key=lambda name: name not in mesh.explicit_axes))
     return _trimmed(entries)
 
 

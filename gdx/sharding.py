@@ -66,14 +66,15 @@ class shard_state(Transform):
     the compiler may then return the parameters split as the moments are; compile it with
     `jax.jit(..., out_shardings=jax.tree.map(lambda x: x.sharding, (params, state)))`.
 
-    With explicit axes nothing is needed, except where optax searches along a line. A `value_fn` takes arrays as arguments, not from a closure:
-    `update(..., value_fn=loss, batch=batch)`. And `optax.value_and_grad_from_state` needs the gradient in the
-    state to have the parameters' type, here that of whole arrays:
+    With explicit axes nothing is needed, except where optax searches along a line. A `value_fn` takes arrays
+    as arguments, not from a closure: `update(..., value_fn=loss, batch=batch)`. And
+    `optax.value_and_grad_from_state` needs the gradient in the state to have the parameters' type, here that of
+    whole arrays:
     `optax.tree.set(state, grad=jax.reshard(optax.tree.get(state, "grad"), jax.NamedSharding(mesh, jax.P())))`.
 
     Args:
       tx: the transform, gdx's or optax's.
-      mesh: the devices, with automatic or explicit axes.
+      mesh: the devices, with automatic or explicit axes, or both.
       axis: the axis of the mesh that the state is split along: that of data parallelism.
       specs: the parameters' own PartitionSpecs, a tree like them in which one PartitionSpec may stand for a whole
         branch; None to read them off the parameters, which with automatic axes have then to be whole on each device.
@@ -123,10 +124,15 @@ class shard_state(Transform):
         others = {name: value for name, value in extra_args.items() if name not in arrays}
         if AxisType.Explicit in self.mesh.axis_types:
             # types would have to agree in every operation of the transform; inside, the compiler sees to it
-            out = [[NamedSharding(self.mesh, spec) for spec in specs] for specs in (plan.params, plan.state)]
+            out = [[NamedSharding(self.mesh, self._typed(spec)) for spec in s] for s in (plan.params, plan.state)]
             structures = [jax.tree.structure(tree) for tree in (updates, state)]
             step = jax.sharding.auto_axes(step, out_sharding=tuple(map(jax.tree.unflatten, structures, out)))
         return step(self.tx, updates, state, params, arrays)
+
+    def _typed(self, spec: PartitionSpec) -> PartitionSpec:
+        """The part of a spec that is in an array's type: along the explicit axes."""
+        explicit = self.mesh.explicit_axes
+        return PartitionSpec(*(tuple(name for name in names_of(entry) if name in explicit) or None for entry in spec))
 
     def _check_places(self, params: Any) -> None:
         """Raises where parameters that are on no mesh are not on its devices either."""
@@ -142,11 +148,12 @@ class shard_state(Transform):
 
     def _check_seen(self, params: Any) -> None:
         """Raises where `update` would, under jit, take parameters for whole that are not."""
-        if self.specs is not None or AxisType.Explicit in self.mesh.axis_types:
+        if self.specs is not None:
             return
+        hidden = {name for name in self.mesh.auto_axes if self.mesh.shape[name] > 1}
         for path, p in jax.tree_util.tree_leaves_with_path(params):
             sharding = sharding_of(p)
-            if sharding is not None and not sharding.is_fully_replicated:
+            if sharding is not None and hidden & {name for entry in sharding.spec for name in names_of(entry)}:
                 raise ValueError(
                     f"shard_state: the parameter at {place(path)} is split as {sharding.spec}, which jax.jit hides "
                     f"where axes are automatic. If it is meant to be, pass it on: "

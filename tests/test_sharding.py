@@ -182,6 +182,24 @@ def test_parameters_that_are_split_themselves(name, kind):
         assert p.sharding.is_equivalent_to(NamedSharding(mesh, OWN[key]), p.ndim)
 
 
+MIXTURES = pytest.mark.parametrize("kinds", [(AUTO, EXPLICIT), (EXPLICIT, AUTO)], ids=["model typed", "data typed"])
+
+
+@MIXTURES
+@pytest.mark.parametrize("where", [lambda f: f, jax.jit], ids=["eager", "jitted"])
+@pytest.mark.parametrize("own", [{}, OWN], ids=["whole", "split"])
+def test_axes_of_both_types(kinds, where, own):
+    tx, mesh = gdx.adamw(1e-2), jax.make_mesh((4, 2), ("data", "model"), axis_types=kinds)
+    specs = OWN if own and kinds[1] is AUTO else None
+    sharded, (params, g) = gdx.sharding.shard_state(tx, mesh, specs=specs), (make_params(seed=i) for i in range(2))
+    placed, start = put(params, mesh, own), tx.init(params)
+    state = sharded.init(placed)
+    found = where(sharded.update)(put(g, mesh, own), state, placed)
+    assert_same_bits(found, where(tx.update)(g, start, params))
+    for was, now in zip(jax.tree.leaves((placed, state)), jax.tree.leaves(found), strict=True):
+        assert now.sharding.is_equivalent_to(was.sharding, was.ndim) and jax.typeof(now) == jax.typeof(was)
+
+
 @both_kinds
 def test_shardings_for_a_restore_are_those_of_init(kind):
     mesh = make_mesh(8, kind)
@@ -303,11 +321,13 @@ def test_parameters_on_one_of_the_devices():
         gdx.sharding.shard_state(gdx.adam(0.1), make_mesh()).init(params)
 
 
-def test_split_parameters_that_jit_would_hide():
-    mesh = make_mesh()
-    params = put(make_params(shapes=FEW), mesh, {"w": P("data")})
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT])
+def test_split_parameters_that_jit_would_hide(kind):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, AUTO))
+    params = put(make_params(shapes=FEW), mesh, {"w": P("model")})
     with pytest.raises(
-        ValueError, match=r"parameter at \['w'\] is split as P\('data',?\), which jax\.jit hides.*specs="
+        ValueError,
+        match=r"parameter at \['w'\] is split as P\('model',?\), which jax\.jit hides.*specs=.*out_shardings=",
     ):
         gdx.sharding.shard_state(gdx.adam(0.1), mesh).init(params)
 
