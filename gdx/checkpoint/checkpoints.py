@@ -137,7 +137,8 @@ class Checkpoints:
 
         Args:
           tx: the optimizer to go on with, compared with the saved one. Schedules that are functions are told apart
-            by their values at 22 steps up to 5,000,000, other functions by their names.
+            by their values at 22 steps up to 5,000,000, other functions by their names. Of what is
+            optax's only the transforms of gdx in it are compared, and the arrays.
           params: what the parameters are to be like: arrays, which stay as they are, or `jax.ShapeDtypeStruct`s with
             shardings, on a mesh of any size and shape.
           state: the same for the state: `tx.init(params)`, or of its shapes and shardings.

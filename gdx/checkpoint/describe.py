@@ -1,8 +1,10 @@
 """What an optimizer is, as texts that another process can compare: its kind and each of its fields."""
 
 import dataclasses
+import functools
 import hashlib
 import re
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdx.compose import Foreign
+from gdx.compose import Foreign, chain
 from gdx.fields import is_concrete, text
 from gdx.schedules import schedule
 from gdx.sharding import shard_state
@@ -26,17 +28,26 @@ def describe(tx: optax.GradientTransformation) -> dict[str, str]:
 
     Numbers are as they enter a program, in the default float dtype. Schedules that are functions are told
     apart by their values at 22 counts up to 5,000,000, to four digits; other functions by their names. A transform
-    of optax has no fields. Where `shard_state` keeps the state is left out.
+    of optax has the fields of those of gdx that it is made of, and none of its own. Where `shard_state` keeps the
+    state is left out.
 
     >>> import gdx
     >>> describe(gdx.adam(0.1))["learning_rate"], describe(gdx.chain(gdx.sgd(0.1)))["optimizer"]
     ('0.1', 'chain(sgd)')
     """
     tx = unplaced(tx)
-    described = {"optimizer": kind(tx)}
-    if isinstance(tx, Transform):
-        for name, field, value in tx._settings():
-            described[name] = _setting(value) if field.metadata.get("static") else _hyperparameter(value)
+    return {"optimizer": kind(tx), **_fields(tx)}
+
+
+def _fields(tx: optax.GradientTransformation) -> dict[str, str]:
+    if not isinstance(tx, Transform):
+        held = list(_held(tx))
+        return _fields(chain(*held)) if held else {}
+    described = {}
+    for name, field, value in tx._settings():
+        described[name] = _setting(value) if field.metadata.get("static") else _hyperparameter(value)
+        if isinstance(value, optax.GradientTransformation):
+            described |= {f"{name}.{inner}": shown for inner, shown in _fields(value).items()}
     return described
 
 
@@ -56,18 +67,54 @@ def kind(tx: optax.GradientTransformation) -> str:
     """The names of a transform and of those that it holds."""
     if isinstance(tx, Foreign):
         return kind(tx.transform)
+    name = type(tx).__name__
     if not isinstance(tx, Transform):
-        return f"<optax {getattr(tx.update, '__qualname__', type(tx.update).__name__).split('.')[0]}>"
+        name = f"<optax {getattr(tx.update, '__qualname__', type(tx.update).__name__).split('.')[0]}>"
     held = ", ".join(map(kind, _held(tx)))
-    return f"{type(tx).__name__}({held})" if held else type(tx).__name__
+    return f"{name}({held})" if held else name
 
 
-def _held(tx: Transform) -> Iterator[optax.GradientTransformation]:
+def _held(tx: optax.GradientTransformation) -> Iterator[optax.GradientTransformation]:
+    """The transforms in a transform's fields, or those of gdx in the functions of one of optax."""
+    if not isinstance(tx, Transform):
+        yield from map(unplaced, _closed_over(tx.update))
+        return
     for field in dataclasses.fields(tx):
         value = getattr(tx, field.name)
         for item in value if type(value) is tuple else (value,):
             if isinstance(item, optax.GradientTransformation):
                 yield item
+
+
+def _closed_over(function: Any) -> Iterator[Transform]:
+    """The transforms of gdx that a function holds, each once, in the order of its variables."""
+    seen: dict[int, Any] = {}
+    waiting = [function]
+    while waiting:
+        x = waiting.pop()
+        if id(x) in seen:
+            continue
+        seen[id(x)] = x
+        if isinstance(x, Transform):
+            yield x
+        else:
+            waiting += reversed(_parts(x))
+
+
+def _parts(x: Any) -> list[Any]:
+    """What a function, an optimizer that is an object, or a container holds; nothing of anything else."""
+    if isinstance(x, types.MethodType):
+        return [x.__self__]
+    if isinstance(x, types.FunctionType):
+        return [cell.cell_contents for cell in x.__closure__ or () if cell != types.CellType()]  # an empty one raises
+    if isinstance(x, functools.partial):
+        return [x.func, *x.args, *x.keywords.values()]
+    if isinstance(x, dict):
+        return list(x.values())
+    if isinstance(x, tuple | list):
+        return list(x)
+    is_optimizer = not isinstance(x, type) and hasattr(x, "init") and hasattr(x, "update")
+    return list(getattr(x, "__dict__", {}).values()) if is_optimizer else []
 
 
 def _setting(value: Any) -> str:

@@ -194,6 +194,27 @@ def test_another_optimizer_is_named_field_by_field(other, said, checkpoints):
         checkpoints.restore(other, PARAMS, other.init(PARAMS))
 
 
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda tx: optax.chain(optax.clip(1.0), tx),
+        lambda tx: optax.MultiSteps(tx, 2),
+        lambda tx: optax.masked(tx, {"w": True, "b": False}),
+        lambda tx: optax.apply_if_finite(tx, 3),
+        lambda tx: optax.partition({"a": tx, "b": optax.sgd(0.1)}, {"w": "a", "b": "b"}),
+    ],
+    ids=["chain", "MultiSteps", "masked", "apply_if_finite", "partition"],
+)
+def test_inside_a_wrapper_of_optax_too(around, checkpoints):
+    tx, other = around(gdx.adamw(0.01)), around(gdx.adamw(0.02))
+    state = tx.init(PARAMS)
+    checkpoints.save(1, tx, PARAMS, state)
+    with pytest.raises(CheckpointError, match=r"learning_rate is 0\.02, saved 0\.01\. .*allow=\['learning_rate'\]"):
+        checkpoints.restore(other, PARAMS, state)
+    checkpoints.restore(other, PARAMS, state, allow=["learning_rate"])
+    checkpoints.restore(around(gdx.adamw(0.01)), PARAMS, state)
+
+
 def test_fields_that_may_differ(checkpoints):
     tx, other = gdx.adamw(0.01), gdx.adamw(0.02, b1=0.8)
     checkpoints.save(1, tx, PARAMS, tx.init(PARAMS))

@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,19 @@ OPTIMIZERS = [
     "gdx.grid(gdx.sgd, learning_rate=[0.1, 0.2])",
     "gdx.grid(gdx.sgd, learning_rate=[0.1, 0.3])",
     "optax.adam(0.1)",
+    "optax.chain(optax.clip(1.0), gdx.sgd(0.1))",
+    "optax.chain(optax.clip(1.0), gdx.sgd(0.2))",
+    "optax.chain(optax.masked(gdx.sgd(0.1), True), gdx.adamw(1e-3))",
+    "optax.chain(optax.masked(gdx.sgd(0.1), True), gdx.adamw(2e-3))",
+    "optax.chain(gdx.adamw(1e-3), optax.masked(gdx.sgd(0.1), True))",
+    "gdx.chain(optax.masked(gdx.sgd(0.1), True), gdx.sgd(0.1))",
+    "gdx.chain(optax.masked(gdx.sgd(0.2), True), gdx.sgd(0.1))",
+    "halved(gdx.sgd(0.1))",
+    "halved(gdx.sgd(0.2))",
+    "optax.partition({'a': gdx.sgd(0.1), 'b': gdx.sgd(0.2)}, {'w': 'a'})",
+    "optax.partition({'a': gdx.sgd(0.2), 'b': gdx.sgd(0.1)}, {'w': 'a'})",
+    "optax.apply_if_finite(gdx.sgd(0.1), 3)",
+    "optax.apply_if_finite(gdx.sgd(0.2), 3)",
 ]
 
 
@@ -83,3 +97,23 @@ def test_places_do_not_count():
     assert describe(gdx.sharding.shard_state(optax.adam(1e-3), mesh)) == describe(optax.adam(1e-3))
     chained = gdx.chain(gdx.sharding.shard_state(tx, mesh), optax.clip(1.0))
     assert describe(chained) == describe(gdx.chain(tx, optax.clip(1.0)))
+    chained = optax.chain(gdx.sharding.shard_state(tx, mesh), optax.clip(1.0))
+    assert describe(chained) == describe(optax.chain(tx, optax.clip(1.0)))
+
+
+def test_functions_of_ones_own_are_looked_into_as_far_as_they_go():
+    """Round a circle, past a variable that has no value, and not into other objects."""
+    model = types.SimpleNamespace(tx=gdx.adam(0.1))
+
+    def mine(*containers):
+        def update(updates, state, params=None):
+            return containers, model, unset, update
+
+        if not containers:
+            unset = None
+        return optax.GradientTransformation(model.tx.init, functools.partial(update))
+
+    assert describe(mine(1)) == {"optimizer": "<optax partial>"}
+    assert describe(mine([{"a": gdx.sgd(0.1).update}])) == {"optimizer": "<optax partial>(sgd)"} | {
+        name: text for name, text in describe(gdx.sgd(0.1)).items() if name != "optimizer"
+    }
