@@ -290,7 +290,7 @@ def _placed(value: Any, target: Any) -> Any:
     if value is None:
         value = np.zeros(np.shape(target), getattr(target, "dtype", None))
     if manifest.is_key(target):
-        value = jax.random.wrap_key_data(jnp.asarray(value), impl=str(jax.random.key_impl(target)))
+        value = jax.random.wrap_key_data(jnp.asarray(value), dtype=target.dtype)
     if isinstance(value, jax.Array) and not manifest.is_key(target):
         return value
     sharding = _sharding(target)

@@ -138,6 +138,22 @@ def test_arrays_of_every_kind(checkpoints):
     assert all(isinstance(x, np.ndarray) for x in restored["host"])
 
 
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_random_keys_onto_shapes(impl, checkpoints):
+    tx = optax.add_noise(0.1, 0.5, key=jax.random.key(1, impl=impl))
+    params = {"w": jnp.ones(16)}
+    state = tx.init(params)
+    checkpoints.save(1, tx, params, state)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    places = gdx.sharding.state_shardings(tx, params, mesh)
+    shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, places)
+    for target in (shapes, jax.eval_shape(lambda: state)):
+        found = checkpoints.restore(tx, params, target).state
+        assert found.rng_key.dtype == state.rng_key.dtype
+        assert_same_bits(jax.random.key_data(found.rng_key), jax.random.key_data(state.rng_key))
+    assert checkpoints.restore(tx, params, shapes).state.rng_key.sharding == places.rng_key
+
+
 def test_nothing_at_all(checkpoints):
     checkpoints.save(1, optax.identity(), {}, optax.EmptyState())
     assert checkpoints.restore(optax.identity(), {}, optax.EmptyState())[:3] == (1, {}, optax.EmptyState())
