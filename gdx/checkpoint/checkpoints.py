@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import operator
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -99,12 +100,13 @@ class Checkpoints:
 
         Raises:
           CheckpointError: there is a checkpoint of this step or a later one.
-          TypeError: step is no integer, or extra is not JSON.
+          TypeError: step is no integer, tx no optimizer, or extra is not JSON.
           ValueError: step is negative, or `close` was called.
         """
         import orbax.checkpoint as ocp
 
         step = _integer("save: step", step, 0)
+        _check_optimizer(tx, "save(step, tx, params, state)")
         if self._is_closed:
             raise ValueError(
                 f"save: these Checkpoints of {self.directory} are closed, by close() or the end of their `with`; "
@@ -146,7 +148,7 @@ class Checkpoints:
           allow: the fields that may differ, by their names in `tx.hyperparams`; those of tx are gone on with.
 
         Raises:
-          TypeError: step is no integer, or allow no sequence of names.
+          TypeError: step is no integer, tx no optimizer, or allow no sequence of names.
           CheckpointError: there is none, it is not what was saved, it was saved with another optimizer, or it holds
             other arrays. To take it into another storage format, restore it with the optimizer that saved it, then
             use `gdx.storage.convert`.
@@ -154,6 +156,7 @@ class Checkpoints:
         if isinstance(allow, str | bytes) or not isinstance(allow, Iterable):
             raise TypeError(f"restore: allow is {allow!r}; expected a sequence of names, such as ['learning_rate']")
         step = None if step is None else _integer("restore: step", step, 0)
+        _check_optimizer(tx, "restore(tx, params, state)")
         self.wait()
         step = self._chosen(step)
         content = self._manifest(step)
@@ -261,6 +264,15 @@ def _integer(label: str, value: Any, least: int) -> int:
     if number < least:
         raise ValueError(f"{label} is {number}; expected an integer >= {least}")
     return number
+
+
+def _check_optimizer(tx: Any, call: str) -> None:
+    """Raises for parameters in the place of the optimizer: a dictionary has an `update` too."""
+    if isinstance(tx, type) or not all(callable(getattr(tx, name, None)) for name in ("init", "update")):
+        raise TypeError(
+            f"{call.partition('(')[0]}: tx is {reprlib.repr(tx)}; expected an optimizer, such as gdx.adam(0.1). "
+            f"The order of the arguments is {call}"
+        )
 
 
 def _keys(paths: Iterable[str]) -> dict[str, str]:
