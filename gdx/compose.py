@@ -95,6 +95,8 @@ class Foreign(Transform):
 def to_transform(label: str, value: Any) -> Transform:
     """Converts a field that is a transform, gdx's or optax's."""
     if not isinstance(value, optax.GradientTransformation):
+        if hasattr(value, "gradient_transformation"):
+            raise TypeError(f"{label} is a {type(value).__name__}, no transform; pass its .gradient_transformation()")
         raise TypeError(f"{label} is {reprlib.repr(value)}; expected a transform such as gdx.scale_by_adam()")
     return value if isinstance(value, Transform) else Foreign(value)
 

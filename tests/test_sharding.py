@@ -257,6 +257,11 @@ def other_mesh():
         (lambda: init(axis="dat"), ValueError, r"shard_state: the mesh has no axis 'dat'; expected one of 'data'"),
         (lambda: init(mesh=8), TypeError, r"shard_state: mesh is 8; expected a mesh of devices, .*jax\.make_mesh"),
         (lambda: init(tx=0.1), TypeError, r"shard_state: tx is 0\.1; expected a transform"),
+        (
+            lambda: init(tx=optax.MultiSteps(gdx.adam(0.1), 2)),
+            TypeError,
+            r"shard_state: tx is a MultiSteps, no transform; pass its \.gradient_transformation\(\)",
+        ),
         (lambda: init(specs={"w": "data"}), TypeError, r"specs is 'data' at \['w'\]; expected a PartitionSpec, as in"),
         (lambda: init(specs={"w": P()}), ValueError, r"specs has no PartitionSpec for the parameter at \['odd'\]"),
         (
