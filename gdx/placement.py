@@ -147,11 +147,36 @@ def sharding_of(p: Any) -> NamedSharding | None:
     return sharding if isinstance(sharding, NamedSharding) and not sharding.mesh.empty else None
 
 
-def misplaced(name: str, path: tuple, where: Any, mesh: Mesh | AbstractMesh) -> ValueError:
-    """The error that a parameter is not on the mesh."""
+def check_devices(name: str, what: str, tree: Any, mesh: Mesh) -> None:
+    """Raises where an array has been put on other devices, or on those of the mesh in another order.
+
+    Else JAX takes it, whatever the axes of its own mesh.
+    """
+    for i, x in enumerate(jax.tree.leaves(tree)):
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.committed:
+            where: Any = x.sharding
+            if isinstance(where, NamedSharding):
+                where = where.mesh
+                is_there = where == mesh or [*where.devices.flat] == [*mesh.devices.flat]
+            else:
+                is_there = where.device_set == {*mesh.devices.flat}
+            if not is_there:
+                path, _ = jax.tree_util.tree_leaves_with_path(tree)[i]
+                raise _misplaced(name, path, where, mesh, what)
+
+
+_MOVES = {
+    "parameter": "Pass their own mesh, or move them: jax.device_put(params, jax.NamedSharding(mesh, jax.P()))",
+    "gradient": "Move them: jax.device_put(gradients, jax.NamedSharding(mesh, jax.P()))",
+    "state": "Move it: jax.device_put(state, gdx.sharding.state_shardings(tx, params, mesh))",
+}
+
+
+def _misplaced(name: str, path: tuple, where: Any, mesh: Mesh | AbstractMesh, what: str = "parameter") -> ValueError:
+    """The error that it is not on the mesh."""
     return ValueError(
-        f"{name}: the parameter at {place(path)} is on {where}, expected on {mesh}{_first_difference(where, mesh)}. "
-        f"Pass the parameters' own mesh, or move them: jax.device_put(params, jax.NamedSharding(mesh, jax.P()))"
+        f"{name}: the {what} at {place(path)} is on {where}, expected on {mesh}{_first_difference(where, mesh)}. "
+        f"{_MOVES[what]}"
     )
 
 
@@ -178,7 +203,7 @@ def _own_spec(name: str, path: tuple, p: Any, mesh: Mesh | AbstractMesh, specs: 
     """How a parameter itself is split: as specs has it, or as it shows."""
     sharding = sharding_of(p)
     if sharding is not None and not _agree(sharding.mesh, mesh):
-        raise misplaced(name, path, sharding.mesh, mesh)
+        raise _misplaced(name, path, sharding.mesh, mesh)
     if specs is not None:
         spec = _given_spec(name, specs, path, mesh)
     else:

@@ -30,7 +30,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from gdx.checks import check_state_like
 from gdx.compose import to_transform
 from gdx.fields import static
-from gdx.placement import Plan, misplaced, names_of, plan_of, sharding_of
+from gdx.placement import Plan, check_devices, names_of, plan_of, sharding_of
 from gdx.transform import Transform
 from gdx.trees import place
 
@@ -82,8 +82,9 @@ class shard_state(Transform):
     Raises:
       TypeError: tx is no transform, mesh no mesh of devices, or specs holds something else than PartitionSpecs.
       ValueError: the mesh has no such axis; parameters are on another mesh (of other devices, in another order, or
-        with axes of other types), are split with automatic axes and without specs, or do not divide as their specs
-        say; the state is that of another transform.
+        with axes of other types), or gradients or state on other devices or in another order; parameters are split
+        with automatic axes and without specs, or do not divide as their specs say; the state is that of another
+        transform.
 
     >>> import gdx, jax
     >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
@@ -101,7 +102,7 @@ class shard_state(Transform):
         _check_axis("shard_state", self.mesh, self.axis)
 
     def init(self, params: optax.Params) -> optax.OptState:
-        self._check_places(params)
+        self._check_places("parameter", params)
         state, plan = _abstract("shard_state", self.tx, params, self.mesh, self.axis, self.specs)
         self._check_seen(params)
         return jax.jit(_init, out_shardings=_shardings(state, plan, self.mesh))(self.tx, params)
@@ -110,9 +111,11 @@ class shard_state(Transform):
         self, updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         like = updates if params is None else params
-        self._check_places(like)
+        self._check_places("parameter", params)
+        self._check_places("gradient", updates)
         expected, plan = _abstract("shard_state", self.tx, like, self.mesh, self.axis, self.specs)
         check_state_like(self, state, expected)
+        self._check_places("state", state)
 
         def step(tx: Transform, updates: Any, state: Any, params: Any, arrays: dict[str, Any]) -> tuple[Any, Any]:
             constrain = functools.partial(_constrain, self.mesh)
@@ -134,17 +137,13 @@ class shard_state(Transform):
         explicit = self.mesh.explicit_axes
         return PartitionSpec(*(tuple(name for name in names_of(entry) if name in explicit) or None for entry in spec))
 
-    def _check_places(self, params: Any) -> None:
-        """Raises where parameters that are on no mesh are not on its devices either."""
+    def _check_places(self, what: str, tree: Any) -> None:
+        """Raises where arrays could not be used together with what is on the mesh."""
         if self.axis in jax.sharding.get_abstract_mesh().manual_axes:
             raise ValueError(
                 f"shard_state: inside jax.shard_map over {self.axis!r} an array is one device's part; call it outside"
             )
-        devices = set(self.mesh.devices.flat)
-        for path, p in jax.tree_util.tree_leaves_with_path(params):
-            is_placed = isinstance(p, jax.Array) and not isinstance(p, jax.core.Tracer) and p.committed
-            if is_placed and sharding_of(p) is None and p.sharding.device_set != devices:
-                raise misplaced("shard_state", path, p.sharding, self.mesh)
+        check_devices("shard_state", what, tree, self.mesh)
 
     def _check_seen(self, params: Any) -> None:
         """Raises where `update` would, under jit, take parameters for whole that are not."""

@@ -141,6 +141,31 @@ def test_parameters_on_a_mesh_that_looks_alike(theirs, mesh, words, specs):
     tx.init(jax.device_put(params, NamedSharding(mesh, P())))  # as the error says
 
 
+@pytest.mark.parametrize("theirs", [REVERSED, mesh_of(jax.devices()[:4], AxisType.Auto), None])
+@pytest.mark.parametrize("what", ["gradient", "state"])
+def test_gradients_and_state_on_other_devices(what, theirs):
+    params, tx = params_on(AUTOMATIC), gdx.sharding.shard_state(gdx.adam(0.1), AUTOMATIC)
+    state = tx.init(params)
+    elsewhere = jax.devices()[3] if theirs is None else NamedSharding(theirs, P())
+    given = {"gradient": params, "state": state}
+    given[what] = jax.device_put(given[what], elsewhere)
+    path = {"gradient": r"\['w'\]", "state": r"\[0\]\.count"}[what]
+    with pytest.raises(ValueError, match=rf"shard_state: the {what} at {path} is on .*, expected on .*jax\.device_put"):
+        tx.update(given["gradient"], given["state"], params)
+    # as the error says
+    back = {"gradient": NamedSharding(AUTOMATIC, P()), "state": gdx.sharding.state_shardings(tx, params, AUTOMATIC)}
+    given[what] = jax.device_put(given[what], back[what])
+    tx.update(given["gradient"], given["state"], params)
+
+
+def test_gradients_on_the_same_devices_may_be_on_a_mesh_with_other_axes():
+    params, tx = params_on(AUTOMATIC), gdx.sharding.shard_state(gdx.adam(0.1), AUTOMATIC)
+    other = mesh_of(np.reshape(jax.devices(), (4, 2)), AxisType.Auto, AxisType.Auto)
+    gradients = jax.device_put(params, NamedSharding(other, P("model")))
+    found, expected = (tx.update(g, tx.init(params), params)[0] for g in (gradients, params))
+    np.testing.assert_array_equal(found["w"], expected["w"])
+
+
 def test_the_axes_of_an_abstract_mesh_may_have_any_type():
     params, tx = params_on(EXPLICIT), gdx.adam(0.1)
     found = gdx.sharding.report(tx, params, AbstractMesh((8,), ("data",)))
