@@ -58,7 +58,8 @@ class Noise(NamedTuple):
         size, fraction = _number(batch_size, self.covariance_trace), 1.0
         if examples is not None:
             total = _number(examples, self.covariance_trace)
-            fraction = (total - size) / jnp.maximum(total - 1, 1)
+            larger = max if is_concrete(total) else jnp.maximum
+            fraction = (total - size) / larger(total - 1, 1)
         return self.covariance_trace * (fraction / size)
 
     def within(self, examples: Any) -> "Noise":
