@@ -56,7 +56,7 @@ def update_sharpness(state: SharpnessState, operator: Operator, *, products: int
     Args:
       state: from `init_sharpness` or the last update.
       operator: `Hessian` or `GaussNewton` at the present parameters, or it `adam_preconditioned`.
-      products: products with a vector, at least 2; each costs two to four gradients.
+      products: products with a vector, at least 2; each costs two to five gradients.
 
     Raises:
       ValueError: products is less than 2, or the state's vector not shaped like the parameters; what the operator
