@@ -86,8 +86,7 @@ def check_like(tx: Any, updates: optax.Updates, name: str, tree: Any) -> None:
 
 def check_formats(tx: Any, updates: optax.Updates, names: list[str], moments: list[list[Any]]) -> None:
     """Raises where a moment (given as lists of leaves) is not held in the storage format that the transform has."""
-    if any(getattr(format, "stochastic", False) for format in tx.formats) and "count" not in tx.State._fields:
-        raise TypeError(f"{_name(tx)}: formats that round at random need a field `count` in {tx.State.__name__}")
+    gradients = jax.tree.leaves(updates)
     for name, format, leaves in zip(names, tx.formats, moments):
         for i, leaf in enumerate(leaves):
             expected = _stored_kind(format, leaf.shape) if is_encoded(format, leaf) else None
@@ -96,13 +95,18 @@ def check_formats(tx: Any, updates: optax.Updates, names: list[str], moments: li
                     f"{_name(tx)}: state.{name} at {_path(updates, i)} is {_array(leaf)}, which is not how "
                     f"{_format(format)} holds it. Take it there: gdx.storage.convert(state, tx.init(params))"
                 )
-    for i, (g, *stored) in enumerate(zip(jax.tree.leaves(updates), *moments)):
-        axes = jax.typeof(g).sharding.spec.unreduced if any(map(is_packed, stored)) else ()
-        if axes:
-            raise ValueError(
-                f"{_name(tx)}: the gradient at {_path(updates, i)} is a sum that is still to be made over the axes "
-                f"{', '.join(map(repr, axes))} of the mesh. Make it: jax.reshard(gradients, jax.P())"
-            )
+            axes = jax.typeof(gradients[i]).sharding.spec.unreduced if is_packed(leaf) else ()
+            if axes:
+                raise ValueError(
+                    f"{_name(tx)}: the gradient at {_path(updates, i)} is a sum that is still to be made over the axes "
+                    f"{', '.join(map(repr, axes))} of the mesh. Make it: jax.reshard(gradients, jax.P())"
+                )
+
+
+def check_count(tx: Any) -> None:
+    """Raises where a transform rounds moments at random, but its state does not count the steps."""
+    if any(getattr(format, "stochastic", False) for format in tx.formats) and "count" not in tx.State._fields:
+        raise TypeError(f"{_name(tx)}: formats that round at random need a field `count` in {tx.State.__name__}")
 
 
 def check_complex(tx: Any, updates: optax.Updates, columns: list[list[Any]]) -> None:

@@ -109,10 +109,12 @@ def to_bool(label: str, value: Any) -> bool:
     return bool(value)
 
 
-def to_integer(label: str, value: Any) -> int:
+def to_integer(label: str, value: Any, *, minimum: int | None = None) -> int:
     """Converts a static whole number."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
         raise TypeError(f"{label} is {reprlib.repr(value)}; expected an integer")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{label} is {value}; expected an integer >= {minimum}")
     return int(value)
 
 

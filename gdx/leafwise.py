@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType
 
-from gdx.checks import check_complex, check_formats, check_like, check_state
+from gdx.checks import check_complex, check_count, check_formats, check_like, check_state
 from gdx.numerics import compute_dtype
 from gdx.storage.blocks import Blocks, InBlocks, Packed, is_packed, reassembled
 from gdx.storage.dither import Dither
@@ -113,6 +113,7 @@ class Leafwise(Transform):
         return type(self).update is Leafwise.update
 
     def init(self, params: optax.Params) -> Any:
+        check_count(self)
         leaves, structure = jax.tree.flatten(params)
         if leaves:
             self.acts_on(params)
@@ -138,9 +139,7 @@ def update_leaves(
     for link, state in zip(links, states):
         check_state(link, state, link.State)
         names = _moments_of(link)
-        trees = {
-            name: reassembled(getattr(state, name), f) for name, f in zip(names, link.formats or [None] * len(names))
-        }
+        trees = {name: reassembled(getattr(state, name), f) for name, f in zip(names, _formats_of(link))}
         for name, moment in trees.items():
             check_like(link, updates, f"state.{name}", moment)
         kept = [leaves_like(structure, moment) for moment in trees.values()]
@@ -189,9 +188,7 @@ def _stepper(structure: Any) -> Callable:
     def step(acting: tuple, numbers: list, g: Any, p: Any, moments: tuple, index: Any) -> tuple:
         links, shared, counts = jax.tree.unflatten(structure, numbers)
         dtype = compute_dtype(*jax.tree.leaves((g, p, moments)))
-        formats = [
-            list(map(_format_of, link.formats or [None] * len(kept), kept)) for link, kept in zip(links, moments)
-        ]
+        formats = [list(map(_format_of, _formats_of(link), kept)) for link, kept in zip(links, moments)]
         # between links the update stays as it was computed: in bfloat16 a small decay would vanish beside it
         u, new_moments, is_rounded = g, [], False
         for i, (link, common, acts, kept, few) in enumerate(zip(links, shared, acting, moments, formats)):
@@ -214,6 +211,11 @@ def _stepper(structure: Any) -> Callable:
         return one_step(numbers, g, p, moments, index)
 
     return placed
+
+
+def _formats_of(link: Leafwise) -> tuple[Any, ...]:
+    """The dtype or storage format of each moment, None where it is held as `start` made it."""
+    return link.formats or (None,) * len(_moments_of(link))
 
 
 def _format_of(format: Any, moment: Any) -> Format | None:

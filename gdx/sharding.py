@@ -102,7 +102,8 @@ class shard_state(Transform):
         _check_axis("shard_state", self.mesh, self.axis)
 
     def init(self, params: optax.Params) -> optax.OptState:
-        self._check_places("parameter", params)
+        self._check_outside()
+        check_devices("shard_state", "parameter", params, self.mesh)
         state, plan = _abstract("shard_state", self.tx, params, self.mesh, self.axis, self.specs)
         self._check_seen(params)
         return jax.jit(_init, out_shardings=_shardings(state, plan, self.mesh))(self.tx, params)
@@ -111,11 +112,12 @@ class shard_state(Transform):
         self, updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         like = updates if params is None else params
-        self._check_places("parameter", params)
-        self._check_places("gradient", updates)
+        self._check_outside()
+        check_devices("shard_state", "parameter", params, self.mesh)
+        check_devices("shard_state", "gradient", updates, self.mesh)
         expected, plan = _abstract("shard_state", self.tx, like, self.mesh, self.axis, self.specs)
         check_state_like(self, state, expected)
-        self._check_places("state", state)
+        check_devices("shard_state", "state", state, self.mesh)
 
         def step(tx: Transform, updates: Any, state: Any, params: Any, arrays: dict[str, Any]) -> tuple[Any, Any]:
             constrain = functools.partial(_constrain, self.mesh)
@@ -137,13 +139,12 @@ class shard_state(Transform):
         explicit = self.mesh.explicit_axes
         return PartitionSpec(*(tuple(name for name in names_of(entry) if name in explicit) or None for entry in spec))
 
-    def _check_places(self, what: str, tree: Any) -> None:
-        """Raises where arrays could not be used together with what is on the mesh."""
+    def _check_outside(self) -> None:
+        """Raises inside `jax.shard_map` over the axis."""
         if self.axis in jax.sharding.get_abstract_mesh().manual_axes:
             raise ValueError(
                 f"shard_state: inside jax.shard_map over {self.axis!r} an array is one device's part; call it outside"
             )
-        check_devices("shard_state", what, tree, self.mesh)
 
     def _check_seen(self, params: Any) -> None:
         """Raises where `update` would, under jit, take parameters for whole that are not."""

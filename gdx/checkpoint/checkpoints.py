@@ -255,15 +255,12 @@ class Checkpoints:
         return [_placed(found.get(keys[path]), target) for path, target in targets.items()]
 
 
-def _integer(label: str, value: Any, least: int) -> int:
+def _integer(label: str, value: Any, minimum: int) -> int:
     """A whole number of any kind, also in an array."""
     if not isinstance(value, bool):
         with contextlib.suppress(TypeError):
             value = operator.index(value)
-    number = to_integer(label, value)
-    if number < least:
-        raise ValueError(f"{label} is {number}; expected an integer >= {least}")
-    return number
+    return to_integer(label, value, minimum=minimum)
 
 
 def _check_optimizer(tx: Any, call: str) -> None:

@@ -73,9 +73,8 @@ class scale_by_adam(Leafwise):
 
     Raises:
       ValueError: b1 or b2 is outside [0, 1), also once rounded to float32; eps or eps_root is
-        negative; mu_dtype or nu_dtype is no floating-point dtype of 16 bits or more, or no format for that
-        moment;
-        nu_dtype is float16, or bfloat16 where b2 >= 0.99 or is a schedule.
+        negative; mu_dtype or nu_dtype is no floating-point dtype of 16 bits or more, or no format for
+        that moment; nu_dtype is float16, or bfloat16 where b2 >= 0.99 or is a schedule.
 
     Sources: Kingma & Ba, Adam: A Method for Stochastic Optimization (2014), algorithm 1; Dozat,
     Incorporating Nesterov Momentum into Adam (2016), algorithm 2 as optax and torch read it.

@@ -1,14 +1,13 @@
 """Mini-batches as indices of examples: shuffled epochs, and draws with replacement."""
 
 import functools
-import reprlib
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdx.fields import is_concrete
+from gdx.fields import is_concrete, to_integer
 from gdx.trees import leading_axis
 
 
@@ -152,8 +151,7 @@ def _check_sizes(name: str, data: Any, batch_size: int, **counts: int) -> int:
         else leading_axis(f"noise.{name}:", data, "examples")
     )
     for label, value in {"batch_size": batch_size, **counts}.items():
-        check_whole(name, label, value)
-        if value < 1:
+        if to_integer(f"noise.{name}: {label}", value) < 1:
             raise ValueError(f"noise.{name}: {label} is {value}; expected at least 1")
     if size < 1:
         raise ValueError(f"noise.{name}: data has {size} examples; expected at least 1")
@@ -162,8 +160,3 @@ def _check_sizes(name: str, data: Any, batch_size: int, **counts: int) -> int:
             f"noise.{name}: batch_size is {batch_size}, more than the data's {size} examples; expected 1 to {size}"
         )
     return int(size)
-
-
-def check_whole(name: str, label: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"noise.{name}: {label} is {reprlib.repr(value)}; expected an integer")

@@ -11,8 +11,8 @@ import numpy as np
 import optax
 
 from gdx.checks import check_state
-from gdx.fields import Scalar, hyperparameter
-from gdx.noise.batches import Batches, check_whole
+from gdx.fields import Scalar, hyperparameter, to_integer
+from gdx.noise.batches import Batches
 from gdx.noise.estimates import Noise, estimate, squared_norm
 from gdx.numerics import accurate
 from gdx.training import Loss
@@ -63,8 +63,7 @@ def value_and_grad(loss: Loss, number: int) -> Callable[[Any, Any], tuple[tuple[
     >>> value.item(), gradient.item(), micro_batches.squared_norm.item()  # of -2 and -6: every second example each
     (5.0, -4.0, 20.0)
     """
-    check_whole("value_and_grad", "number", number)
-    if number < 2:
+    if to_integer("noise.value_and_grad: number", number) < 2:
         raise ValueError(f"noise.value_and_grad: number is {number}; expected at least 2 micro-batches to compare")
 
     def wrapped(params: Any, batch: Any) -> tuple[tuple[jax.Array, MicroBatches], Any]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from gdx.fields import to_integer
 from gdx.numerics import uncontracted
 from gdx.storage.dither import Dither
 from gdx.storage.formats import Format
@@ -119,8 +120,7 @@ class Blocks(Format):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("block", "minimum_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{type(self).__name__}: {name} is {getattr(self, name)}; expected an integer >= 1")
+            to_integer(f"{type(self).__name__}: {name}", getattr(self, name), minimum=1)
         if self.axis >= 0:
             raise ValueError(f"{type(self).__name__}: axis is {self.axis}; expected -1, the last axis, or less")
 

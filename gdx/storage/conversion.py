@@ -51,13 +51,13 @@ def convert(state: Any, like: Any) -> Any:
 
 
 def _recast(value: Any, target: Any, index: int) -> Any:
-    if isinstance(value, Packed) and not (isinstance(target, Packed) and value.format == target.format):
+    if isinstance(value, Packed):
+        if isinstance(target, Packed) and value.format == target.format:
+            return value
         value = value.decode()
-    if isinstance(target, Packed) and not isinstance(value, Packed):
-        value = target.format.encode(jnp.asarray(value), Dither(np.uint32(0), np.uint32(index)))
-    if isinstance(target, Packed):
-        return value
     value = jnp.asarray(value)
+    if isinstance(target, Packed):
+        return target.format.encode(value, Dither(np.uint32(0), np.uint32(index)))
     return value if value.dtype == target.dtype else value.astype(target.dtype)  # keys refuse to be cast, even to keys
 
 
