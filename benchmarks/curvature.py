@@ -19,6 +19,7 @@ from jax.flatten_util import ravel_pytree
 
 from benchmarks.measure import interleaved, ratio, table
 from gdx import curvature
+from gdx.compat import enable_x64
 from gdx.demo.problems import cross_entropy, logits, network
 
 KEY = jax.random.key(0)
@@ -111,7 +112,7 @@ def measure_errors() -> Iterator[tuple]:
 def dense_spectrum(loss: Callable, params: Any, data: Any) -> np.ndarray:
     """All eigenvalues of the Hessian, by float64 products with unit vectors."""
     flat, back = ravel_pytree(params)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         wide = jax.tree.map(lambda x: x.astype(float) if x.dtype == jnp.float32 else x, data)
 
         def mean_loss(v: jax.Array) -> jax.Array:

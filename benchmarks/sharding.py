@@ -20,6 +20,7 @@ import gdx
 from benchmarks.devices import OPTIONS, available, collectives, compiled_step, devices, nbytes_moved
 from benchmarks.measure import interleaved, ratio, table
 from benchmarks.storage import OPTIMIZERS
+from gdx.compat import to_varying
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -117,7 +118,7 @@ def scattered_step(tx: Any, mesh: Mesh) -> Callable[..., Any]:
     """The same with gradients that are reduced and scattered explicitly, each on the dimension of its moments."""
 
     def scattered_gradient(params: Any, x: Any) -> Any:
-        own = jax.lax.pcast(params, "data", to="varying")  # else the gradient is summed over the whole
+        own = to_varying(params, {"data"})  # else the gradient is summed over the whole
         gradients = jax.grad(loss)(own, x)
         return jax.tree.map(lambda g: jax.lax.psum_scatter(g, "data", tiled=True) / mesh.shape["data"], gradients)
 

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from gdx.compat import to_varying, varying_axes
+
 
 def place(path: tuple) -> str:
     """A key path as text."""
@@ -44,10 +46,10 @@ def leading_axis(label: str, tree: Any, axis: str, *, least: int = 0, mend: str 
 
 def varying_alike(tree: Any) -> Any:
     """Arrays inside `jax.shard_map`, all with the type of those that differ between devices, as branches need."""
-    axes = frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree)))
+    axes = frozenset[str]().union(*map(varying_axes, jax.tree.leaves(tree)))
 
     def cast(x: jax.Array) -> jax.Array:
-        missing = tuple(axes - jax.typeof(x).manual_axis_type.varying)
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
+        missing = axes - varying_axes(x)
+        return to_varying(x, missing) if missing else x
 
     return jax.tree.map(cast, tree)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gdx import landscape
+from gdx.compat import enable_x64
 from tests.contract.table import tree
 
 PARAMS = tree()
@@ -69,7 +70,7 @@ def test_memory_is_bounded_by_the_chunk():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_other_dtypes_keep_theirs(dtype):
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         seen = []
 
         def measure(params):

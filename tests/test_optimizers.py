@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import gdx
+from gdx.compat import enable_x64
 from tests import oracle
 from tests.contract.table import history
 
@@ -42,7 +43,7 @@ def linear(count):
 def test_float64_matches_the_oracle(factory, settings):
     gradients = oracle.gradients(1000)
     expected = np.stack(list(oracle.trajectory(getattr(oracle, factory.__name__), THETA, gradients, **settings)))
-    with jax.enable_x64(True):
+    with enable_x64(True):
         found = np.asarray(history(factory(**settings), jnp.asarray(THETA), jnp.asarray(gradients)))
     np.testing.assert_allclose(found, expected.astype(float), rtol=1e-12, atol=1e-12)
 
@@ -73,7 +74,7 @@ def test_schedules_match_the_oracle(kind):
     settings = {**settings, kind: lambda count: base * linear(count)}
     gradients = oracle.gradients(200)
     expected = np.stack(list(oracle.trajectory(getattr(oracle, factory.__name__), THETA, gradients, **settings)))
-    with jax.enable_x64(True):
+    with enable_x64(True):
         found = history(factory(**settings), jnp.asarray(THETA), jnp.asarray(gradients))
     np.testing.assert_allclose(np.asarray(found), expected.astype(float), rtol=1e-11, atol=1e-12)
 
@@ -100,7 +101,7 @@ def test_nesterov_is_the_textbook_method_at_its_look_ahead_point():
         look_ahead.append(phi + mu * v)
         v = mu * v - eta * curvature * (phi + mu * v)
         phi = phi + v
-    with jax.enable_x64(True):
+    with enable_x64(True):
         tx, theta = gdx.nesterov(eta, mu), jnp.ones(3)
         state, found = tx.init(theta), []
         for _ in range(100):
@@ -156,7 +157,7 @@ def test_matches_torch(case, dtype, tolerance):
     if case["optimizer"] == "AdamW":
         settings["weight_decay"] = 0.01
     factory = {"SGD": gdx.sgd, "Adam": gdx.adam, "AdamW": gdx.adamw}[case["optimizer"]]
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         start, gradients = (jnp.asarray(TORCH[key].astype(dtype)) for key in ("start", "gradients"))
         found = np.asarray(history(factory(**{**settings, **options}), start, gradients))
     expected = TORCH[f"{case['name']}/{dtype}"]

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import gdx
+from gdx.compat import enable_x64
 from tests.contract.table import assert_same_bits
 
 CYCLES = [{"init_value": 0.0, "peak_value": 1.0, "warmup_steps": 2, "decay_steps": n} for n in (10, 20)]
@@ -126,7 +127,7 @@ def test_is_made_inside_a_transformation_too(way):
 
 
 def test_slopes_in_every_number():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         rate = warmup(init_value=0.02)
 
         def total(numbers):

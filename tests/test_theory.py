@@ -7,13 +7,14 @@ import pytest
 
 import gdx
 from gdx import curvature
+from gdx.compat import enable_x64
 
 SPECTRUM = np.array([1.0, 1.7, 6.0, 25.0, 100.0])
 
 
 @pytest.fixture(autouse=True)
 def _x64():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         yield
 
 

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import gdx
+from gdx.compat import enable_x64
 from tests.contract.table import assert_same_bits
 
 random = np.random.default_rng(0)
@@ -111,7 +112,7 @@ OPTIMIZERS = [
 @pytest.mark.parametrize("tx", OPTIMIZERS, ids=["sgd", "adamw"])
 @pytest.mark.parametrize("remat", [False, True])
 def test_slopes_in_every_hyperparameter_match_finite_differences(tx, remat):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         values, after, slopes = hyperparameters_and_slopes(tx, remat)
         found = slopes(values)
         for i, value in enumerate(values):

@@ -11,6 +11,7 @@ import pytest
 
 import gdx
 from gdx import *  # noqa: F403  (what repr evaluates in)
+from gdx.compat import enable_x64
 
 
 class scale_by_sign(gdx.Transform):
@@ -180,12 +181,12 @@ def test_building_an_optimizer_makes_no_array():
 def test_arrays_are_cast_to_the_default_dtype(dtype):
     assert gdx.sgd(jnp.ones((), dtype)).learning_rate.dtype == np.float32
     assert not gdx.sgd(jnp.asarray(1.0)).learning_rate.weak_type
-    with jax.enable_x64(True):
+    with enable_x64(True):
         assert gdx.sgd(jnp.ones((), dtype)).learning_rate.dtype == np.float64
 
 
 def test_float64_mode_keeps_float64_hyperparameters():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         updates, _ = gdx.sgd(0.1).update(jnp.ones(()), (optax.EmptyState(),))
         assert float(updates) == -0.1
 

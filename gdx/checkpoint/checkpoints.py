@@ -16,6 +16,7 @@ import optax
 
 from gdx.checkpoint import manifest
 from gdx.checkpoint.checksums import checksum
+from gdx.compat import wrap_key_data
 from gdx.extra import needs
 from gdx.fields import to_integer
 
@@ -299,7 +300,7 @@ def _placed(value: Any, target: Any) -> Any:
     if value is None:
         value = np.zeros(np.shape(target), getattr(target, "dtype", None))
     if manifest.is_key(target):
-        value = jax.random.wrap_key_data(jnp.asarray(value), dtype=target.dtype)
+        value = wrap_key_data(value, target.dtype)
     if isinstance(value, jax.Array) and not manifest.is_key(target):
         return value
     sharding = _sharding(target)

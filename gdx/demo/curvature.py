@@ -15,6 +15,7 @@ import optax
 
 import gdx
 from gdx import curvature, plot
+from gdx.compat import enable_x64
 from gdx.demo import show
 from gdx.demo.options import add_output, check_output, check_seed, check_steps
 from gdx.demo.problems import SURFACES, Arrays, load
@@ -122,7 +123,7 @@ def run(plan: Plan) -> int:
         import matfree.decomp  # noqa: F401 - before the work rather than after it
     console = show.console()
     found: dict[str, Found] = {}
-    with jax.enable_x64(True):
+    with enable_x64(True):
         for name in plan.data:
             with _progress(console, name) as progress:
                 found[name] = investigate(name, plan, progress)

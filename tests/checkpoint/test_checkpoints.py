@@ -15,6 +15,7 @@ import gdx
 from gdx.checkpoint import CheckpointError, Checkpoints
 from gdx.checkpoint.describe import kind
 from gdx.checkpoint.manifest import is_key
+from gdx.compat import enable_x64
 from gdx.extra import MissingExtra
 from tests.contract.table import assert_same_bits
 
@@ -154,7 +155,7 @@ def test_nothing_at_all(checkpoints):
 
 
 def test_64_bits(checkpoints):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         params = {"w": jnp.linspace(0, 1, 9), "n": jnp.array(1 + 1j)}
         tx = gdx.adam(0.1)
         checkpoints.save(1, tx, params, tx.init(params))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 import gdx
+from gdx.compat import enable_x64
 from tests.contract.table import every_case, every_row, one_step, tree
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -30,7 +31,7 @@ def kinds(tree):
 @pytest.mark.parametrize("param_dtype", DTYPES)
 @pytest.mark.parametrize("gradient_dtype", DTYPES)
 def test_dtypes_never_drift(row, settings, param_dtype, gradient_dtype):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         tx, params, g = row.make(**settings), tree(dtype=param_dtype), tree(1, gradient_dtype)
         before = jax.eval_shape(tx.init, params)
         updates, after = jax.eval_shape(tx.update, g, before, params)

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import gdx
+from gdx.compat import enable_x64
 from tests import oracle
 from tests.contract.table import every_case, few_bits, history
 
@@ -69,7 +70,7 @@ def test_a_hundred_thousand_steps_do_not_drift(tx):
         start = jnp.ones(16, dtype)
         return np.asarray(jax.jit(lambda p: jax.lax.scan(step, (p, tx.init(p)), jnp.arange(100_000))[0][0])(start))
 
-    with jax.enable_x64(True):
+    with enable_x64(True):
         double = final(np.float64)
     single = final(np.float32)
     assert np.max(abs(single - double)) < 2e-4 * np.max(abs(double))

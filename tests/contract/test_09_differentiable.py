@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from gdx.compat import enable_x64
 from tests.contract.table import every_case, few_bits
 
 CURVATURE = np.geomspace(0.3, 3, 6)
@@ -22,7 +23,7 @@ def final_loss(tx, params):
 
 @every_case
 def test_gradients_match_finite_differences(row, settings):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         tx = row.make(**{k: v for k, v in settings.items() if k not in few_bits(settings)})
         tx = jax.tree.map(lambda h: h or 0.01, tx)  # at 0 only one side of the difference is valid
         leaves, structure = jax.tree.flatten(tx)

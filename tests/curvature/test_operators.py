@@ -9,12 +9,13 @@ from jax.flatten_util import ravel_pytree
 
 import gdx
 from gdx import curvature
+from gdx.compat import enable_x64
 from tests.curvature import networks
 
 
 @pytest.fixture
 def x64():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         yield
 
 

@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType
 
 from gdx import curvature
+from gdx.compat import enable_x64
 from tests.curvature import networks
 
 KEY = jax.random.key(0)
@@ -18,7 +19,7 @@ KEY = jax.random.key(0)
 
 @pytest.fixture
 def x64():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         yield
 
 
@@ -43,7 +44,7 @@ def network_hessian(dtype=np.float64):
 
 @pytest.fixture(scope="module")
 def spectrum():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         return np.linalg.eigvalsh(networks.dense(networks.loss, networks.start(), networks.data(3)))
 
 

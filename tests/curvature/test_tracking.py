@@ -7,13 +7,14 @@ import pytest
 
 import gdx
 from gdx import curvature
+from gdx.compat import enable_x64
 from tests.curvature import networks
 
 KEY = jax.random.key(0)
 
 
 def test_it_follows_the_largest_eigenvalue_through_training():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         data = networks.data(1)
 
         def mean_loss(params, _):

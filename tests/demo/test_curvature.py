@@ -15,6 +15,7 @@ pytest.importorskip("sklearn")
 from matplotlib.figure import Figure
 
 from gdx.__main__ import main
+from gdx.compat import enable_x64
 from gdx.demo import curvature
 from gdx.demo.problems import SURFACES
 
@@ -72,10 +73,9 @@ def test_a_terminal_shows_a_bar(capsys, monkeypatch):
 
 
 def investigate(name, **options):
-    import jax
 
     options = {"data": (name,), "penalty": 0.0, "steps": 30, "seed": 0, "output": Path("x.png"), **options}
-    with jax.enable_x64(True):
+    with enable_x64(True):
         return curvature.investigate(name, curvature.Plan(**options), lambda done: None)
 
 

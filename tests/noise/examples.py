@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gdx.compat import enable_x64
+
 N = 6
 random = np.random.default_rng(0)
 INPUTS, TARGETS = random.standard_normal((N, 3)), random.standard_normal(N)
@@ -29,7 +31,7 @@ def flat(gradients):
 
 def moments():
     """Gradient and trace of the covariance of the single examples, in float64 and by numpy."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         each = flat(jax.vmap(jax.grad(loss), (None, 0))(PARAMS, jnp.arange(N)[:, None]))
     return each.mean(axis=0), float(np.sum(each.var(axis=0)))
 

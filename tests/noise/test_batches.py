@@ -10,6 +10,7 @@ import pytest
 
 import gdx
 from gdx import noise
+from gdx.compat import enable_x64
 from tests.contract.table import assert_same_bits
 from tests.noise.examples import INPUTS, PARAMS, RAGGED, TRACE, G, N, flat, loss, losses
 
@@ -97,7 +98,7 @@ def test_train_takes_the_batches():
 
 def scatter(batches):
     """Mean and mean squared distance from the full gradient, over gradients of batches of indices."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         found = flat(jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(PARAMS, jnp.asarray(batches)))
     return found.mean(axis=0), np.mean(np.sum((found - G) ** 2, axis=1))
 
@@ -123,7 +124,7 @@ def test_a_padded_batch_is_as_noisy_as_the_examples_in_it():
     def weighted(params, examples, weights):
         return jnp.average(losses(params, examples), weights=weights)
 
-    with jax.enable_x64(True):
+    with enable_x64(True):
         batches = jnp.asarray([(*pair, 0, 0) for pair in itertools.permutations(range(N), 2)])
         weights = jnp.array([1.0, 1.0, 0.0, 0.0])
         found = flat(jax.vmap(jax.grad(weighted), (None, 0, None))(PARAMS, batches, weights))

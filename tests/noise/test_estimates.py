@@ -11,6 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from gdx import noise
+from gdx.compat import enable_x64
 from tests.noise.examples import PARAMS, RAGGED, TRACE, G, N, loss, weighted_loss
 
 
@@ -22,7 +23,7 @@ def estimates(batches, number, loss=loss):
         big = sum(jnp.sum(g * g) for g in jax.tree.leaves(gradients))
         return noise.estimate(micro.squared_norm, big, small_batch=micro.size, big_batch=micro.size * micro.number)
 
-    with jax.enable_x64(True):
+    with enable_x64(True):
         return jax.tree.map(np.asarray, jax.jit(jax.vmap(one))(jax.tree.map(jnp.asarray, batches)))
 
 
@@ -52,7 +53,7 @@ def test_estimates_from_batches_that_are_filled_up_are_unbiased(filled, size, nu
 
 
 def test_the_direct_definition():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         each = jax.vmap(jax.grad(loss), (None, 0))(PARAMS, jnp.arange(N)[:, None])
         found = noise.of_gradients(each).within(N)
         np.testing.assert_allclose(found, (G @ G, TRACE), rtol=1e-12)
@@ -62,7 +63,7 @@ def test_the_direct_definition():
 @hypothesis_settings(max_examples=10)
 @given(number=st.integers(2, 4), batch_size=st.integers(1, 4), seed=st.integers(0, 99))
 def test_stacked_gradients_and_their_norms_agree(number, batch_size, seed):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         g = np.random.default_rng(seed).standard_normal((number, 4)) + 1
         found = noise.of_gradients({"a": jnp.asarray(g[:, :3]), "b": jnp.asarray(g[:, 3])}, batch_size)
         small, big = np.mean(np.sum(g * g, axis=1)), np.sum(g.mean(axis=0) ** 2)

@@ -8,6 +8,7 @@ import pytest
 
 import gdx
 from gdx import noise
+from gdx.compat import enable_x64
 from tests.contract.table import assert_same_bits, gradients, one_step, tree
 from tests.noise.examples import INPUTS, PARAMS, loss, weighted_loss
 
@@ -15,7 +16,7 @@ from tests.noise.examples import INPUTS, PARAMS, loss, weighted_loss
 @pytest.mark.parametrize("number", [2, 4])
 def test_micro_batches_give_the_gradient_of_the_batch(number):
     batch = jnp.array([0, 3, 5, 1])
-    with jax.enable_x64(True):
+    with enable_x64(True):
         (value, micro), gradients = jax.jit(lambda p: noise.value_and_grad(loss, number)(p, batch))(PARAMS)
         expected = jax.value_and_grad(loss)(PARAMS, batch)
         for a, b in zip(jax.tree.leaves((value, gradients)), jax.tree.leaves(expected)):
@@ -28,7 +29,7 @@ def test_micro_batches_give_the_gradient_of_the_batch(number):
 def test_filled_up_batches_have_the_gradient_of_their_examples(filled, number):
     batch = noise.Batches(jnp.array([2, 3, 5, 1]), jnp.where(jnp.arange(4) < filled, 1.0, 0.0))
     value_and_grad = noise.value_and_grad(weighted_loss, number)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         (value, micro), gradients = value_and_grad(PARAMS, batch)
         expected = jax.value_and_grad(loss)(PARAMS, batch.examples[:filled])
         for a, b in zip(jax.tree.leaves((value, gradients)), jax.tree.leaves(expected)):

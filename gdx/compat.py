@@ -1,0 +1,33 @@
+"""Where the versions of JAX that gdx runs on differ: one function each, with the version from which on it can go."""
+
+from collections.abc import Collection
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+import jax.experimental
+import jax.numpy as jnp
+
+
+def enable_x64(on: bool) -> AbstractContextManager[None]:
+    """Double precision on or off. From jax 0.8 on: `jax.enable_x64(on)`."""
+    # the older place is gone from 0.9 on, so it is looked up only where there is no other
+    return jax.enable_x64(on) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64(on)  # type: ignore[attr-defined]
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """The axes of `jax.shard_map` along which an array differs. From jax 0.10 on: `manual_axis_type.varying`."""
+    kind: Any = jax.typeof(x)
+    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+
+
+def to_varying(x: jax.Array, axes: Collection[str]) -> jax.Array:
+    """An array typed as one that differs along these axes. From jax 0.8 on: `jax.lax.pcast(..., to="varying")`."""
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, tuple(axes), to="varying")
+    return jax.lax.pvary(x, tuple(axes))  # type: ignore[attr-defined]
+
+
+def wrap_key_data(value: Any, dtype: Any) -> jax.Array:
+    """A random key of this dtype from its bits. From jax 0.10 on: `jax.random.wrap_key_data(value, dtype=dtype)`."""
+    return jax.random.wrap_key_data(jnp.asarray(value), impl=jax.random.key_impl(jnp.empty(0, dtype)))
