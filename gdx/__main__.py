@@ -6,9 +6,10 @@ import re
 import sys
 from collections.abc import Sequence
 
-from gdx.extra import MissingExtra
+import gdx
+from gdx.extra import MissingExtra, require
 
-# A command is a module with EXAMPLES, add_arguments(parser), plan(arguments) and run(plan). What plan
+# A command is a module with EXTRAS, EXAMPLES, add_arguments(parser), plan(arguments) and run(plan). What plan
 # raises as ValueError or TypeError is a wrong option; run returns the exit code.
 COMMANDS = {
     "demo": "gdx.demo.command",
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit code: 0, 1 where an extra is missing or a file cannot be written, 130 after Ctrl-C.
 
     Raises:
-      SystemExit: 2 for a wrong option, 0 after --help.
+      SystemExit: 2 for a wrong option, 0 after --help and --version.
     """
     name, options = _split(list(sys.argv[1:] if argv is None else argv))
     try:
@@ -45,11 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if name not in COMMANDS:
             parser.error(f"{name!r} is no command; choose from {', '.join(COMMANDS)}")
+        parser.add_argument("--version", action="version", version=f"gdx {gdx.__version__}")
         command.add_arguments(parser)
         try:
             plan = command.plan(parser.parse_args(options))
         except (ValueError, TypeError) as error:
             parser.error(str(error))
+        require(*command.EXTRAS)
         return command.run(plan)
     except KeyboardInterrupt:
         return 130

@@ -2,6 +2,13 @@
 
 import contextlib
 from collections.abc import Iterator
+from importlib.util import find_spec
+
+PACKAGES = {
+    "checkpoint": ("orbax.checkpoint",),
+    "curvature": ("matfree",),
+    "demo": ("matplotlib", "rich", "sklearn"),
+}
 
 
 class MissingExtra(ImportError):
@@ -19,3 +26,15 @@ def needs(extra: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise MissingExtra(f"{error}; install it with: python -m pip install 'gdx-jax[{extra}]'") from error
+
+
+def require(*extras: str) -> None:
+    """Before any work: the packages of these extras are there.
+
+    Raises:
+      MissingExtra: one is not installed; the command given brings all of these extras.
+    """
+    with needs(",".join(extras)):
+        for package in [package for extra in extras for package in PACKAGES[extra]]:
+            if find_spec(package) is None:
+                raise ModuleNotFoundError(f"No module named {package!r}", name=package)

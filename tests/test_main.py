@@ -1,6 +1,5 @@
 """`python -m gdx` from its options to its table, its picture and its exit code."""
 
-import builtins
 import os
 import re
 import subprocess
@@ -13,7 +12,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
-from gdx.__main__ import main
+import gdx
+from gdx.__main__ import COMMANDS, main
 from gdx.demo import command
 from gdx.demo.problems import OPTIMIZERS
 
@@ -157,22 +157,33 @@ def test_a_run_that_diverges_is_reported(capsys, folder):
     assert is_png(folder / "gdx-demo.png")
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "rich", "sklearn"])
-def test_a_missing_package_names_the_extra(package, capsys, monkeypatch):
-    real = builtins.__import__
-
-    def absent(name, *arguments):
-        if name.split(".")[0] == package:
-            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
-        return real(name, *arguments)
-
-    monkeypatch.setattr(builtins, "__import__", absent)
-    assert main(["--steps", "1"]) == 1
+@pytest.mark.parametrize(
+    ("name", "package", "extras"),
+    [
+        ("demo", "matplotlib", "demo"),
+        ("sweep", "rich", "demo"),
+        ("learn", "sklearn", "demo"),
+        ("curvature", "matfree", "curvature,demo"),
+        ("curvature", "sklearn", "curvature,demo"),
+        ("train", "orbax.checkpoint", "checkpoint,demo"),
+        ("train", "rich", "checkpoint,demo"),
+    ],
+)
+def test_a_missing_package_names_the_extras_before_any_work(name, package, extras, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(f"{COMMANDS[name]}.run", lambda plan: pytest.fail("the work began"))
+    assert main([name]) == 1
     output = capsys.readouterr()
     assert output.err == (
-        f"python -m gdx: No module named {package!r}; install it with: python -m pip install 'gdx-jax[demo]'\n"
+        f"python -m gdx: No module named {package!r}; install it with: python -m pip install 'gdx-jax[{extras}]'\n"
     )
     assert output.out == ""
+
+
+def test_version():
+    done = subprocess.run([sys.executable, "-m", "gdx", "--version"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"gdx {gdx.__version__}\n"
 
 
 def test_a_picture_that_cannot_be_written(capsys, monkeypatch):

@@ -18,8 +18,8 @@ from gdx.demo.options import (
     either,
 )
 from gdx.demo.problems import OPTIMIZERS, STEPS, SURFACES, TRAINING_IMAGES, load
-from gdx.extra import needs
 
+EXTRAS = ("demo",)
 EXAMPLES = """\
 examples:
   python -m gdx
@@ -102,12 +102,7 @@ def run(plan: Plan) -> int:
 
     Returns:
       The exit code: 0, or 130 after Ctrl-C.
-
-    Raises:
-      MissingExtra: the demo extra is not installed.
     """
-    with needs("demo"):
-        import matplotlib.figure  # noqa: F401 - before the work rather than after it
     console = show.console()
     problem = load(plan.data)
     landscape = plan.data if plan.data in SURFACES else "quadratic"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+EXTRAS = ("curvature", "demo")
 EXAMPLES = """\
 The digits network, with tanh for relu, is first trained with an L2 penalty. Even then its smallest eigenvalue is
 just below 0, for hidden units can be mixed at no cost: what remains of the theory is shown.
@@ -115,12 +116,10 @@ def run(plan: Plan) -> int:
       The exit code: 0.
 
     Raises:
-      MissingExtra: the extra curvature or demo is not installed.
+      MissingExtra: the demo extra is not installed.
     """
     with needs("demo"):
         from matplotlib.figure import Figure
-    with needs("curvature"):
-        import matfree.decomp  # noqa: F401 - before the work rather than after it
     console = show.console()
     found: dict[str, Found] = {}
     with enable_x64(True):

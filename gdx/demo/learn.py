@@ -19,6 +19,7 @@ from gdx.demo.options import add_common, check_batch_size, check_output, check_s
 from gdx.demo.problems import TRAINING_IMAGES, digits
 from gdx.extra import needs
 
+EXTRAS = ("demo",)
 EXAMPLES = """\
 examples:
   python -m gdx learn

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+EXTRAS = ("demo",)
 EXAMPLES = """\
 values: one number, several as A,B,C, or a range as LOW:HIGH or LOW:HIGH:POINTS, whose points lie
 at equal ratios where HIGH is at least ten times LOW, and at equal distances otherwise; end it with

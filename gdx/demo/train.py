@@ -33,6 +33,7 @@ from gdx.demo.options import (
 )
 from gdx.demo.problems import BATCH_SIZE, OPTIMIZERS, STEPS, TRAINING_IMAGES, Problem, digits
 
+EXTRAS = ("checkpoint", "demo")
 EXAMPLES = """\
 The devices are simulated on the CPU. Each device takes an equal part of every batch and keeps an equal part of the
 optimizer's state; each process has an equal part of the devices.
