@@ -1,21 +1,40 @@
 """What the README shows works as shown."""
 
+import os
 import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import jax
 import pytest
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+HERE = re.escape(PROJECT["urls"]["Repository"].removeprefix("https://github.com/"))
+HERE = rf"https://(?:github\.com/{HERE}/blob|raw\.githubusercontent\.com/{HERE})/main/"
+LINKS = sorted({*re.findall(r"\]\(([^)\s]+)\)", README), *re.findall(r"^\[[^\]]+\]: (\S+)$", README, re.MULTILINE)})
+HEADINGS = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
 
 
 def test_the_examples_run_one_after_the_other():
-    assert len(BLOCKS) >= 4
+    assert len(BLOCKS) >= 4 and jax.device_count() == 8
     namespace: dict = {"__name__": "readme"}
     with jax.numpy_dtype_promotion("standard"):  # as a reader's session has it
         for block in BLOCKS:
             exec(compile(block, "README.md", "exec"), namespace)
+
+
+def test_the_examples_run_on_one_device():
+    program = "\n".join([*BLOCKS, "assert jax.device_count() == 1"])
+    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
 
 
 def test_your_own_transform_takes_fifteen_lines():
@@ -23,6 +42,30 @@ def test_your_own_transform_takes_fifteen_lines():
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([\w./]+)\)", README))))
-def test_links_lead_somewhere(path):
-    assert (Path(__file__).parents[1] / path).exists()
+@pytest.mark.parametrize("link", LINKS)
+def test_links_lead_somewhere_from_a_package_index_too(link):
+    assert re.match("https://|#", link), "a package index has none of the files"
+    if link.startswith("#"):
+        anchors = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in HEADINGS]
+        assert link[1:] in anchors
+    if (path := re.sub(HERE, "", link)) != link:
+        assert (ROOT / path).exists()
+
+
+def test_every_label_of_a_link_has_its_address():
+    given = re.findall(r"^\[([^\]]+)\]: ", README, re.MULTILINE)
+    prose = re.sub(r"```.*?```|`[^`]*`|^\[[^\]]+\]: .*?$", "", README, flags=re.DOTALL | re.MULTILINE)
+    used = {label or text for text, label in re.findall(r"\[([^\[\]]+)\](?:\[([^\[\]]*)\])?(?!\()", prose)}
+    assert used == set(given) and len(given) > 20
+
+
+def test_the_versions_are_those_that_the_package_asks_for():
+    said = re.search(r"runs on Python (\S+) to (\S+) with jax (\S+) or newer and optax (\S+) or newer", README)
+    asked = dict(requirement.split(">=") for requirement in PROJECT["dependencies"])
+    assert said[1] == PROJECT["requires-python"].removeprefix(">=")
+    assert f"Programming Language :: Python :: {said[2]}" == max(
+        kind for kind in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", kind)
+    )
+    assert (said[3], said[3], said[4]) == (asked["jax"], asked["jaxlib"], asked["optax"])
+    assert set(re.findall(r"keeps a jax of (\S+) or newer", README)) == {asked["jax"]}
+    assert f"with Python {said[1]} or newer" in README
