@@ -31,9 +31,9 @@ def read(path: Path) -> nbformat.NotebookNode:
 
 
 def execute(notebook: nbformat.NotebookNode) -> None:
-    """Runs every cell, in a kernel of its own that has this checkout of gdx and one device."""
-    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    env |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    """Runs every cell, in a kernel of its own that has one device; the first cell finds this checkout of gdx."""
+    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "XLA_FLAGS")}
+    env |= {"JAX_PLATFORMS": "cpu"}
     client = NotebookClient(
         notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": ROOT / "notebooks"}}
     )
