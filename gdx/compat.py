@@ -1,5 +1,6 @@
 """Where the versions of JAX that gdx runs on differ: one function each, with the version from which on it can go."""
 
+import inspect
 from collections.abc import Collection
 from contextlib import AbstractContextManager
 from typing import Any
@@ -31,3 +32,10 @@ def to_varying(x: jax.Array, axes: Collection[str]) -> jax.Array:
 def wrap_key_data(value: Any, dtype: Any) -> jax.Array:
     """A random key of this dtype from its bits. From jax 0.10 on: `jax.random.wrap_key_data(value, dtype=dtype)`."""
     return jax.random.wrap_key_data(jnp.asarray(value), impl=jax.random.key_impl(jnp.empty(0, dtype)))
+
+
+def initialize_distributed(address: str, count: int, number: int, **timeouts: int) -> None:
+    """Joins the processes of one program. From jax 0.8.1 on: `jax.distributed.initialize`, which knows every timeout."""
+    known = inspect.signature(jax.distributed.initialize).parameters
+    timeouts = {name: seconds for name, seconds in timeouts.items() if name in known}
+    jax.distributed.initialize(address, count, number, **timeouts)  # type: ignore[arg-type]
