@@ -35,7 +35,7 @@ def wrap_key_data(value: Any, dtype: Any) -> jax.Array:
 
 
 def initialize_distributed(address: str, count: int, number: int, **timeouts: int) -> None:
-    """Joins the processes of one program. From jax 0.8.1 on: `jax.distributed.initialize`, which knows every timeout."""
+    """Joins the processes of one program. From jax 0.8.1 on: `jax.distributed.initialize`, with every timeout."""
     known = inspect.signature(jax.distributed.initialize).parameters
     timeouts = {name: seconds for name, seconds in timeouts.items() if name in known}
     jax.distributed.initialize(address, count, number, **timeouts)  # type: ignore[arg-type]
