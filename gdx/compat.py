@@ -29,6 +29,14 @@ def to_varying(x: jax.Array, axes: Collection[str]) -> jax.Array:
     return jax.lax.pvary(x, tuple(axes))  # type: ignore[attr-defined]
 
 
+def contracts_all() -> bool:
+    """Whether each sum of a product on a CPU becomes a fused multiply-add. From jax 0.12 on: False.
+
+    There LLVM is told so operation by operation, and forgets it for those that it joins into wider vectors.
+    """
+    return jax.__version_info__ < (0, 12)
+
+
 def wrap_key_data(value: Any, dtype: Any) -> jax.Array:
     """A random key of this dtype from its bits. From jax 0.10 on: `jax.random.wrap_key_data(value, dtype=dtype)`."""
     return jax.random.wrap_key_data(jnp.asarray(value), impl=jax.random.key_impl(jnp.empty(0, dtype)))

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gdx.compat import contracts_all
+
 
 def uncontracted(product: jax.Array) -> jax.Array:
     """A product that is rounded by itself, never as part of a fused multiply-add.
@@ -17,6 +19,27 @@ def uncontracted(product: jax.Array) -> jax.Array:
     """
     # barriers and reduce_precision are removed before the compiler fuses
     return jnp.where(product < jnp.inf, product, jnp.nan) if jnp.isrealobj(product) else product
+
+
+def alike(product: jax.Array) -> jax.Array:
+    """A product whose sum is contracted in every program, where the compiler does so, or else in none.
+
+    For the product that `uncontracted` leaves free, and for one that a later program adds to something.
+    """
+    return product if contracts_all() or not jnp.isrealobj(product) else _by_itself(product)
+
+
+@jax.custom_jvp
+def _by_itself(x: jax.Array) -> jax.Array:
+    """The number itself, infinities too. One chain of operations: a mesh sends what is used twice twice."""
+    bits = jax.lax.bitcast_convert_type(x, np.dtype(f"int{8 * x.dtype.itemsize}"))
+    nan = np.array(np.nan, x.dtype).view(bits.dtype)
+    return jax.lax.bitcast_convert_type(jnp.minimum(bits, nan), x.dtype)
+
+
+@_by_itself.defjvp
+def _by_itself_jvp(primals: tuple, tangents: tuple) -> tuple:
+    return _by_itself(*primals), tangents[0]
 
 
 def compute_dtype(*arrays: Any) -> np.dtype:

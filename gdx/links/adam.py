@@ -10,7 +10,7 @@ import optax
 
 from gdx.fields import Scalar, hyperparameter, is_concrete, static, text, to_bool
 from gdx.leafwise import Leafwise, moment_like
-from gdx.numerics import uncontracted
+from gdx.numerics import alike, uncontracted
 from gdx.storage.formats import Format, to_storage
 
 to_second_moment = functools.partial(to_storage, second_moment=True)
@@ -119,15 +119,15 @@ class scale_by_adam(Leafwise):
     def accumulate(
         self, shared: _Shared, g: jax.Array, p: jax.Array | None, mu: jax.Array, nu: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        mu = self.b1 * mu + uncontracted(shared.w1 * g)
-        nu = self.b2 * nu + uncontracted(shared.w2 * _square(g))
+        mu = alike(self.b1 * mu) + uncontracted(shared.w1 * g)
+        nu = alike(self.b2 * nu) + uncontracted(shared.w2 * _square(g))
         return mu, nu
 
     def direction(self, shared: _Shared, g: jax.Array, p: jax.Array | None, mu: jax.Array, nu: jax.Array) -> jax.Array:
         mu_hat = mu * shared.from_mu
         if shared.from_g is not None:
-            mu_hat += uncontracted(g * shared.from_g)
-        return mu_hat / (_sqrt(nu * shared.from_nu + self.eps_root) + shared.eps)
+            mu_hat = alike(mu_hat) + uncontracted(g * shared.from_g)
+        return mu_hat / (_sqrt(alike(nu * shared.from_nu) + self.eps_root) + shared.eps)
 
 
 def _square(x: jax.Array) -> jax.Array:

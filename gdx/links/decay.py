@@ -9,6 +9,7 @@ import optax
 from gdx.checks import require_params
 from gdx.fields import Scalar, hyperparameter, static
 from gdx.leafwise import Leafwise
+from gdx.numerics import alike
 from gdx.trees import paths
 
 
@@ -64,7 +65,7 @@ class add_decoupled_weight_decay(Leafwise):
             ) from error
 
     def step(self, shared: tuple, g: jax.Array, p: jax.Array) -> tuple[jax.Array]:
-        return (g + self.weight_decay * p,)
+        return (g + alike(self.weight_decay * p),)
 
 
 def _listed(tree: Any) -> str:

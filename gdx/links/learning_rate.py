@@ -6,6 +6,7 @@ import jax
 
 from gdx.fields import Scalar, hyperparameter, static, to_bool
 from gdx.leafwise import Leafwise
+from gdx.numerics import alike
 
 
 class scale_by_learning_rate(Leafwise):
@@ -39,4 +40,4 @@ class scale_by_learning_rate(Leafwise):
         return -self.learning_rate if self.flip_sign else self.learning_rate
 
     def step(self, factor: jax.Array, g: jax.Array, p: jax.Array | None) -> tuple[jax.Array]:
-        return (factor * g,)
+        return (alike(factor * g),)

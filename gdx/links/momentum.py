@@ -8,7 +8,7 @@ import optax
 
 from gdx.fields import Scalar, hyperparameter, static, to_bool
 from gdx.leafwise import Leafwise, moment_like
-from gdx.numerics import uncontracted
+from gdx.numerics import alike, uncontracted
 from gdx.storage.formats import Format, to_storage
 
 
@@ -82,7 +82,7 @@ class scale_by_momentum(Leafwise):
         return (moment_like(p, self.accumulator_dtype),)
 
     def accumulate(self, shared: tuple, g: jax.Array, p: jax.Array | None, trace: jax.Array) -> tuple[jax.Array]:
-        return (self.momentum * trace + uncontracted(g),)
+        return (alike(self.momentum * trace) + uncontracted(g),)
 
     def direction(self, shared: tuple, g: jax.Array, p: jax.Array | None, trace: jax.Array) -> jax.Array:
-        return uncontracted(g) + self.momentum * trace if self.nesterov else trace
+        return uncontracted(g) + alike(self.momentum * trace) if self.nesterov else trace
