@@ -1,6 +1,7 @@
 """Where the versions of JAX that gdx runs on differ: one function each, with the version from which on it can go."""
 
-from collections.abc import Collection
+import inspect
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,6 +14,27 @@ def enable_x64(on: bool) -> AbstractContextManager[None]:
     """Double precision on or off. From jax 0.8 on: `jax.enable_x64(on)`."""
     # the older place is gone from 0.9 on, so it is looked up only where there is no other
     return jax.enable_x64(on) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64(on)  # type: ignore[attr-defined]
+
+
+def has_no_derivative(error: Exception) -> bool:
+    """Whether JAX says that something cannot be differentiated. From jax 0.10 on, without the words after `+`."""
+    # the older ones trip over their own message about a loop with an open end
+    return any(words in str(error) for words in ("differentiation", "autodiff", "+: 'NoneType' and 'tuple'"))
+
+
+def initialize(*place: Any, shutdown_timeout_seconds: int, **timeouts: Any) -> None:
+    """`jax.distributed.initialize`, which takes `shutdown_timeout_seconds` from jax 0.8 on."""
+    if "shutdown_timeout_seconds" in inspect.signature(jax.distributed.initialize).parameters:
+        timeouts["shutdown_timeout_seconds"] = shutdown_timeout_seconds
+    jax.distributed.initialize(*place, **timeouts)
+
+
+def unregister_event_duration_listener(listener: Callable[..., None]) -> None:
+    """Stops telling this listener. From jax 0.8 on: `jax.monitoring.unregister_event_duration_listener(listener)`."""
+    if hasattr(jax.monitoring, "unregister_event_duration_listener"):
+        jax.monitoring.unregister_event_duration_listener(listener)
+    else:
+        jax._src.monitoring._unregister_event_duration_listener_by_callback(listener)  # type: ignore[attr-defined]
 
 
 def varying_axes(x: Any) -> frozenset[str]:

@@ -129,7 +129,8 @@ class shard_state(Transform):
         others = {name: value for name, value in extra_args.items() if name not in arrays}
         if AxisType.Explicit in self.mesh.axis_types:
             # types would have to agree in every operation of the transform; inside, the compiler sees to it
-            out = [[NamedSharding(self.mesh, self._typed(spec)) for spec in s] for s in (plan.params, plan.state)]
+            mesh = self.mesh.abstract_mesh  # jax 0.7 takes no other
+            out = [[NamedSharding(mesh, self._typed(spec)) for spec in s] for s in (plan.params, plan.state)]
             structures = [jax.tree.structure(tree) for tree in (updates, state)]
             step = jax.sharding.auto_axes(step, out_sharding=tuple(map(jax.tree.unflatten, structures, out)))
         return step(self.tx, updates, state, params, arrays)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from gdx.compat import initialize
 from gdx.extra import MissingExtra
 
 BEAT = 0.5  # seconds between two signs of life
@@ -81,7 +82,7 @@ def join(main: Callable[[], int]) -> int:
     threading.Thread(target=_beat, args=[here.pipe], daemon=True).start()
     try:
         if here.size > 1:
-            jax.distributed.initialize(here.address, here.size, here.number, **TIMEOUTS)
+            initialize(here.address, here.size, here.number, **TIMEOUTS)
         code = main()
         if here.size > 1:
             jax.distributed.shutdown()

