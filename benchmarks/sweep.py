@@ -16,6 +16,7 @@ import optax
 
 import gdx
 from benchmarks.measure import calls_for, interleaved, ratio, table
+from gdx.compat import unregister_event_duration_listener
 from gdx.demo.problems import digits
 from gdx.training import training_step
 
@@ -99,7 +100,7 @@ def compile_count(function: Callable[[], Any]) -> int:
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     function()
-    jax.monitoring.unregister_event_duration_listener(listen)
+    unregister_event_duration_listener(listen)
     return count
 
 

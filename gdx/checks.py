@@ -99,7 +99,7 @@ def check_formats(tx: Any, updates: optax.Updates, names: list[str], moments: li
             if axes:
                 raise ValueError(
                     f"{_name(tx)}: the gradient at {_path(updates, i)} is a sum that is still to be made over the axes "
-                    f"{', '.join(map(repr, axes))} of the mesh. Make it: jax.reshard(gradients, jax.P())"
+                    f"{', '.join(map(repr, axes))} of the mesh. Make it: jax.sharding.reshard(gradients, jax.P())"
                 )
 
 

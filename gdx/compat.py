@@ -1,7 +1,7 @@
 """Where the versions of JAX that gdx runs on differ: one function each, with the version from which on it can go."""
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,6 +14,27 @@ def enable_x64(on: bool) -> AbstractContextManager[None]:
     """Double precision on or off. From jax 0.8 on: `jax.enable_x64(on)`."""
     # the older place is gone from 0.9 on, so it is looked up only where there is no other
     return jax.enable_x64(on) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64(on)  # type: ignore[attr-defined]
+
+
+def has_no_derivative(error: Exception) -> bool:
+    """Whether JAX says that something cannot be differentiated. From jax 0.10 on, without the words after `+`."""
+    # the older ones trip over their own message about a loop with an open end
+    return any(words in str(error) for words in ("differentiation", "autodiff", "+: 'NoneType' and 'tuple'"))
+
+
+def initialize_distributed(address: str, count: int, number: int, **timeouts: int) -> None:
+    """Joins the processes of one program. From jax 0.8.1 on: `jax.distributed.initialize`, with every timeout."""
+    known = inspect.signature(jax.distributed.initialize).parameters
+    timeouts = {name: seconds for name, seconds in timeouts.items() if name in known}
+    jax.distributed.initialize(address, count, number, **timeouts)  # type: ignore[arg-type]
+
+
+def unregister_event_duration_listener(listener: Callable[..., None]) -> None:
+    """Stops telling this listener. From jax 0.8 on: `jax.monitoring.unregister_event_duration_listener(listener)`."""
+    if hasattr(jax.monitoring, "unregister_event_duration_listener"):
+        jax.monitoring.unregister_event_duration_listener(listener)
+    else:
+        jax._src.monitoring._unregister_event_duration_listener_by_callback(listener)  # type: ignore[attr-defined]
 
 
 def varying_axes(x: Any) -> frozenset[str]:
@@ -29,6 +50,11 @@ def to_varying(x: jax.Array, axes: Collection[str]) -> jax.Array:
     return jax.lax.pvary(x, tuple(axes))  # type: ignore[attr-defined]
 
 
+def copies_loops() -> bool:
+    """Whether XLA holds a second copy of what a loop carries. From jax 0.10 on: False."""
+    return jax.__version_info__ < (0, 10)
+
+
 def contracts_all() -> bool:
     """Whether each sum of a product on a CPU becomes a fused multiply-add. From jax 0.12 on: False.
 
@@ -40,10 +66,3 @@ def contracts_all() -> bool:
 def wrap_key_data(value: Any, dtype: Any) -> jax.Array:
     """A random key of this dtype from its bits. From jax 0.10 on: `jax.random.wrap_key_data(value, dtype=dtype)`."""
     return jax.random.wrap_key_data(jnp.asarray(value), impl=jax.random.key_impl(jnp.empty(0, dtype)))
-
-
-def initialize_distributed(address: str, count: int, number: int, **timeouts: int) -> None:
-    """Joins the processes of one program. From jax 0.8.1 on: `jax.distributed.initialize`, with every timeout."""
-    known = inspect.signature(jax.distributed.initialize).parameters
-    timeouts = {name: seconds for name, seconds in timeouts.items() if name in known}
-    jax.distributed.initialize(address, count, number, **timeouts)  # type: ignore[arg-type]

@@ -5,11 +5,11 @@ reduce-scattered to where the moments are, and the updates all-gathered to where
 are, by the compiler.
 
 >>> import gdx, jax, jax.numpy as jnp
->>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+>>> mesh = jax.sharding.Mesh(jax.devices(), ("data",))
 >>> params = jax.device_put({"w": jnp.ones((64, 3))}, jax.NamedSharding(mesh, jax.P()))
 >>> tx = gdx.sharding.shard_state(gdx.adamw(1e-3), mesh)
->>> tx.init(params)[0].mu["w"].sharding.spec
-P('data',)
+>>> tuple(tx.init(params)[0].mu["w"].sharding.spec)
+('data',)
 
 Source: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models (2020), section 5.1.
 """
@@ -70,7 +70,7 @@ class shard_state(Transform):
     as arguments, not from a closure: `update(..., value_fn=loss, batch=batch)`. And
     `optax.value_and_grad_from_state` needs the gradient in the state to have the parameters' type, here that of
     whole arrays:
-    `optax.tree.set(state, grad=jax.reshard(optax.tree.get(state, "grad"), jax.NamedSharding(mesh, jax.P())))`.
+    `optax.tree.set(state, grad=jax.sharding.reshard(optax.tree.get(state, "grad"), jax.NamedSharding(mesh, jax.P())))`.
 
     Args:
       tx: the transform, gdx's or optax's.
@@ -87,7 +87,7 @@ class shard_state(Transform):
         transform.
 
     >>> import gdx, jax
-    >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    >>> mesh = jax.sharding.Mesh(jax.devices(), ("data",))
     >>> tx = gdx.sharding.shard_state(gdx.adam(1e-3), mesh)
     >>> tx.replace(b1=0.8).hyperparams["b1"]
     0.8
@@ -129,7 +129,8 @@ class shard_state(Transform):
         others = {name: value for name, value in extra_args.items() if name not in arrays}
         if AxisType.Explicit in self.mesh.axis_types:
             # types would have to agree in every operation of the transform; inside, the compiler sees to it
-            out = [[NamedSharding(self.mesh, self._typed(spec)) for spec in s] for s in (plan.params, plan.state)]
+            mesh = self.mesh.abstract_mesh  # jax 0.7 takes no other
+            out = [[NamedSharding(mesh, self._typed(spec)) for spec in s] for s in (plan.params, plan.state)]
             structures = [jax.tree.structure(tree) for tree in (updates, state)]
             step = jax.sharding.auto_axes(step, out_sharding=tuple(map(jax.tree.unflatten, structures, out)))
         return step(self.tx, updates, state, params, arrays)
@@ -185,8 +186,8 @@ def state_shardings(
     >>> import gdx, jax
     >>> mesh = jax.sharding.AbstractMesh((8,), ("data",))
     >>> params = {"w": jax.ShapeDtypeStruct((3, 64), "float32")}
-    >>> gdx.sharding.state_shardings(gdx.sgd(0.1, 0.9), params, mesh)[0].trace["w"].spec
-    P(None, 'data')
+    >>> tuple(gdx.sharding.state_shardings(gdx.sgd(0.1, 0.9), params, mesh)[0].trace["w"].spec)
+    (None, 'data')
     """
     return _shardings(*_abstract("state_shardings", tx, params, mesh, axis, specs), mesh)
 

@@ -16,6 +16,7 @@ hyperparameter as a scalar array of the default float dtype, however it was give
 tracer or schedule), and only trees whose leaves are real or complex floating-point arrays.
 """
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -129,6 +130,10 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
     # tuple's own would compare or join the two placeholders that a transform is made of
     __lt__ = __le__ = __gt__ = __ge__ = __add__ = __mul__ = __rmul__ = _refuse
     __contains__ = None
+
+    def __deepcopy__(self, memo: dict) -> Self:
+        # structure cannot change, and may hold what cannot be copied: the devices of a mesh
+        return jax.tree.map(lambda leaf: copy.deepcopy(leaf, memo), self)
 
     def __reduce__(self) -> Any:
         return _unflatten_fields, (type(self), dict(vars(self)))

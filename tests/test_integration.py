@@ -120,15 +120,15 @@ def test_flax_nnx_optimizer_with_few_bits():
     tx = gdx.adam(0.01, mu_dtype=gdx.storage.SignedFourthRoot8(), nu_dtype=gdx.storage.FourthRoot8())
     model = nnx.Linear(16, 256, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    params = nnx.as_pure(nnx.state(model, nnx.Param))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     state = tx.init(params)
     assert isinstance(state[0].mu["kernel"], gdx.storage.Packed)
     for _ in range(3):
         gradients = nnx.grad(lambda m: (m(jnp.ones((1, 16))) ** 2).sum())(model)
-        updates, state = tx.update(nnx.as_pure(gradients), state, params)
+        updates, state = tx.update(nnx.to_pure_dict(gradients), state, params)
         params = optax.apply_updates(params, updates)
         optimizer.update(model, gradients)
-    assert_same_bits(nnx.as_pure(nnx.state(model, nnx.Param))["kernel"], params["kernel"])
+    assert_same_bits(nnx.to_pure_dict(nnx.state(model, nnx.Param))["kernel"], params["kernel"])
 
 
 @every

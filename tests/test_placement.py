@@ -117,7 +117,7 @@ REVERSED = mesh_of(jax.devices()[::-1], AxisType.Auto)
 @pytest.mark.parametrize(
     ("theirs", "mesh", "words"),
     [
-        (REVERSED, AUTOMATIC, r"whose device number 0 is \S*:0, not \S*:7"),
+        (REVERSED, AUTOMATIC, r"whose device number 0 is \S*[:_]0, not \S*[:_]7"),
         (EXPLICIT, AUTOMATIC, ""),
         (AUTOMATIC, EXPLICIT, ""),
     ],

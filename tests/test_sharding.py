@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gdx
+from gdx.compat import unregister_event_duration_listener
 from tests.contract.table import assert_same_bits, one_step
 from tests.sharded import (
     AUTO,
@@ -100,7 +101,7 @@ def test_one_compile_with_everything_donated(kind):
         jax.jit(lambda x: x - 1)(jnp.ones(3))
         assert compiles  # the listener listens
     finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
+        unregister_event_duration_listener(listener)
 
 
 def test_hyperparameters_compile_nothing():
@@ -267,7 +268,7 @@ def other_mesh():
         (
             lambda: init(specs=P("model")),
             ValueError,
-            r"specs has P\('model'\S* at \['odd'\], but the mesh no axis 'model'",
+            r"specs has \w+\('model',?\) at \['odd'\], but the mesh no axis 'model'",
         ),
         (
             lambda: init(mesh=other_mesh()),
@@ -332,7 +333,7 @@ def test_split_parameters_that_jit_would_hide(kind):
     params = put(make_params(shapes=FEW), mesh, {"w": P("model")})
     with pytest.raises(
         ValueError,
-        match=r"parameter at \['w'\] is split as P\('model',?\), which jax\.jit hides.*specs=.*out_shardings=",
+        match=r"parameter at \['w'\] is split as \w+\('model',?\), which jax\.jit hides.*specs=.*out_shardings=",
     ):
         gdx.sharding.shard_state(gdx.adam(0.1), mesh).init(params)
 

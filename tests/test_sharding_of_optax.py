@@ -94,7 +94,7 @@ def test_a_search_along_a_line(kind):
         return params, state
 
     def typed(state):
-        return optax.tree.set(state, grad=jax.reshard(optax.tree.get(state, "grad"), NamedSharding(mesh, P())))
+        return optax.tree.set(state, grad=jax.sharding.reshard(optax.tree.get(state, "grad"), NamedSharding(mesh, P())))
 
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         expected = trained(tx, params, batch, lambda state: state)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdx.checks import check_params
+from gdx.compat import has_no_derivative
 from gdx.fields import is_concrete
 from gdx.numerics import accurate
 from gdx.storage.blocks import is_packed
@@ -95,7 +96,7 @@ class _Averaged(Operator):
         try:
             total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), self.batches)
         except (TypeError, ValueError) as error:
-            if not any(word in str(error) for word in ("differentiation", "autodiff")):
+            if not has_no_derivative(error):
                 raise
             raise TypeError(
                 f"{type(self).__name__}: the loss cannot be differentiated twice, forward through its gradient; define "

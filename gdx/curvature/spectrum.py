@@ -72,10 +72,11 @@ def spectrum_edges(
     an edge only where it is orthogonal to it to within rounding.
 
     A pure function, also under `jax.jit`; outside of it, the program is compiled once for each set of shapes,
-    functions and options, and the result is checked. Memory: about 2 `krylov_size` + 6 vectors like the parameters,
-    however many rounds, and that of one product. Parameters and data may be sharded over a mesh, but each device
-    holds these vectors whole. Where axes of the mesh are explicit, the loss runs with automatic ones: one that states
-    shardings goes in as `jax.sharding.explicit_axes(loss, in_sharding=(specs of params, specs of a batch))`.
+    functions and options, and the result is checked. Memory: about 2 `krylov_size` + 6 vectors like the parameters
+    (before jax 0.10, 3 `krylov_size` + 7), however many rounds, and that of one product. Parameters and data may be
+    sharded over a mesh, but each device holds these vectors whole. Where axes of the mesh are explicit, the loss runs
+    with automatic ones: one that states shardings goes in as
+    `jax.sharding.explicit_axes(loss, in_sharding=(specs of params, specs of a batch))`.
 
     Args:
       operator: `Hessian`, `GaussNewton`, or one of them `Preconditioned`.

@@ -60,6 +60,11 @@ class Packed:
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scales.nbytes
 
+    def __getitem__(self, index: Any) -> "Packed":
+        if index is not ...:
+            raise TypeError(f"a Packed array has no [{index}]; decode() it first")
+        return self  # flax 0.11 reads what a variable holds by [...]
+
     def decode(self) -> jax.Array:
         """The array, in float32."""
         return self.format.decode(self)

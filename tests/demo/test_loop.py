@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import gdx
+from gdx.compat import unregister_event_duration_listener
 from gdx.demo import problems
 from gdx.demo.loop import Report, batches, train
 
@@ -28,7 +29,7 @@ def compiled() -> list[str]:
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield names
-    jax.monitoring.unregister_event_duration_listener(listen)
+    unregister_event_duration_listener(listen)
 
 
 def last(reports: list[Report]) -> Report:
