@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import gdx
-from gdx.compat import enable_x64
+from gdx.compat import contracts_all, enable_x64
 from tests import oracle
 from tests.contract.table import history
 
@@ -162,3 +162,14 @@ def test_matches_torch(case, dtype, tolerance):
         found = np.asarray(history(factory(**{**settings, **options}), start, gradients))
     expected = TORCH[f"{case['name']}/{dtype}"]
     np.testing.assert_allclose(found[TORCH["steps"] - 1], expected, rtol=tolerance, atol=tolerance)
+
+
+def test_the_bits_are_those_of_the_first_version():
+    from tests.golden.make_bits import trajectories
+
+    name = "bits_contracted.npz" if contracts_all() else "bits_separate.npz"
+    golden = np.load(Path(__file__).parent / "golden" / name)
+    found = trajectories()
+    assert found.keys() == {*golden}
+    different = {name: int(np.sum(found[name].view("u4") != golden[name].view("u4"))) for name in golden}
+    assert not any(different.values()), different
