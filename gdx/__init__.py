@@ -2,30 +2,30 @@
 
 - Optimizers: `gradient_descent`, `sgd`, `momentum`, `nesterov`, `adam`, `adamw`
 - Links: `scale_by_learning_rate`, `scale_by_momentum`, `scale_by_adam`, `add_decoupled_weight_decay`
-- Composing: `chain`, `lift`, `Composed`
-- Training: `train`, `Trained`, `schedule`
+- Composing: `chain`, `value` (any optimizer, link or wrapper of optax as a value)
+- Schedules: `schedules` (the usual ones, as values), `schedule`, `hyperparams_in_use`
+- Training: `train`, `Trained`
 - Sweeps: `grid`, `stack`, `unstack`, `labels`, `sweep`, `Sweep`, `range_test`, `RangeTest`
 - Few bits: `storage` (formats), `round_stochastically`, `round_with_compensation`, `round_with_master`
 - Theory: `curvature` (spectra, best rates), `noise` (mini-batches, noise scale), `landscape` (slices of the loss)
 - Machines: `sharding` (state over a device mesh), `checkpoint` (saved, and restored onto another mesh)
 - Pictures: `plot`
-- Your own: `Transform`, `Leafwise`, `hyperparameter`, `static`, `Scalar`, `ScheduledState`
+- Your own: `Transform`, `Leafwise`, `hyperparameter`, `static`, `Scalar`, `CountedState`
 """
 
-from gdx import checkpoint, curvature, landscape, noise, plot, sharding, storage
-from gdx.compose import Composed, chain, lift
+from gdx import checkpoint, curvature, landscape, noise, plot, schedules, sharding, storage
+from gdx.compose import chain
 from gdx.fields import Scalar, hyperparameter, static
 from gdx.leafwise import Leafwise
-from gdx.links.adam import scale_by_adam
+from gdx.links.adam import adam, adamw, scale_by_adam
 from gdx.links.decay import add_decoupled_weight_decay
-from gdx.links.learning_rate import scale_by_learning_rate
-from gdx.links.momentum import scale_by_momentum
+from gdx.links.descent import gradient_descent, scale_by_learning_rate
+from gdx.links.momentum import momentum, nesterov, scale_by_momentum, sgd
 from gdx.links.rounding import round_stochastically, round_with_compensation, round_with_master
-from gdx.optimizers import adam, adamw, gradient_descent, momentum, nesterov, sgd
 from gdx.population import grid, labels, stack, unstack
 from gdx.schedules import schedule
 from gdx.training import RangeTest, Sweep, Trained, range_test, sweep, train
-from gdx.transform import ScheduledState, Transform
+from gdx.transform import CountedState, Transform, hyperparams_in_use, value
 
 __version__ = "0.1.0"
 
@@ -42,11 +42,12 @@ __all__ = [  # noqa: RUF022
     "scale_by_adam",
     "add_decoupled_weight_decay",
     "chain",
-    "lift",
-    "Composed",
+    "value",
+    "schedules",
+    "schedule",
+    "hyperparams_in_use",
     "train",
     "Trained",
-    "schedule",
     "grid",
     "stack",
     "unstack",
@@ -70,5 +71,5 @@ __all__ = [  # noqa: RUF022
     "hyperparameter",
     "static",
     "Scalar",
-    "ScheduledState",
+    "CountedState",
 ]

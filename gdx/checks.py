@@ -103,12 +103,6 @@ def check_formats(tx: Any, updates: optax.Updates, names: list[str], moments: li
                 )
 
 
-def check_count(tx: Any) -> None:
-    """Raises where a transform rounds moments at random, but its state does not count the steps."""
-    if any(getattr(format, "stochastic", False) for format in tx.formats) and "count" not in tx.State._fields:
-        raise TypeError(f"{_name(tx)}: formats that round at random need a field `count` in {tx.State.__name__}")
-
-
 def check_complex(tx: Any, updates: optax.Updates, columns: list[list[Any]]) -> None:
     """Raises where a gradient is complex, but in none of `columns` (leaves of the parameters, all moments) it is."""
     for i, (leaf, *others) in enumerate(zip(jax.tree.leaves(updates), *columns)):

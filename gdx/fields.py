@@ -73,11 +73,11 @@ def static(
 def to_scalar(
     label: str, value: Any, *, minimum: float = -np.inf, below: float = np.inf, optional: bool = False
 ) -> Any:
-    """`value` as a field holds it: np.float64, a scalar array of the default float dtype, a schedule, or None."""
+    """`value` as a field holds it: a number (see `to_number`), a schedule, or None."""
     if callable(value) or (optional and value is None):
         return value
     expected = f"expected a finite number{_interval(minimum, below)}, an array of shape () or a schedule"
-    if not isinstance(value, int | float | np.generic | np.ndarray | jax.Array) or not _is_real(value):
+    if not isinstance(value, _NUMBERS) or not _is_real(value):
         raise TypeError(f"{label} is {reprlib.repr(value)}; {expected}")
     if np.shape(value) != ():
         raise ValueError(
@@ -91,15 +91,15 @@ def to_scalar(
         )
     if is_concrete(value):
         with np.errstate(over="ignore"):
-            rounded = float(np.float32(value))
+            rounded = float(np.asarray(value).astype(jnp.result_type(float)))
         in_range = minimum <= float(value) < below
         if not (in_range and minimum <= rounded < below and bool(rounded) == bool(value)):
-            in_float32 = f" ({rounded!r} in float32)" if in_range else ""
+            in_float32 = f" ({rounded!r} in {jnp.result_type(float)})" if in_range else ""
             hint = f". It is a {coarse}" if coarse else ""
             raise ValueError(f"{label} is {float(value)!r}{in_float32}; {expected}{hint}")
     elif coarse:
         raise TypeError(f"{label} is a traced {coarse}")
-    return value.astype(jnp.result_type(float)) if isinstance(value, jax.Array) else np.float64(value)
+    return to_number(value)
 
 
 def to_bool(label: str, value: Any) -> bool:
@@ -116,6 +116,22 @@ def to_integer(label: str, value: Any, *, minimum: int | None = None) -> int:
     if minimum is not None and value < minimum:
         raise ValueError(f"{label} is {value}; expected an integer >= {minimum}")
     return int(value)
+
+
+_NUMBERS = int | float | np.generic | np.ndarray | jax.Array
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a real number, or an array of one."""
+    return isinstance(value, _NUMBERS) and not isinstance(value, bool) and _is_real(value) and np.shape(value) == ()
+
+
+def to_number(value: Any) -> Any:
+    """A number as a field holds it: np.float64 on the host; what cannot be read here, in the default float dtype.
+
+    So an array is no other value than its number: on no device, and taken where flax's nnx refuses arrays.
+    """
+    return value.astype(jnp.result_type(float)) if not is_concrete(value) else np.float64(value)
 
 
 def _is_real(value: Any) -> bool:
@@ -140,40 +156,32 @@ def is_opaque(value: Any) -> bool:
 
 
 class Static:
-    """A static field's value, hashable and comparable also where it is a tree of booleans or names."""
+    """What is not a child, hashable and comparable also where it is a tree of booleans or names."""
+
+    __slots__ = ("_key", "value")
 
     def __init__(self, value: Any):
         self.value = value
+        self._key: Any = None
 
-    @functools.cached_property
-    def _key(self) -> Any:
-        leaves, structure = jax.tree.flatten(self.value)
-        return structure, tuple(leaves)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Static) and (self.value is other.value or self._key == other._key)
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-
-class Value:
-    """A pytree that compares by its structure and its leaves."""
+    def _compared(self) -> Any:
+        if self._key is None:
+            leaves, structure = jax.tree.flatten(self.value)
+            # with its type: True == 1, and numpy's dtype of doubles == None
+            self._key = structure, tuple((type(leaf), leaf) for leaf in leaves)
+        return self._key
 
     def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        if type(self) is not type(other):
-            return False
-        structure: Any = jax.tree.structure(self)
-        return structure == jax.tree.structure(other) and all(map(same, jax.tree.leaves(self), jax.tree.leaves(other)))
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
+        return isinstance(other, Static) and (self.value is other.value or self._compared() == other._compared())
 
     def __hash__(self) -> int:
-        leaves, structure = jax.tree.flatten(self)
-        return hash((structure, *map(hashable, leaves)))
+        return hash(self._compared())
+
+
+def _in_default_dtype(number: Any) -> np.ndarray:
+    """A number as it enters a program."""
+    array = np.asarray(number)
+    return array.astype(jnp.result_type(float)) if jnp.issubdtype(array.dtype, np.floating) else array
 
 
 def same(a: Any, b: Any) -> bool:
@@ -182,15 +190,16 @@ def same(a: Any, b: Any) -> bool:
         return True
     if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
         return False
-    if isinstance(a, int | float | np.generic | np.ndarray | jax.Array):
-        return np.shape(a) == np.shape(b) and bool(np.all(np.asarray(a) == np.asarray(b)))
+    if isinstance(a, _NUMBERS) and isinstance(b, _NUMBERS):
+        return np.shape(a) == np.shape(b) and bool(np.all(_in_default_dtype(a) == _in_default_dtype(b)))
     return bool(a == b)
 
 
-def hashable(leaf: Any) -> Any:
+def key_of(leaf: Any) -> Any:
     """A key that is equal for leaves that are the `same`."""
-    if isinstance(leaf, np.ndarray | jax.Array):
-        return float(leaf) if leaf.ndim == 0 else tuple(np.ravel(leaf).tolist())
+    if isinstance(leaf, _NUMBERS) and not isinstance(leaf, jax.core.Tracer):
+        array = _in_default_dtype(leaf)
+        return array.item() if array.ndim == 0 else tuple(array.ravel().tolist())
     return leaf
 
 
@@ -198,13 +207,25 @@ def text(value: Any) -> str:
     """A field's value as Python text that evaluates to it, where it has one."""
     if isinstance(value, jax.core.Tracer) or (isinstance(value, jax.Array | np.ndarray) and value.ndim > 0):
         return f"<{value.dtype}[{','.join(map(str, value.shape))}]>"
-    if isinstance(value, jax.Array | np.ndarray | np.floating):
-        return repr(float(value))
+    if isinstance(value, jax.Array | np.ndarray | np.floating) and jnp.issubdtype(value.dtype, np.floating):
+        # the shortest digits that tell it apart in the dtype in which it enters a program
+        return repr(float(str(_in_default_dtype(value))))
     if isinstance(value, np.dtype):
         return repr(value.name)
     if isinstance(value, jax.sharding.Mesh):  # one can be called, as a decorator
         return repr(value)
+    if type(value) in (tuple, list, dict):
+        return _container_text(value)
     if is_opaque(value):
         name = getattr(value, "__qualname__", type(value).__name__)
         return f"<{name.replace('<locals>.', '').replace('<lambda>', 'lambda')}>"
     return repr(value)
+
+
+def _container_text(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {text(item)}" for key, item in value.items()) + "}"
+    items = ", ".join(map(text, value))
+    if isinstance(value, list):
+        return f"[{items}]"
+    return f"({items},)" if len(value) == 1 else f"({items})"

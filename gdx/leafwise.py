@@ -1,7 +1,7 @@
 """Transforms that treat every leaf by itself: the formula for one leaf here, the trees there."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -10,12 +10,12 @@ import numpy as np
 import optax
 from jax.sharding import AxisType
 
-from gdx.checks import check_complex, check_count, check_formats, check_like, check_state
+from gdx.checks import check_complex, check_formats, check_like, check_state
 from gdx.numerics import compute_dtype
 from gdx.storage.blocks import Blocks, InBlocks, Packed, is_packed, reassembled
 from gdx.storage.dither import Dither
 from gdx.storage.formats import Format, is_encoded, with_slope_of
-from gdx.transform import Transform
+from gdx.transform import CountedState, Transform
 from gdx.trees import varying_alike
 
 
@@ -62,6 +62,15 @@ class Leafwise(Transform):
     ([1.0, -1.0], [3.0, -0.5])
     """
 
+    def __init_subclass__(cls) -> None:
+        ignored = {"init_tree", "update_tree"} & set(vars(cls))
+        if ignored:
+            raise TypeError(
+                f"{cls.__name__}: {' and '.join(sorted(ignored))} are not called where leaves are treated one by one; "
+                f"give start(self, p) and step(self, shared, g, p, *moments), or derive from gdx.Transform"
+            )
+        super().__init_subclass__()
+
     State: ClassVar[Any] = optax.EmptyState
     elementwise: ClassVar[bool] = False
     rounds: ClassVar[bool] = False
@@ -107,59 +116,86 @@ class Leafwise(Transform):
         """True, or a tree like the parameters that is True where this transform acts; other leaves pass unchanged."""
         return True
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether its update is `step` on every leaf and nothing else, so that links of a chain can share a call."""
-        return type(self).update is Leafwise.update
+    # The state: moments, and the step count if it is needed.
 
-    def init(self, params: optax.Params) -> Any:
-        check_count(self)
+    Counted: ClassVar[Any] = optax.ScaleByScheduleState
+
+    @property
+    def counts(self) -> bool:
+        """Whether the state has the step count beside `State`: for a schedule, or to round moments at random."""
+        is_random = any(getattr(format, "stochastic", False) for format in self.formats)
+        return "count" not in self.State._fields and (is_random or self.has_schedule)
+
+    def _packed(self, count: Any, moments: dict[str, Any]) -> Any:
+        """The state of a count and moments by name."""
+        if not self.counts:
+            return self.State(**moments) if count is None else self.State(count=count, **moments)
+        return CountedState(count, self.State(**moments)) if moments else self.Counted(count)
+
+    def _unpacked(self, state: Any) -> tuple[Any, Any]:
+        """Count and moments of a state."""
+        if not self.counts:
+            check_state(self, state, self.State)
+            return (state.count if "count" in self.State._fields else None), state
+        kind = CountedState if _moments_of(self) else self.Counted
+        check_state(self, state, kind)
+        if kind is CountedState:
+            check_state(self, state.inner_state, self.State)
+        return state.count, state.inner_state if kind is CountedState else state
+
+    def _init(self, params: optax.Params) -> Any:
         leaves, structure = jax.tree.flatten(params)
         if leaves:
             self.acts_on(params)
         names = _moments_of(self)
-        moments = (jax.tree.unflatten(structure, m) for m in _columns(map(self.start, leaves), len(names)))
-        count = {"count": jnp.zeros([], jnp.int32)} if "count" in self.State._fields else {}
-        return self.State(**count, **dict(zip(names, moments)))
+        count = jnp.zeros([], jnp.int32) if self.counts or "count" in self.State._fields else None
+        at = self.at(count)
+        moments = (jax.tree.unflatten(structure, m) for m in _columns(map(at.start, leaves), len(names)))
+        return self._packed(count, dict(zip(names, moments)))
 
-    def update(
-        self, updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, Any]:
-        updates, (state,) = update_leaves((self,), updates, (state,), params)
+    def _update(self, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> tuple[Any, Any]:
+        updates, (state,) = update_leaves((self,), (state,), updates, params)
         return updates, state
+
+    def _counts(self, state: Any) -> Iterator[tuple[Any, Any]]:
+        count, _ = self._unpacked(state)
+        for _, value in self._hyperparameters():
+            if callable(value):
+                yield value, count
 
 
 def update_leaves(
-    links: tuple[Leafwise, ...], updates: optax.Updates, states: tuple, params: optax.Params | None
+    links: tuple[Leafwise, ...], states: tuple, updates: optax.Updates, params: optax.Params | None
 ) -> tuple[optax.Updates, tuple]:
     """Applies leafwise links one after the other, in one call per leaf."""
     gradients, structure = jax.tree.flatten(updates)
     size = len(gradients)
-    acting, counts, moments = [], [], []
+    acting, counts, moments, at = [], [], [], []
     for link, state in zip(links, states):
-        check_state(link, state, link.State)
+        count, kept = link._unpacked(state)
+        at.append(link.at(count))
         names = _moments_of(link)
-        trees = {name: reassembled(getattr(state, name), f) for name, f in zip(names, _formats_of(link))}
+        trees = {name: reassembled(getattr(kept, name), f) for name, f in zip(names, _formats_of(link))}
         for name, moment in trees.items():
             check_like(link, updates, f"state.{name}", moment)
-        kept = [leaves_like(structure, moment) for moment in trees.values()]
-        check_complex(link, updates, kept)
-        check_formats(link, updates, list(trees), kept)
+        columns = [leaves_like(structure, moment) for moment in trees.values()]
+        check_complex(link, updates, columns)
+        check_formats(link, updates, list(trees), columns)
         mask = link.acts_on(params) if gradients else True
         acting.append([mask] * size if isinstance(mask, bool) else jax.tree.leaves(mask))
-        counts.append(optax.safe_increment(state.count) if "count" in link.State._fields else None)
-        moments.append(_columns(kept, size))
+        counts.append(None if count is None else optax.safe_increment(count))
+        moments.append(_columns(columns, size))
     draws = any(link.rounds or any(isinstance(f, Format) for f in link.formats) for link in links)
 
     @functools.cache
-    def scalars(dtype: np.dtype) -> tuple[Callable, list[jax.Array]]:
+    def scalars(dtypes: tuple[np.dtype, ...]) -> tuple[Callable, list[jax.Array]]:
         """The step of one leaf, and what it is given besides the leaf."""
-        numbers, structure = jax.tree.flatten((*_scalars(links, counts, dtype=dtype), counts if draws else None))
+        real = tuple(jnp.finfo(dtype).dtype for dtype in dtypes)
+        numbers, structure = jax.tree.flatten((*_scalars(tuple(at), counts, dtypes=real), counts if draws else None))
         return _stepper(structure), numbers
 
     def step(index: int, acts: tuple[bool, ...], g: Any, p: Any, moments: tuple) -> tuple:
-        dtype = compute_dtype(*jax.tree.leaves((g, p, moments)))
-        jitted, numbers = scalars(jnp.finfo(dtype).dtype)
+        jitted, numbers = scalars(_dtypes(g, p, moments))
         return jitted(acts, numbers, g, p, moments, np.uint32(index) if draws else None)
 
     parameters = [None] * size if params is None else jax.tree.leaves(params)
@@ -169,16 +205,25 @@ def update_leaves(
     new_states = []
     for link, count, rows in zip(links, counts, _columns(new_moments, len(links))):
         names = _moments_of(link)
-        fields = {name: jax.tree.unflatten(structure, m) for name, m in zip(names, _columns(rows, len(names)))}
-        new_states.append(link.State(**fields) if count is None else link.State(count=count, **fields))
+        trees = {name: jax.tree.unflatten(structure, m) for name, m in zip(names, _columns(rows, len(names)))}
+        new_states.append(link._packed(count, trees))
     return jax.tree.unflatten(structure, new_updates), tuple(new_states)
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def _scalars(links: tuple[Leafwise, ...], counts: list, *, dtype: np.dtype) -> tuple:
-    """Links with their hyperparameters in one dtype, and what their leaves share."""
-    links, counts = jax.tree.map(lambda x: x.astype(dtype), (links, counts))
-    return links, tuple(link.shared(count) for link, count in zip(links, counts))
+def _dtypes(g: Any, p: Any, moments: tuple) -> tuple[np.dtype, ...]:
+    """In which each link computes: of what comes into it, whichever links share the call."""
+    dtypes, dtype = [], compute_dtype(g)
+    for kept in moments:
+        dtype = compute_dtype(*jax.tree.leaves((p, kept)), np.zeros((), dtype))
+        dtypes.append(dtype)
+    return tuple(dtypes)
+
+
+@functools.partial(jax.jit, static_argnames="dtypes")
+def _scalars(links: tuple[Leafwise, ...], counts: list, *, dtypes: tuple[np.dtype, ...]) -> tuple:
+    """Links with their hyperparameters in the dtypes they compute in, and what their leaves share."""
+    cast = [jax.tree.map(lambda x: x.astype(d), pair) for *pair, d in zip(links, counts, dtypes)]  # noqa: B023
+    return [link for link, _ in cast], [link.shared(count) for link, count in cast]
 
 
 @functools.lru_cache(maxsize=256)
@@ -187,17 +232,15 @@ def _stepper(structure: Any) -> Callable:
 
     def step(acting: tuple, numbers: list, g: Any, p: Any, moments: tuple, index: Any) -> tuple:
         links, shared, counts = jax.tree.unflatten(structure, numbers)
-        dtype = compute_dtype(*jax.tree.leaves((g, p, moments)))
+        dtypes = _dtypes(g, p, moments)
         formats = [list(map(_format_of, _formats_of(link), kept)) for link, kept in zip(links, moments)]
-        # between links the update stays as it was computed: in bfloat16 a small decay would vanish beside it
-        u, new_moments, is_rounded = g, [], False
+        u, new_moments = g, []
         for i, (link, common, acts, kept, few) in enumerate(zip(links, shared, acting, moments, formats)):
             if acts:
                 dither = None if counts is None or counts[i] is None else Dither(counts[i].astype(jnp.uint32), index)
-                u, *kept = _step_in_blocks(link, common, u, p, kept, few, dtype, dither)
-                is_rounded = link.rounds
+                u, *kept = _step_in_blocks(link, common, u, p, kept, few, dtypes[i], dither)
             new_moments.append(tuple(kept))
-        return u if is_rounded else u.astype(g.dtype), tuple(new_moments)
+        return u, tuple(new_moments)
 
     @functools.partial(jax.jit, static_argnums=0)
     def placed(acting: tuple, numbers: list, g: Any, p: Any, moments: tuple, index: Any) -> tuple:

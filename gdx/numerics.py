@@ -1,6 +1,5 @@
 """Arithmetic that is wide enough, and rounds the same way in every program."""
 
-import functools
 from typing import Any
 
 import jax
@@ -17,6 +16,8 @@ def uncontracted(product: jax.Array) -> jax.Array:
     with this around one of them, a step has the same bits in every program. A product that
     overflows to infinity becomes NaN, to be seen.
     """
+    if jax.config.jax_disable_jit:  # nothing is fused then, and jax_debug_nans would stop at the constant
+        return product
     # barriers and reduce_precision are removed before the compiler fuses
     return jnp.where(product < jnp.inf, product, jnp.nan) if jnp.isrealobj(product) else product
 
@@ -44,7 +45,13 @@ def _by_itself_jvp(primals: tuple, tangents: tuple) -> tuple:
 
 def compute_dtype(*arrays: Any) -> np.dtype:
     """The dtype to compute in: that of the arrays together, but at least float32."""
-    return functools.reduce(np.promote_types, (jnp.result_type(x) for x in arrays), np.dtype(np.float32))
+    dtype = np.dtype(np.float32)
+    for x in arrays:
+        # Python's floats have none
+        other = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+        if other != dtype:
+            dtype = np.promote_types(dtype, other)
+    return dtype
 
 
 def accurate(x: Any) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdx.schedules import schedule
+from gdx.schedules import Schedule
 from gdx.transform import Transform
 
 
@@ -22,7 +22,7 @@ def stack(optimizers: Iterable[Transform]) -> Transform:
 
     Args:
       optimizers: at least one; alike but for the values of their hyperparameters (schedules too,
-        if they are made by `gdx.schedule`).
+        if they are values, as those of `gdx.schedules`).
 
     Raises:
       ValueError: there is none, or they differ in more than numbers, which would be several programs.
@@ -45,7 +45,8 @@ def stack(optimizers: Iterable[Transform]) -> Transform:
         if structure != jax.tree.structure(members[0]):
             raise ValueError(
                 f"stack: optimizer {i} is {member!r}, another program than optimizer 0, {members[0]!r}; "
-                f"stack those that differ in numbers only, and take gdx.schedule for schedules whose numbers differ"
+                f"stack those that differ in numbers only, and take those of gdx.schedules where schedules differ in "
+                f"numbers"
             )
         if list(map(np.shape, jax.tree.leaves(member))) != list(map(np.shape, jax.tree.leaves(members[0]))):
             raise ValueError(
@@ -80,7 +81,7 @@ def grid(make: Callable[..., Transform], /, **settings: Any) -> Transform:
 
     Args:
       make: makes an optimizer from keywords, such as `gdx.adamw`.
-      **settings: a list, tuple, range or one-dimensional array of numbers (or of schedules made by `gdx.schedule`) is
+      **settings: a list, tuple, range or one-dimensional array of numbers (or of schedules that are values) is
         an axis of the grid; anything else is the same in every member.
 
     Raises:
@@ -156,4 +157,4 @@ def _is_axis(value: Any) -> bool:
 
 
 def _is_point(value: Any) -> bool:
-    return isinstance(value, int | float | np.number | jax.Array | schedule) and not isinstance(value, bool)
+    return isinstance(value, int | float | np.number | jax.Array | Schedule) and not isinstance(value, bool)

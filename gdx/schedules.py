@@ -1,352 +1,401 @@
-"""Schedules that are values: optax's own, with their numbers as leaves."""
+r"""Schedules that are values: the usual ones, with optax's names, arguments and values, and any of your own.
 
-import contextlib
+A schedule $s_t$ is a function of the step count. Wherever an optimizer takes a number it takes one too, also a plain
+function, which then is part of the program. Those made here are values: their numbers, steps included, are named,
+changed without compiling, batched and differentiated like any hyperparameter of the optimizer around them.
+
+>>> import gdx
+>>> rate = gdx.schedules.warmup_cosine_decay_schedule(0.0, peak_value=0.1, warmup_steps=10, decay_steps=100)
+>>> tx = gdx.adamw(rate)
+>>> tx.replace(peak_value=0.2).hyperparams["warmup_steps"]
+10.0
+
+`gdx.schedule` makes a class of schedules of a function. The result has the same bits whether the numbers are constants,
+arguments or lanes of `vmap`. Steps are computed in the default float dtype: in float32 they are exact up to $2^{24}$.
+"""
+
+import dataclasses
 import functools
-import inspect
-import operator
-import types
-from collections.abc import Callable
-from typing import Any, Self
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from gdx.fields import Static, Value, is_concrete, text, to_scalar
+from gdx.fields import Scalar, is_concrete, text
+from gdx.values import KEEPERS, Value, kept_calls
 
-WAYS = 64
+__all__ = [
+    "Schedule",
+    "constant_schedule",
+    "cosine_decay_schedule",
+    "exponential_decay",
+    "join_schedules",
+    "linear_schedule",
+    "piecewise_constant_schedule",
+    "polynomial_schedule",
+    "warmup_constant_schedule",
+    "warmup_cosine_decay_schedule",
+    "warmup_exponential_decay_schedule",
+    "warmup_stable_decay_schedule",
+]
+
+P = ParamSpec("P")
 
 
-class schedule(Value):
-    r"""A schedule $s_t = f(a_1, a_2, \dots)(t)$ whose numbers $a_i$ are leaves; $f$ is a function that makes schedules.
+class Schedule(Value):
+    """A schedule that is a value: a call of a function that makes schedules, kept. See `gdx.schedule`.
 
-    The numbers given here may be changed, batched and differentiated like any hyperparameter of an
-    optimizer, and are named like one: `tx.replace(peak_value=0.2)` compiles nothing. Those in a tree are named with
-    their path, `boundaries_and_scales.100`. Everything else (defaults that are not given, `staircase=True`, the steps
-    that are keys of a dictionary, what `functools.partial` holds) is a constant.
+    >>> import gdx
+    >>> isinstance(gdx.schedules.constant_schedule(0.5), gdx.schedules.Schedule)
+    True
+    """
 
-    The result has the same bits whether the numbers are constants, arguments or lanes of `vmap`. Where
-    $f$ compares its numbers, to leave out a phase of no steps say, and they are no constants, both ways are compiled
-    and the comparison chooses between them when it runs; it is NaN for numbers that $f$ refuses. Steps are computed in
-    the default float dtype: in float32 they are exact up to $2^{24}$.
+    _keeper = "schedule"
+    _has_name = True
+
+    def validate(self) -> None:
+        leaves = jax.tree.leaves(self)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self):
+            if is_concrete(leaf) and not np.all(np.isfinite(leaf)):
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
+                raise ValueError(f"{type(self).__name__}: {name} is {text(leaf)}; expected a finite number")
+        if all(map(is_concrete, leaves)) and not any(map(np.ndim, leaves)):
+            self._made(lambda number: number)
+
+    def __call__(self, count: Any) -> jax.Array:
+        """The value at a step count."""
+        count = jnp.asarray(count)
+        dtype = jnp.result_type(float)
+        # adding 0 * t keeps a constant from being worked on at compile time, which rounds differently
+        made = self._made(lambda number: jnp.asarray(number, dtype) + 0 * count.astype(dtype))
+        # it computes with an integer count, which strict promotion would refuse
+        with jax.numpy_dtype_promotion("standard"):
+            return jnp.asarray(made(count))
+
+    def _made(self, convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """What the function returns for its fields, numbers converted."""
+        arguments = {}
+        for field in dataclasses.fields(cast(Any, self)):
+            value = getattr(self, field.name)
+            if field.name in vars(self)["_structure"].children:
+                value = jax.tree.map(
+                    lambda x: x if isinstance(x, Value) else convert(x), value, is_leaf=lambda x: isinstance(x, Value)
+                )
+            arguments[field.name] = value
+        try:
+            with jax.numpy_dtype_promotion("standard"), np.errstate(all="ignore"):
+                made = cast(Any, self)._function[0](**arguments)
+        except jax.errors.ConcretizationTypeError as error:
+            raise TypeError(
+                f"{type(self).__name__}: it needs the value of a number that is traced while it makes the schedule; "
+                f"take the schedule of that name in gdx.schedules, or decide with jnp.where in the function of the "
+                f"step count ({str(error).splitlines()[0]})"
+            ) from error
+        if not callable(made):
+            raise TypeError(f"{type(self).__name__} returned {made!r}; expected a function of the step count")
+        return made
+
+
+@functools.cache
+def _schedule_class(function: Callable) -> Any:
+    return kept_calls(function, Schedule)
+
+
+KEEPERS["schedule"] = _schedule_class
+
+
+def schedule(function: Callable[P, Callable[[Any], Any]]) -> Callable[P, Schedule]:
+    """A class of schedules that are calls of a function, kept; the function returns a function of the step count.
+
+    As `gdx.value` does for transforms. Numbers are floats, and integers where the parameter's default or annotation is
+    a float; an integer elsewhere decides the program. The function is called again whenever the schedule is, with
+    arrays for the numbers, so it decides with `jnp.where`, not with `if`.
 
     Args:
-      factory: a function that returns a function of the step count, such as `optax.cosine_decay_schedule`.
-      **arguments: its arguments: numbers, other `gdx.schedule`s and trees of both become leaves, anything else stays as
-        it is.
+      function: makes a schedule of its arguments: your own, or one of optax's (whose steps are integers, which then
+        cannot change without compiling).
 
     Raises:
-      TypeError: factory is no function, does not take these arguments, needs the value of a number
-        while it makes the schedule (as optax's one-cycle schedules do with `transition_steps`), or
-        compares traced numbers in more than 64 ways; give that one as a constant, in `functools.partial`.
-      ValueError: a number is not finite or no scalar, or the factory refuses it.
+      TypeError: it takes `*args` or `**kwargs`, or returns no function; or, in a call, it compares traced numbers.
 
     >>> import gdx, optax
-    >>> rate = gdx.schedule(optax.cosine_decay_schedule, init_value=0.5, decay_steps=100)
-    >>> float(rate(0)), float(rate(100))
-    (0.5, 0.0)
-    >>> tx = gdx.sgd(rate)
-    >>> tx.replace(init_value=0.25).hyperparams["init_value"]
+    >>> @gdx.schedule
+    ... def inverse_root(peak_value: float, warmup_steps: float):
+    ...     return lambda count: peak_value * (warmup_steps / (warmup_steps + count)) ** 0.5
+    >>> rate = inverse_root(0.1, warmup_steps=100)
+    >>> rate, f"{float(rate(300)):.3f}"
+    (inverse_root(peak_value=0.1, warmup_steps=100.0), '0.050')
+    >>> gdx.sgd(rate).replace(peak_value=0.2).hyperparams["peak_value"]
+    0.2
+    """
+    if not callable(function):
+        raise TypeError(f"schedule: got {reprlib.repr(function)}; expected a function that makes a schedule")
+    if isinstance(function, type) and issubclass(function, Schedule):
+        return cast(Any, function)
+    return _schedule_class(cast(Any, function))
+
+
+def _check_positive(name: str, steps: Any) -> None:
+    if is_concrete(steps) and not steps > 0:
+        raise ValueError(f"{name} is {float(steps):g}; expected a positive number of steps")
+
+
+def _progress(count: Any, begin: Any, steps: Any) -> jax.Array:
+    """How far the count is between begin and begin + steps, from 0 to 1; 0 for no steps."""
+    safe = jnp.where(steps > 0, steps, 1)
+    return jnp.where(steps > 0, jnp.clip(count - jnp.maximum(begin, 0), 0, safe) * (1 / safe), 0)
+
+
+def _power(base: Any, exponent: Any) -> jax.Array:
+    """`base ** exponent` for base >= 0, with finite slopes at 0."""
+    positive = base > 0
+    return jnp.where(positive, jnp.where(positive, base, 1) ** exponent, jnp.where(exponent == 0, 1.0, 0.0))
+
+
+@schedule
+def constant_schedule(value: Scalar) -> optax.Schedule:
+    r"""$s_t = s$.
+
+    >>> import gdx
+    >>> float(gdx.schedules.constant_schedule(0.5)(10))
+    0.5
+    """
+    return lambda count: value
+
+
+@schedule
+def linear_schedule(
+    init_value: Scalar, end_value: Scalar, transition_steps: Scalar, transition_begin: Scalar = 0.0
+) -> optax.Schedule:
+    r"""From $a$ to $b$ in $n$ steps, along a line: $s_t = a + (b - a) \, p_t$, with $p_t = (t - t_0) / n$ in [0, 1].
+
+    >>> import gdx
+    >>> float(gdx.schedules.linear_schedule(1.0, 0.0, transition_steps=4)(1))
+    0.75
+    """
+
+    def at(count: Any) -> Any:
+        rest = 1 - _progress(count, transition_begin, transition_steps)
+        return (init_value - end_value) * rest + end_value
+
+    return at
+
+
+@schedule
+def polynomial_schedule(
+    init_value: Scalar, end_value: Scalar, power: Scalar, transition_steps: Scalar, transition_begin: Scalar = 0.0
+) -> optax.Schedule:
+    r"""From $a$ to $b$ in $n$ steps: $s_t = b + (a - b) (1 - p_t)^k$, with $p_t = (t - t_0) / n$ in [0, 1].
+
+    >>> import gdx
+    >>> float(gdx.schedules.polynomial_schedule(1.0, 0.0, power=2, transition_steps=4)(2))
     0.25
     """
 
-    def __init__(self, factory: Callable[..., Callable[[Any], Any]], /, **arguments: Any):
-        if not callable(factory):
-            raise TypeError(f"schedule: got {factory!r}; expected a function such as optax.cosine_decay_schedule")
-        factory, constants = _without_partial(factory)
-        name, signature = _name(factory), inspect.signature(factory)
-        try:
-            signature.bind(**{**constants, **arguments})
-        except TypeError as error:
-            raise TypeError(f"schedule: {name}: {error}; it takes {', '.join(signature.parameters)}") from None
-        numbers: dict[str, Any] = {}
-        for key, value in arguments.items():
-            constants.pop(key, None)
-            if _is_constant(value):
-                constants[key] = value
-            else:
-                numbers[key] = _map_numbers(functools.partial(_to_number, f"schedule: {name}: {key}"), value)
-        # in one order, however they were given
-        order = [*signature.parameters, *sorted({*numbers, *constants} - {*signature.parameters})]
-        in_order = ({key: given[key] for key in order if key in given} for given in (numbers, constants))
-        vars(self).update(factory=factory, **dict(zip(("numbers", "constants"), in_order)))
-        for way in self._ways(lambda number: number):
-            if not callable(made := way.made):
-                raise TypeError(f"schedule: {name} returned {made!r}; expected a function of the step count")
+    def at(count: Any) -> Any:
+        rest = 1 - _progress(count, transition_begin, transition_steps)
+        return (init_value - end_value) * _power(rest, power) + end_value
 
-    def __call__(self, count: Any) -> jax.Array:
-        count = jnp.asarray(count)
-        dtype = jnp.result_type(float)
-
-        def scalar(number: Any) -> Any:
-            return np.asarray(number).astype(dtype) if is_concrete(number) else jnp.asarray(number, dtype)
-
-        def value(way: _Way) -> jax.Array:
-            def array(number: Any) -> jax.Array:
-                # 1 where another way is taken: there this one may divide by 0, and NaN would go into all slopes
-                chosen = jnp.where(way.taken, scalar(number), 1) if way.conditions else scalar(number)
-                # adding 0 * t keeps a constant from being worked on at compile time, which rounds differently
-                return chosen + 0 * count.astype(dtype)
-
-            found = self._made(_Way(way.choices), scalar, array).made(count)
-            return jnp.asarray(found.array if isinstance(found, _Number) else found)
-
-        # schedules compute with an integer count, which strict promotion would refuse
-        with jax.numpy_dtype_promotion("standard"):
-            total: Any = jnp.nan
-            for way in self._ways(scalar):
-                total = jnp.where(way.taken, value(way), total) if way.conditions else value(way)
-        return total
-
-    def _made(self, way: "_Way", scalar: Callable[[Any], Any], array: Callable[[Any], Any]) -> "_Way":
-        """A way, with what the factory makes on it of numbers that compute as arrays and compare as scalars."""
-
-        def number(leaf: Any) -> Any:
-            return leaf if isinstance(leaf, schedule) else _Number(array(leaf), scalar(leaf), way)
-
-        try:
-            with np.errstate(all="ignore"):
-                made = self.factory(**_map_numbers(number, self.numbers), **self.constants)
-        except TypeError as error:
-            if _Number.__name__ not in str(error):
-                raise
-            raise TypeError(
-                f"schedule: {_name(self.factory)} computes with its numbers by more than operators while it makes the "
-                f"schedule; do it in the function of the step count that it returns ({error})"
-            ) from error
-        way.made = _with_arrays(made, {})
-        return way
-
-    def _ways(self, scalar: Callable[[Any], Any]) -> "list[_Way]":
-        """The ways that comparisons of traced numbers can turn out, without those that the factory refuses."""
-        ways: list[_Way] = []
-        refusal: ValueError | None = None
-        untried: list[tuple[bool, ...]] = [()]
-        while untried:
-            way = _Way(untried.pop())
-            try:
-                ways.append(self._made(way, scalar, scalar))
-            except ValueError as error:
-                refusal = error
-            untried += way.others()
-            if len(ways) + len(untried) > WAYS:
-                raise TypeError(
-                    f"schedule: {_name(self.factory)} compares traced numbers in more than {WAYS} ways; give some of "
-                    f"{', '.join(self.numbers)} as constants, in functools.partial, or close over the optimizer"
-                )
-        if not ways and refusal is not None:
-            raise refusal
-        return ways
-
-    @property
-    def named(self) -> dict[str, Any]:
-        """Every number by its name, where in a tree with its path: `cosine_kwargs.0.peak_value`."""
-        return {_dotted(path): number for path, number in jax.tree_util.tree_leaves_with_path(self)}
-
-    def replace(self, **changes: Any) -> Self:
-        """The same schedule with some arguments changed, or single numbers, by their names in `named`.
-
-        Raises:
-          ValueError, TypeError: as when a schedule is made.
-        """
-        inner = {name: changes.pop(name) for name in self.named if "." in name and name in changes}
-        changed = jax.tree_util.tree_map_with_path(lambda path, kept: inner.get(_dotted(path), kept), self)
-        fixed, plain = self._constants_by_kind()
-        # a number that is a constant stays one
-        fixed = {name: changes.pop(name, kept) for name, kept in fixed.items()}
-        return type(self)(functools.partial(self.factory, **fixed), **{**changed.numbers, **plain, **changes})
-
-    def _constants_by_kind(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The constants that `functools.partial` made of what would be numbers, and those of other types."""
-        plain = {name: value for name, value in self.constants.items() if _is_constant(value)}
-        return {name: value for name, value in self.constants.items() if name not in plain}, plain
-
-    def __getattr__(self, name: str) -> Any:
-        if not name.startswith("_") and "numbers" in vars(self):
-            if name in self.numbers:
-                return self.numbers[name]
-            if name in self.named:
-                return self.named[name]
-        raise AttributeError(f"schedule has no number {name!r}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"a schedule is a value; use replace({name}=...)")
-
-    def __repr__(self) -> str:
-        fixed, plain = self._constants_by_kind()
-        factory = f"partial({', '.join([_name(self.factory), *_shown(fixed)])})" if fixed else _name(self.factory)
-        return f"schedule({', '.join([factory, *_shown(self.numbers), *_shown(plain)])})"
+    return at
 
 
-def _flatten_with_keys(made: schedule) -> tuple[list, tuple]:
-    children = [(jax.tree_util.GetAttrKey(name), value) for name, value in made.numbers.items()]
-    constants = tuple((name, Static(value)) for name, value in made.constants.items())
-    return children, (made.factory, tuple(made.numbers), constants)
+@schedule
+def exponential_decay(
+    init_value: Scalar,
+    transition_steps: Scalar,
+    decay_rate: Scalar,
+    transition_begin: Scalar = 0.0,
+    staircase: bool = False,
+    end_value: Scalar | None = None,
+) -> optax.Schedule:
+    r"""By a factor $r$ every $n$ steps: $s_t = a \, r^{(t - t_0) / n}$, rounded down to whole powers as a staircase.
+
+    `end_value` bounds it, from below for $r < 1$, else from above. With no steps, or $r = 0$, it is constant.
+
+    >>> import gdx
+    >>> float(gdx.schedules.exponential_decay(1.0, transition_steps=10, decay_rate=0.25)(5))
+    0.5
+    """
+
+    def at(count: Any) -> Any:
+        passed = jnp.maximum(count - jnp.maximum(transition_begin, 0), 0)
+        acts = (transition_steps > 0) & (decay_rate != 0)
+        power = passed * (1 / jnp.where(transition_steps > 0, transition_steps, 1))
+        power = jnp.floor(power) if staircase else power
+        value = init_value * jnp.where(acts, decay_rate, 1) ** power
+        if end_value is not None:
+            value = jnp.where(decay_rate < 1, jnp.maximum(value, end_value), jnp.minimum(value, end_value))
+        return jnp.where(acts, value, init_value)
+
+    return at
 
 
-def _unflatten(aux: tuple, children: Any) -> schedule:
-    factory, names, constants = aux
-    made = object.__new__(schedule)
-    fixed = {name: kept.value for name, kept in constants}
-    vars(made).update(factory=factory, numbers=dict(zip(names, children)), constants=fixed)
-    return made
+@schedule
+def cosine_decay_schedule(
+    init_value: Scalar, decay_steps: Scalar, alpha: Scalar = 0.0, exponent: Scalar = 1.0
+) -> optax.Schedule:
+    r"""Half a cosine from $a$ to $\alpha a$ in $n$ steps, then constant:
+
+    $$ s_t = a \left( (1 - \alpha) \left( \tfrac{1}{2} (1 + \cos \pi p_t) \right)^k + \alpha \right),
+       \qquad p_t = \min(t / n, 1) $$
+
+    Source: Loshchilov & Hutter, SGDR (2017), eq. 5.
+
+    >>> import gdx
+    >>> f"{gdx.schedules.cosine_decay_schedule(1.0, decay_steps=10)(5):.3f}"
+    '0.500'
+    """
+    _check_positive("cosine_decay_schedule: decay_steps", decay_steps)
+
+    def at(count: Any) -> Any:
+        cosine = 0.5 * (1 + jnp.cos(jnp.pi * _progress(count, 0, decay_steps)))
+        return init_value * ((1 - alpha) * _power(cosine, exponent) + alpha)
+
+    return at
 
 
-jax.tree_util.register_pytree_with_keys(schedule, _flatten_with_keys, _unflatten)
+@schedule
+def warmup_constant_schedule(init_value: Scalar, peak_value: Scalar, warmup_steps: Scalar) -> optax.Schedule:
+    r"""Along a line to the peak, where it stays.
+
+    >>> import gdx
+    >>> float(gdx.schedules.warmup_constant_schedule(0.0, 1.0, warmup_steps=4)(1))
+    0.25
+    """
+    return linear_schedule(init_value, peak_value, warmup_steps)
 
 
-def _without_partial(factory: Callable) -> tuple[Callable, dict[str, Any]]:
-    """The function in a `functools.partial` and its arguments by name, where they all have one."""
-    if not isinstance(factory, functools.partial):
-        return factory, {}
-    parameters = list(inspect.signature(factory.func).parameters.values())
-    named = all(p.kind == p.POSITIONAL_OR_KEYWORD for p in parameters[: len(factory.args)])
-    if len(parameters) < len(factory.args) or not named:
-        return factory, {}
-    return factory.func, {**dict(zip((p.name for p in parameters), factory.args)), **factory.keywords}
+@schedule
+def warmup_cosine_decay_schedule(
+    init_value: Scalar,
+    peak_value: Scalar,
+    warmup_steps: Scalar,
+    decay_steps: Scalar,
+    end_value: Scalar = 0.0,
+    exponent: Scalar = 1.0,
+) -> optax.Schedule:
+    r"""Along a line to the peak, then half a cosine to the end; `decay_steps` counts both.
+
+    >>> import gdx
+    >>> rate = gdx.schedules.warmup_cosine_decay_schedule(0.0, 1.0, warmup_steps=10, decay_steps=20)
+    >>> [f"{rate(count):.2f}" for count in (5, 10, 15, 20)]
+    ['0.50', '1.00', '0.50', '0.00']
+    """
+    _check_positive("warmup_cosine_decay_schedule: decay_steps - warmup_steps", decay_steps - warmup_steps)
+    safe = jnp.where(peak_value != 0, peak_value, 1)
+    alpha = jnp.where(peak_value != 0, end_value / safe, 0)
+    down = cosine_decay_schedule(peak_value, decay_steps - warmup_steps, alpha, exponent)
+    return join_schedules([linear_schedule(init_value, peak_value, warmup_steps), down], [warmup_steps])
 
 
-def _is_constant(value: Any) -> bool:
-    """Whether an argument is never a number or a tree of them."""
-    opaque = callable(value) and not isinstance(value, schedule)
-    return opaque or value is None or isinstance(value, bool | np.bool_ | str)
+@schedule
+def warmup_exponential_decay_schedule(
+    init_value: Scalar,
+    peak_value: Scalar,
+    warmup_steps: Scalar,
+    transition_steps: Scalar,
+    decay_rate: Scalar,
+    transition_begin: Scalar = 0.0,
+    staircase: bool = False,
+    end_value: Scalar | None = None,
+) -> optax.Schedule:
+    r"""Along a line to the peak, then as `exponential_decay`.
+
+    >>> import gdx
+    >>> rate = gdx.schedules.warmup_exponential_decay_schedule(0.0, 1.0, 10, transition_steps=10, decay_rate=0.5)
+    >>> float(rate(5)), float(rate(20))
+    (0.5, 0.5)
+    """
+    down = exponential_decay(peak_value, transition_steps, decay_rate, transition_begin, staircase, end_value)
+    return join_schedules([linear_schedule(init_value, peak_value, warmup_steps), down], [warmup_steps])
 
 
-def _map_numbers(function: Callable[[Any], Any], tree: Any) -> Any:
-    """The function of each number of a tree, and of each schedule as a whole."""
-    return jax.tree.map(function, tree, is_leaf=lambda x: isinstance(x, schedule))
+@schedule
+def warmup_stable_decay_schedule(
+    init_value: Scalar,
+    peak_value: Scalar,
+    warmup_steps: Scalar,
+    stable_steps: Scalar,
+    decay_steps: Scalar,
+    end_value: Scalar = 0.0,
+    exponent: Scalar = 1.0,
+) -> optax.Schedule:
+    r"""Along a line to the peak, there for a while, then down in the last steps: $b + (a - b) (1 - p_t^k)$.
+
+    With $k = 1$ it ends along a line; $k = 1/2$ falls faster at first. A run can be prolonged from the stable part.
+
+    Source: Hägele et al., Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations (2024), section 3.
+
+    >>> import gdx
+    >>> rate = gdx.schedules.warmup_stable_decay_schedule(0.0, 1.0, warmup_steps=10, stable_steps=80, decay_steps=10)
+    >>> float(rate(5)), float(rate(50)), float(rate(95))
+    (0.5, 1.0, 0.5)
+    """
+
+    def at(count: Any) -> Any:
+        up = init_value + (peak_value - init_value) * _progress(count, 0, warmup_steps)
+        down = _power(_progress(count - warmup_steps - stable_steps, 0, decay_steps), exponent)
+        return jnp.where(count < warmup_steps, up, peak_value - (peak_value - end_value) * down)
+
+    return at
 
 
-def _to_number(label: str, value: Any) -> Any:
-    if isinstance(value, schedule):
+@schedule
+def piecewise_constant_schedule(
+    init_value: Scalar, boundaries_and_scales: Mapping[int, float] | Sequence[tuple[float, float]] | None = None
+) -> optax.Schedule:
+    r"""Scaled at each boundary: $s_t = a \prod_{b_i \le t} f_i$.
+
+    The boundaries of a mapping, `{100: 0.1}`, are part of the structure; those of pairs, `[(100.0, 0.1)]`, are numbers.
+
+    >>> import gdx
+    >>> rate = gdx.schedules.piecewise_constant_schedule(1.0, {100: 0.5, 200: 0.5})
+    >>> float(rate(99)), float(rate(100)), float(rate(200))
+    (1.0, 0.5, 0.25)
+    """
+    pairs = boundaries_and_scales or ()
+    pairs = list(pairs.items()) if isinstance(pairs, Mapping) else pairs
+    for _, scale in pairs:
+        if is_concrete(scale) and not scale >= 0:
+            raise ValueError(f"piecewise_constant_schedule: a scale is {float(scale):g}; expected a number >= 0")
+
+    def at(count: Any) -> Any:
+        value = init_value
+        for boundary, scale in pairs:
+            value = value * jnp.where(count < boundary, 1, scale)
         return value
-    if callable(value):
-        raise TypeError(
-            f"{label} has {text(value)} in it; expected numbers, or schedules that are values, such as "
-            f"gdx.schedule(optax.constant_schedule, value=0.1)"
-        )
-    return to_scalar(label, value)
+
+    return at
 
 
-def _with_arrays(made: Any, known: dict[int, Any]) -> Any:
-    """A function, or what it closes over, with every `_Number` in it replaced by its array.
+@schedule
+def join_schedules(schedules: Sequence[optax.Schedule], boundaries: Sequence[float]) -> optax.Schedule:
+    r"""One schedule after the other, each with the count from its own boundary.
 
     Args:
-      made: what the factory has made, or a part of it.
-      known: what has been replaced so far, by its `id`: a function may close over itself.
+      schedules: those of this module, or plain functions of the count.
+      boundaries: where each but the first begins.
+
+    >>> import gdx
+    >>> up, down = gdx.schedules.linear_schedule(0.0, 1.0, 10), gdx.schedules.linear_schedule(1.0, 0.0, 10)
+    >>> rate = gdx.schedules.join_schedules([up, down], [10])
+    >>> float(rate(5)), float(rate(12.5))
+    (0.5, 0.75)
     """
-    if isinstance(made, _Number):
-        return made.array
-    if isinstance(made, list | tuple):
-        return type(made)(_with_arrays(value, known) for value in made)
-    if isinstance(made, dict):
-        return {key: _with_arrays(value, known) for key, value in made.items()}
-    if isinstance(made, functools.partial):
-        parts = _with_arrays((made.func, list(made.args), made.keywords), known)
-        return functools.partial(parts[0], *parts[1], **parts[2])
-    if isinstance(made, types.FunctionType):
-        if id(made) not in known:
-            cells = tuple(types.CellType() for _ in made.__closure__ or ())
-            known[id(made)] = copied = types.FunctionType(made.__code__, made.__globals__, made.__name__, None, cells)
-            copied.__defaults__ = _with_arrays(made.__defaults__, known)
-            copied.__kwdefaults__ = _with_arrays(made.__kwdefaults__, known)
-            for cell, kept in zip(cells, made.__closure__ or ()):
-                with contextlib.suppress(ValueError):  # it is empty: the factory left this variable unset
-                    cell.cell_contents = _with_arrays(kept.cell_contents, known)
-        return known[id(made)]
-    return made
-
-
-def _dotted(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
-def _shown(arguments: dict[str, Any]) -> list[str]:
-    return [f"{key}={text(value)}" for key, value in arguments.items()]
-
-
-def _name(factory: Callable) -> str:
-    return getattr(factory, "__name__", None) or repr(factory)
-
-
-class _Way:
-    """How the comparisons of one run of a factory turn out: the first as chosen, any further ones True.
-
-    Attributes:
-      choices: how the first ones are to turn out.
-      conditions: what has to hold for it to be this way, as far as it is traced.
-      made: what the factory has made on it, once it has.
-    """
-
-    def __init__(self, choices: tuple[bool, ...]):
-        self.choices = choices
-        self.conditions: list[Any] = []
-        self.made: Any = None
-
-    def decide(self, condition: Any) -> bool:
-        if is_concrete(condition):
-            return bool(condition)
-        if self.made is not None:
-            raise TypeError("schedule: it compares a traced number when it is called; use jnp.where there")
-        number = len(self.conditions)
-        choice = self.choices[number] if number < len(self.choices) else True
-        self.conditions.append(condition if choice else ~condition)
-        return choice
-
-    @property
-    def taken(self) -> Any:
-        """Whether it is this way that the numbers take."""
-        return functools.reduce(operator.and_, self.conditions, True)
-
-    def others(self) -> list[tuple[bool, ...]]:
-        """The ways that leave this one where it was free to choose."""
-        free = range(len(self.choices), len(self.conditions))
-        return [(*self.choices, *[True] * (number - len(self.choices)), False) for number in free]
-
-
-class _Number:
-    """A number while a factory runs: it computes with an array, and compares as a scalar, or as the way says."""
-
-    __array_ufunc__ = None  # leaves the arithmetic with numpy's scalars to this class
-
-    def __init__(self, array: Any, scalar: Any, way: _Way):
-        self.array, self.scalar, self.way = array, scalar, way
-
-    def _refuse(self, *_: Any) -> Any:
-        raise TypeError(
-            "schedule: the factory needs this number while it makes the schedule; give it as a constant, "
-            "as in gdx.schedule(functools.partial(optax.cosine_onecycle_schedule, 1000), peak_value=0.1)"
+    if len(boundaries) != len(schedules) - 1:
+        raise ValueError(
+            f"join_schedules: got {len(schedules)} schedules and {len(boundaries)} boundaries; "
+            f"expected one boundary less"
         )
 
-    __int__ = __float__ = __index__ = __hash__ = _refuse
+    def at(count: Any) -> Any:
+        value = schedules[0](count)
+        for boundary, part in zip(boundaries, schedules[1:]):
+            value = jnp.where(count < boundary, value, part(count - boundary))
+        return value
 
-    def __repr__(self) -> str:
-        return text(self.array)
-
-    def __bool__(self) -> bool:
-        return self.way.decide(self.scalar != 0)
-
-    def _of(self, operation: Callable, *others: Any) -> "_Number":
-        arrays, scalars = (
-            operation(*(getattr(x, kept) if isinstance(x, _Number) else x for x in (self, *others)))
-            for kept in ("array", "scalar")
-        )
-        return _Number(arrays, scalars, self.way)
-
-
-def _comparison(operation: Callable) -> Callable:
-    def method(self: _Number, other: Any) -> bool:
-        return self.way.decide(operation(self.scalar, other.scalar if isinstance(other, _Number) else other))
-
-    return method
-
-
-for _operator in ("neg", "pos", "abs"):
-    _operation = getattr(operator, _operator)
-    setattr(_Number, f"__{_operator}__", lambda x, f=_operation: x._of(f))
-for _operator in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
-    _operation = getattr(operator, _operator)
-    setattr(_Number, f"__{_operator}__", lambda x, y, f=_operation: x._of(f, y))
-    setattr(_Number, f"__r{_operator}__", lambda x, y, f=_operation: x._of(lambda a, b: f(b, a), y))
-for _operator in ("lt", "le", "gt", "ge", "eq", "ne"):
-    setattr(_Number, f"__{_operator}__", _comparison(getattr(operator, _operator)))
+    return at

@@ -28,10 +28,9 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gdx.checks import check_state_like
-from gdx.compose import to_transform
 from gdx.fields import static
 from gdx.placement import Plan, check_devices, names_of, plan_of, sharding_of
-from gdx.transform import Transform
+from gdx.transform import Transform, to_transform
 from gdx.trees import place
 
 
@@ -101,14 +100,14 @@ class shard_state(Transform):
     def validate(self) -> None:
         _check_axis("shard_state", self.mesh, self.axis)
 
-    def init(self, params: optax.Params) -> optax.OptState:
+    def init_tree(self, params: optax.Params) -> optax.OptState:
         self._check_outside()
         check_devices("shard_state", "parameter", params, self.mesh)
         state, plan = _abstract("shard_state", self.tx, params, self.mesh, self.axis, self.specs)
         self._check_seen(params)
         return jax.jit(_init, out_shardings=_shardings(state, plan, self.mesh))(self.tx, params)
 
-    def update(
+    def update_tree(
         self, updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         like = updates if params is None else params

@@ -1,50 +1,75 @@
-"""What a transform is: an optax transform, a pytree of its hyperparameters, and a plain value.
+"""What a transform is: an optax transform that is a value, with one door.
 
-Write one by giving its fields, `init` and `update`::
+`init` and `update`, which callers call, are written once, in `Transform`: they check the trees, and the update leaves
+in the gradient's dtype. A transform of your own gives the step between: `init_tree` and `update_tree`::
 
     class scale_by_sign(gdx.Transform):
         strength: gdx.Scalar = gdx.hyperparameter(default=1.0)
 
-        def init(self, params):
+        def init_tree(self, params):
             return optax.EmptyState()
 
-        def update(self, updates, state, params=None, **extra_args):
+        def update_tree(self, updates, state, params=None, **extra_args):
             return jax.tree.map(lambda g: self.strength.astype(g.dtype) * jnp.sign(g), updates), state
 
-The class is its own factory: `scale_by_sign(0.5)` is the transform. `init` and `update` see every
-hyperparameter as a scalar array of the default float dtype, however it was given (number, array,
-tracer or schedule), and only trees whose leaves are real or complex floating-point arrays.
+The class is its own factory: `scale_by_sign(0.5)` is the transform. The step sees every hyperparameter as a scalar
+array of the default float dtype, however it was given (number, array, tracer or schedule), and gradients in at least
+float32.
+
+`gdx.value` makes transforms of functions: of optax's optimizers, links and wrappers, and of your own.
 """
 
-import copy
+import contextlib
 import dataclasses
 import functools
-import inspect
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, NamedTuple, Self, cast, dataclass_transform
+import re
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, ParamSpec, Self, cast, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gdx import values
 from gdx.checks import check_gradients, check_params, check_state
-from gdx.fields import Static, Value, hyperparameter, is_opaque, same, static, text, to_scalar
-from gdx.schedules import schedule
+from gdx.fields import hyperparameter, static, text
+from gdx.numerics import compute_dtype
+from gdx.values import KEEPERS, Value, kept_calls
+
+P = ParamSpec("P")
 
 
-class ScheduledState(NamedTuple):
-    """State of a transform that has a schedule among its hyperparameters.
+class CountedState(NamedTuple):
+    """State of a transform that needs the step count, for a schedule or random rounding, and has none of its own.
 
     Attributes:
-      count: int32 scalar, the number of updates so far: what the schedules are called with.
-      inner_state: the state that the transform has without schedules.
+      count: int32 scalar, the number of updates so far: what schedules are called with.
+      inner_state: the state that it has without.
     """
 
     count: jax.Array  # type: ignore[assignment]
     inner_state: Any
+
+
+class _Shown:
+    """What a transform holds as a tuple, for `"%s" % tx`, which looks no further."""
+
+    tx: Any = None
+
+    def __str__(self) -> str:
+        return str(self.tx)
+
+
+class _NoAttribute:
+    """In the place of tuple's methods that mean nothing here; a field of that name goes before it."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, tx: Any, owner: Any = None) -> Any:
+        raise AttributeError(f"{getattr(owner, '__name__', 'Transform')} has no field {self.name!r}")
 
 
 @dataclass_transform(
@@ -54,12 +79,7 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
     """Base class: an optax transform that is also a pytree of its hyperparameters and a value.
 
     Each subclass becomes a frozen dataclass and a registered pytree. Its leaves are its
-    hyperparameters; static fields and schedules belong to the tree structure (a schedule that is
-    itself a pytree, such as `jax.tree_util.Partial`, contributes its own leaves).
-
-    Numbers are held as float64 on the host: building an optimizer touches no device, its text is
-    exact, and JAX rounds to its default float dtype when they enter a program. Arrays of any real
-    dtype are cast to that default dtype, so every spelling of a value meets one compiled program.
+    hyperparameters; static fields and schedules that are plain functions belong to the tree structure.
 
     Hyperparameters are checked in the call that makes the transform, where they are concrete;
     gradients, parameters and state are checked whenever `update` is called or traced.
@@ -75,179 +95,98 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
     """
 
     def __init_subclass__(cls) -> None:
+        doors = {"init", "update"} & set(vars(cls))
+        if doors and cls.__module__ != __name__:
+            raise TypeError(
+                f"{cls.__name__}: {' and '.join(sorted(doors))} check what callers give and are Transform's own; "
+                f"give init_tree(self, params) and update_tree(self, updates, state, params=None, **extra_args)"
+            )
         super().__init_subclass__()
-        for name, guard in (("init", _guard_init), ("update", _guard_update)):
-            if name in vars(cls):
-                setattr(cls, name, guard(vars(cls)[name]))
-        dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
-        # inspect would otherwise show __new__, and optax.inject_hyperparams reads the signature
-        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-        cls.__signature__ = inspect.Signature(parameters)
-        jax.tree_util.register_pytree_with_keys(cls, _flatten_with_keys, functools.partial(_unflatten, cls), _flatten)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        return tuple.__new__(cls, (None, None))
+        shown = _Shown()
+        shown.tx = tx = tuple.__new__(cls, (shown,))
+        return tx
 
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, self._convert(field, getattr(self, field.name)))
-        self.validate()
-
-    def _convert(self, field: dataclasses.Field, value: Any, source: str = "") -> Any:
-        convert = field.metadata.get("convert", _to_transform_or_scalar)
-        return convert(f"{type(self).__name__}: {field.name}{source}", value)
-
-    def validate(self) -> None:
-        """Raises an error where fields that are valid one by one do not fit together."""
+    # The door.
 
     def init(self, params: optax.Params) -> optax.OptState:
         """The state before the first step."""
-        raise NotImplementedError(f"{type(self).__name__} defines no init")
+        check_params(self, params)
+        return self._init(params)
 
     def update(
         self, updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         """The transformed updates and the next state."""
-        raise NotImplementedError(f"{type(self).__name__} defines no update")
-
-    # The optax view: the pair (init, update).
-
-    def __iter__(self) -> Iterator[Callable]:
-        return iter((self.init, self.update))
-
-    def __getitem__(self, index: Any) -> Any:
-        return (self.init, self.update)[index]
-
-    @classmethod
-    def _make(cls, pair: Any) -> optax.GradientTransformationExtraArgs:
-        return optax.GradientTransformationExtraArgs(*pair)
-
-    # The value view.
-
-    def _refuse(self, other: Any) -> Any:
-        return NotImplemented
-
-    # tuple's own would compare or join the two placeholders that a transform is made of
-    __lt__ = __le__ = __gt__ = __ge__ = __add__ = __mul__ = __rmul__ = _refuse
-    __contains__ = None
-
-    def __deepcopy__(self, memo: dict) -> Self:
-        # structure cannot change, and may hold what cannot be copied: the devices of a mesh
-        return jax.tree.map(lambda leaf: copy.deepcopy(leaf, memo), self)
-
-    def __reduce__(self) -> Any:
-        return _unflatten_fields, (type(self), dict(vars(self)))
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(self._arguments())})"
-
-    def _arguments(self) -> Iterator[str]:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.default is dataclasses.MISSING or not same(value, field.default):
-                yield f"{field.name}={text(value)}"
+        check_gradients(self, updates, params)
+        new, state = self._update(jax.tree.map(_widened, updates), state, params, extra_args)
+        if self.rounds:
+            # what rounds parameters to bfloat16 says how far in float32
+            return jax.tree.map(lambda u, g, p: u if _is_bfloat16(p) else _cast(u, g), new, updates, params), state
+        return jax.tree.map(_cast, new, updates), state
 
     @property
-    def hyperparams(self) -> Mapping[str, Any]:
-        """Every hyperparameter by name, through nested transforms, read-only.
+    def rounds(self) -> bool:
+        """Whether it, or a transform inside it, rounds parameters."""
+        return any(tx.rounds for tx in self._inside())
 
-        A name that several links share is qualified with as much of its path as tells them apart:
-        `scale_by_adam.b1`, or `scale_by_adam[0].b1` where two links are of one kind. In the place of a
-        `gdx.schedule` stand its numbers.
-        """
-        named = {}
-        for name, field, value in self._settings():
-            if not (field.metadata.get("static") or value is None or isinstance(value, schedule)):
-                named[name] = float(value) if isinstance(value, np.floating) else value
-        return MappingProxyType(named)
+    def _inside(self) -> "Iterator[Transform]":
+        """The transforms among its arguments."""
+        for leaf in jax.tree.leaves(_children(self), is_leaf=_is_transform):
+            if isinstance(leaf, Transform):
+                yield leaf
 
-    def _settings(self) -> Iterator[tuple[str, dataclasses.Field, Any]]:
-        """Name, field and value of every field that is not itself a transform, through nested transforms."""
-        for name, (path, field) in self._names().items():
-            yield name, field, functools.reduce(_child, path, self)
+    def _names_inside(self) -> Iterator[str]:
+        """What the transforms among its arguments, and among theirs, are called."""
+        for tx in self._inside():
+            yield type(tx).__name__
+            yield from tx._names_inside()
 
-    def replace(self, **changes: Any) -> Self:
-        """The same transform with some fields changed, named as in `hyperparams`.
+    # Inside. What is below is what transforms call on each other: nothing is checked again, and nothing cast.
 
-        Static fields can be replaced too. Qualified names are passed as
-        `tx.replace(**{"scale_by_adam.b1": 0.8})`.
+    def _init(self, params: optax.Params) -> optax.OptState:
+        if not self.has_schedule:
+            return self.at(None).init_tree(params)
+        count = jnp.zeros([], jnp.int32)
+        return CountedState(count, self.at(count).init_tree(params))
 
-        Raises:
-          ValueError: a name is unknown, or several links have a field of that name.
-        """
-        names = self._names()
-        for name in changes:
-            if name not in names:
-                choices = [known for known in names if known.endswith(f".{name}")]
-                problem = "is ambiguous" if choices else "is unknown"
-                raise ValueError(
-                    f"{type(self).__name__}.replace: {name!r} {problem}; choose from {', '.join(choices or names)}"
-                )
-        return self._put([(names[name][0], value) for name, value in changes.items()])
+    def _update(self, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> tuple[Any, Any]:
+        if not self.has_schedule:
+            return self.at(None).update_tree(updates, state, params, **extra_args)
+        check_state(self, state, CountedState)
+        updates, inner_state = self.at(state.count).update_tree(updates, state.inner_state, params, **extra_args)
+        return updates, CountedState(optax.safe_increment(state.count), inner_state)
 
-    def _put(self, changes: Sequence[tuple[Sequence, Any]]) -> Self:
-        """The same transform with other values at these paths: all put in their places before any is checked."""
-        values = dict(vars(self))
-        inside: dict[tuple[str, int | None], list] = {}
-        for ((field, index), *rest), value in changes:
-            if rest:
-                inside.setdefault((field, index), []).append((rest, value))
-            else:
-                values[field] = self._convert(type(self).__dataclass_fields__[field], value)
-        for (field, index), inner in inside.items():
-            child = values[field] if index is None else values[field][index]
-            if isinstance(child, Transform):
-                child = child._put(inner)
-            elif isinstance(child, schedule):
-                child = child.replace(**{rest[0][0]: value for rest, value in inner})
-            else:
-                numbers = ", ".join(rest[0][0] for rest, _ in inner)
-                raise ValueError(
-                    f"{type(self).__name__}.replace: {field} becomes {text(child)}, which has no {numbers}"
-                )
-            siblings = values[field]
-            values[field] = child if index is None else (*siblings[:index], child, *siblings[index + 1 :])
-        changed = _unflatten_fields(type(self), values)
-        changed.validate()
-        return changed
+    def _counts(self, state: Any) -> Iterator[tuple[Any, Any]]:
+        """The schedules in it, each with the count in a state at which the next step calls it."""
+        if self.has_schedule:
+            for _, value in self._hyperparameters():
+                if callable(value):
+                    yield value, state.count
+            state = state.inner_state
+        for tx in self._inside():
+            yield from tx._counts(state)
 
-    def _names(self) -> dict[str, tuple[tuple, dataclasses.Field]]:
-        """The shortest unambiguous dotted name of each field, with its path from here."""
-        found = list(self._walk())
-        suffixes = Counter(".".join(labels[i:]) for labels, _, _ in found for i in range(len(labels)))
+    def init_tree(self, params: optax.Params) -> optax.OptState:
+        """For subclasses: the state before the first step."""
+        raise NotImplementedError(f"{type(self).__name__} defines no init_tree")
 
-        def name(labels: tuple[str, ...]) -> str:
-            dotted = [".".join(labels[i:]) for i in reversed(range(len(labels)))]
-            return next((suffix for suffix in dotted if suffixes[suffix] == 1), dotted[-1])
+    def update_tree(
+        self, updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.OptState]:
+        """For subclasses: the transformed updates and the next state. Gradients come in at least float32."""
+        raise NotImplementedError(f"{type(self).__name__} defines no update_tree")
 
-        return {name(labels): (path, field) for labels, path, field in found}
+    # Hyperparameters as arrays.
 
-    def _walk(self) -> Iterator[tuple[tuple[str, ...], tuple, dataclasses.Field]]:
-        """Labels, path and field of every field that is not itself a transform."""
-        for field in dataclasses.fields(self):
+    def _hyperparameters(self) -> Iterator[tuple[str, Any]]:
+        """The numbers and schedules among its own fields, by name."""
+        for field in dataclasses.fields(cast(Any, self)):
             value = getattr(self, field.name)
-            if isinstance(value, Transform):
-                children: list[tuple[str, int | None, Transform]] = [(field.name, None, value)]
-            elif isinstance(value, tuple) and all(isinstance(v, Transform) for v in value):
-                kinds = [type(v).__name__ for v in value]
-                labels = [k if kinds.count(k) == 1 else f"{k}[{kinds[:i].count(k)}]" for i, k in enumerate(kinds)]
-                children = [(label, i, v) for i, (label, v) in enumerate(zip(labels, value))]
-            else:
-                yield (field.name,), ((field.name, None),), field
-                if isinstance(value, schedule):
-                    for name in value.named:
-                        yield (field.name, name), ((field.name, None), (name, None)), field
-                continue
-            for label, index, child in children:
-                for inner_labels, inner_path, inner_field in child._walk():
-                    yield (label, *inner_labels), ((field.name, index), *inner_path), inner_field
-
-    def _hyperparameters(self) -> Iterator[tuple[dataclasses.Field, Any]]:
-        """The fields that hold a hyperparameter, with its value."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not (field.metadata.get("static") or value is None or isinstance(value, tuple)):
-                yield field, value
+            is_number = value is not None and not isinstance(value, tuple | list | dict | Transform)
+            if is_number and not self._is_static(field):
+                yield field.name, value
 
     @property
     def has_schedule(self) -> bool:
@@ -255,112 +194,321 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
         return any(callable(value) for _, value in self._hyperparameters())
 
     def at(self, count: Any) -> Self:
-        """This transform with its hyperparameters as scalar arrays, schedules called with `count`."""
-        dtype = jnp.result_type(float)
-        values = dict(vars(self))
-        for field, value in self._hyperparameters():
+        """This transform with its hyperparameters in the default float dtype, schedules called with `count`."""
+        fields: dict[str, Any] = vars(self)  # type: ignore[assignment]
+        dtype, structure = jnp.result_type(float), fields["_structure"]
+        if fields.get("_at", (None,))[0] is dtype:
+            return fields["_at"][1]
+        arrays = {}
+        for name, value in self._hyperparameters():
             if callable(value):
                 # schedules compute with an integer count, which strict promotion would refuse
                 with jax.numpy_dtype_promotion("standard"):
                     scheduled = value(count)
-                value = self._convert(field, scheduled, source=f", as returned by the schedule {text(value)},")
-            if np.shape(value) != ():
-                raise ValueError(
-                    f"{type(self).__name__}: {field.name} has shape {np.shape(value)}: this is a batch of "
-                    f"optimizers; call its init and update under jax.vmap, or train it with gdx.sweep"
-                )
-            if not isinstance(value, jax.Array):
-                value = jax.lax.full((), float(value), dtype)
-            values[field.name] = value.astype(dtype)
-        return _unflatten_fields(type(self), values)
+                value, _ = self._convert(name, scheduled, source=f", as returned by the schedule {text(value)},")
+            self._check_single(name, value)
+            arrays[name] = value.astype(dtype)
+        # a schedule that is a plain function is part of the structure, its value is not
+        at = values._unflatten(type(self), structure.with_children(arrays), _children(self))
+        vars(at).update(arrays)
+        if not self.has_schedule and all(isinstance(x, np.generic) for x in jax.tree.leaves(_children(self))):
+            fields["_at"] = dtype, at
+        return at
+
+    def _check_single(self, name: str, value: Any) -> None:
+        """Raises where this is a batch, of which each member has a step of its own."""
+        if np.shape(value) != ():
+            raise ValueError(
+                f"{type(self).__name__}: {name} has shape {np.shape(value)}: this is a batch of "
+                f"optimizers; call its init and update under jax.vmap, or train it with gdx.sweep"
+            )
+
+    # The optax view: the pair (init, update), and nothing of a tuple otherwise.
+
+    def __iter__(self) -> Iterator[Callable]:
+        return iter((self.init, self.update))
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.init, self.update)[index]
+
+    def __len__(self) -> int:
+        return 2
+
+    @classmethod
+    def _make(cls, pair: Any) -> optax.GradientTransformationExtraArgs:
+        return optax.GradientTransformationExtraArgs(*pair)
+
+    def _refuse(self, other: Any) -> Any:
+        return NotImplemented
+
+    __lt__ = __le__ = __gt__ = __ge__ = __add__ = __mul__ = __rmul__ = _refuse
+    __contains__ = None
+    count = _NoAttribute()
+    index = _NoAttribute()
 
 
-def _to_transform_or_scalar(label: str, value: Any) -> Any:
-    """Converts a field that was declared without `hyperparameter` or `static`."""
-    return value if isinstance(value, Transform) else to_scalar(label, value)
+def _children(tx: Transform) -> tuple:
+    return values._flatten(tx)[0]
 
 
-def _guard_init(init: Callable) -> Callable:
-    """`init` that checks the parameters first and keeps the step count of schedules."""
-
-    @functools.wraps(init)
-    def guarded(self: Transform, params: optax.Params) -> optax.OptState:
-        check_params(self, params)
-        if not self.has_schedule:
-            return init(self.at(None), params)
-        count = jnp.zeros([], jnp.int32)
-        return ScheduledState(count, init(self.at(count), params))
-
-    return guarded
+def _is_transform(x: Any) -> bool:
+    return isinstance(x, optax.GradientTransformation)
 
 
-def _guard_update(update: Callable) -> Callable:
-    """`update` that checks what it is given first and calls the schedules."""
-
-    @functools.wraps(update)
-    def guarded(
-        self: Transform, updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, optax.OptState]:
-        check_gradients(self, updates, params)
-        if not self.has_schedule:
-            return update(self.at(None), updates, state, params, **extra_args)
-        check_state(self, state, ScheduledState)
-        updates, inner_state = update(self.at(state.count), updates, state.inner_state, params, **extra_args)
-        return updates, ScheduledState(optax.safe_increment(state.count), inner_state)
-
-    return guarded
+def _widened(g: Any) -> Any:
+    """A gradient as an array in at least float32: a small decay beside an update in bfloat16 would vanish."""
+    dtype = getattr(g, "dtype", None)
+    return g if dtype is not None and dtype.itemsize >= 4 else jnp.asarray(g, compute_dtype(g))
 
 
-# The pytree view. Children are kept as they come: a transformation may put anything in their place.
+def _cast(u: Any, g: Any) -> Any:
+    dtype = jnp.result_type(g)
+    return u if u.dtype == dtype else u.astype(dtype)
 
 
-def _split(tx: Transform) -> tuple[dict[str, Any], tuple]:
-    """Children by field name, and everything else (hashable)."""
-    children, rest = {}, []
-    values, kind = vars(tx), cast(Any, type(tx))
-    for name, is_static in _field_kinds(kind):
-        value = values[name]
-        if is_static or is_opaque(value):
-            rest.append((name, value if isinstance(value, _PLAIN) else Static(value)))
-        else:
-            children[name] = value
-    return children, (tuple(children), tuple(rest))
+def _is_bfloat16(p: Any) -> bool:
+    return jnp.result_type(p) == jnp.bfloat16
 
 
-# these are hashable as they are; a call of a jitted function flattens the optimizer and compares its structure
-_PLAIN = (bool, type(None), np.dtype)
+class Foreign(Transform):
+    """A transform of optax or of the user's own, which is functions: compared by identity, without leaves."""
+
+    transform: optax.GradientTransformation = static()
+
+    def _init(self, params: optax.Params) -> optax.OptState:
+        return self.transform.init(params)
+
+    def _update(self, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> tuple[Any, Any]:
+        return foreign_update(self.transform, updates, state, params, extra_args)
+
+    def __repr__(self) -> str:
+        return f"<optax {getattr(self.transform.update, '__qualname__', 'transform').split('.')[0]}>"
+
+
+def foreign_update(tx: Any, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> tuple[Any, Any]:
+    """The update of a transform that does not keep gdx's rules: its state is held to the dtypes that it has."""
+    # it promotes as JAX does by default
+    with jax.numpy_dtype_promotion("standard"):
+        # an object that is no transform, such as MultiSteps, takes them as it is
+        update = optax.with_extra_args_support(tx).update if _is_transform(tx) else tx.update
+        updates, new = update(updates, state, params, **extra_args)
+    structure: Any = jax.tree.structure(new)
+    if structure != jax.tree.structure(state):
+        return updates, new
+    return updates, jax.tree.map(_like, new, state)
+
+
+def _like(new: Any, old: Any) -> Any:
+    dtype = getattr(old, "dtype", None)
+    is_wider = dtype is not None and jnp.issubdtype(dtype, np.inexact) and getattr(new, "dtype", dtype) != dtype
+    return new.astype(dtype) if is_wider else new
+
+
+def to_transform(label: str, value: Any) -> Transform:
+    """Converts a field that is a transform, gdx's or optax's."""
+    if not isinstance(value, optax.GradientTransformation):
+        if hasattr(value, "gradient_transformation"):
+            raise TypeError(f"{label} is a {type(value).__name__}, no transform; pass its .gradient_transformation()")
+        raise TypeError(f"{label} is {reprlib.repr(value)}; expected a transform such as gdx.scale_by_adam()")
+    return value if isinstance(value, Transform) else Foreign(value)
+
+
+values.is_transform = lambda x: isinstance(x, optax.GradientTransformation)
+values.as_child = lambda x: x if isinstance(x, Value) else Foreign(x)
+
+
+class Call(Transform):
+    """A transform that a function makes of its fields, anew whenever they are other numbers."""
+
+    _keeper = "value"
+
+    def _check_given(self, given: Mapping[str, Any]) -> None:
+        self._call(given)
+
+    @property
+    def made(self) -> Any:
+        """What the function returns for these fields: the transform that does the work."""
+        fields: dict[str, Any] = vars(self)  # type: ignore[assignment]
+        if "_made" in fields:
+            return fields["_made"]
+        if not all(isinstance(x, np.generic) for x in jax.tree.leaves(_children(self))):
+            return self._call(self._arguments_in(jnp.result_type(float)))
+        # kept, so that what the function computes must be no part of a program that is traced around this
+        with jax.ensure_compile_time_eval():
+            fields["_made"] = self._call(self._arguments_in(jnp.result_type(float)))
+        return fields["_made"]
+
+    def _made_for(self, tree: Any) -> Any:
+        """It, with numbers no wider than the tree: optax's functions may not promote what they are given."""
+        made, dtypes = self.made, {jnp.finfo(compute_dtype(x)).dtype for x in jax.tree.leaves(tree)}
+        if isinstance(made, Transform) or not dtypes - {jnp.result_type(float)}:
+            return made
+        return self._call(self._arguments_in(min(dtypes, key=lambda dtype: dtype.itemsize)))
+
+    def _arguments_in(self, dtype: np.dtype) -> dict[str, Any]:
+        """What the function is called with, numbers in this dtype."""
+        for name, value in self._hyperparameters():
+            if not callable(value):
+                self._check_single(name, value)
+        children = vars(self)["_structure"].children
+        arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(cast(Any, self))}
+        return {name: _plain(value, dtype) if name in children else value for name, value in arguments.items()}
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors of what the function makes carry the name that users know; those of what it was given, their own."""
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            link = _LINK.match(str(error))
+            known = {type(self).__name__, *(self._names_inside() if "_structure" in vars(self) else ())}
+            if type(error) not in (TypeError, ValueError) or (link and link[1] in known):
+                raise
+            raise type(error)(f"{type(self).__name__}: {_LINK.sub('', str(error))}") from error
+
+    def _call(self, arguments: Mapping[str, Any]) -> Any:
+        name = type(self).__name__
+        try:
+            with self._named():
+                made = cast(Any, self)._function[0](**arguments)
+        except jax.errors.ConcretizationTypeError as error:
+            raise TypeError(
+                f"{name}: it needs the value of a number that is traced, so that number cannot change within a "
+                f"compiled program: close over the optimizer instead of passing it ({str(error).splitlines()[0]})"
+            ) from error
+        if not (hasattr(made, "init") and hasattr(made, "update")):
+            raise TypeError(f"{name}: the function returned {reprlib.repr(made)}; expected a transform")
+        return made
+
+    @property
+    def rounds(self) -> bool:
+        made = self.made
+        return made.rounds if isinstance(made, Transform) else super().rounds
+
+    def _init(self, params: optax.Params) -> optax.OptState:
+        made = self._made_for(params)
+        with self._named():
+            return made._init(params) if isinstance(made, Transform) else made.init(params)
+
+    def _update(self, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> tuple[Any, Any]:
+        made = self._made_for(updates)
+        with self._named():
+            if isinstance(made, Transform):
+                return made._update(updates, state, params, extra_args)
+            return foreign_update(made, updates, state, params, extra_args)
+
+    def _counts(self, state: Any) -> Iterator[tuple[Any, Any]]:
+        made = self.made
+        if isinstance(made, Transform):
+            yield from made._counts(state)
+            return
+        # where what it was given keeps its own state is for the function to know
+        counts = [count for _, count in optax.tree.get_all_with_path(state, "count")]
+        for _, is_static, value in self._settings():
+            if callable(value) and not is_static and counts:
+                yield value, counts[0]
+
+
+_LINK = re.compile(r"^([a-zA-Z_]\w*): ")
+
+
+def _plain(child: Any, dtype: np.dtype) -> Any:
+    """A child as a function takes it: with numbers of this dtype, of numpy's where nothing traces them."""
+
+    def converted(x: Any) -> Any:
+        is_float = isinstance(x, np.floating | jax.Array) and jnp.issubdtype(x.dtype, np.floating)
+        return x.astype(dtype) if is_float and x.dtype != dtype else x
+
+    return jax.tree.map(converted, child, is_leaf=lambda x: isinstance(x, Value))
 
 
 @functools.cache
-def _field_kinds(cls: Any) -> tuple[tuple[str, bool], ...]:
-    return tuple((field.name, bool(field.metadata.get("static"))) for field in dataclasses.fields(cls))
+def _call_class(function: Callable) -> Any:
+    return kept_calls(function, Call)
 
 
-def _flatten(tx: Transform) -> tuple[tuple, tuple]:
-    children, aux = _split(tx)
-    return tuple(children.values()), aux
+KEEPERS["value"] = _call_class
 
 
-def _flatten_with_keys(tx: Transform) -> tuple[list, tuple]:
-    children, aux = _split(tx)
-    return [(jax.tree_util.GetAttrKey(name), value) for name, value in children.items()], aux
+def value(function: Callable[P, Any]) -> Callable[P, Transform]:
+    r"""A class of transforms that are calls of a function, kept: `gdx.value(optax.lion)(1e-4)` is a value.
+
+    The function returns a transform: it is an optimizer, link or wrapper of optax (or `optax.contrib`), or one of your
+    own, and `value` then serves as a decorator. The fields of the class are the function's parameters. Numbers,
+    schedules that are values, transforms and containers of these are children of the pytree: they can be changed
+    without compiling, batched and differentiated. Everything else is part of the structure. Whether an argument is a
+    number follows from the parameter: its default or annotation is a float, or the argument is one.
+
+    `init` and `update` call the function again with what the numbers are by then. So it has to take them as JAX
+    arrays: one that compares them in Python (`if momentum > 0`) can be closed over, but not be an argument of a
+    compiled function.
+
+    Args:
+      function: returns an `optax.GradientTransformation`, or an object with `init` and `update`. Two calls are equal if
+        their function is the same object, so define it once.
+
+    Raises:
+      TypeError: it takes `*args` or `**kwargs`, or returns something else.
+
+    >>> import gdx, jax, jax.numpy as jnp, optax
+    >>> lion = gdx.value(optax.lion)
+    >>> tx = lion(1e-4, weight_decay=0.1)
+    >>> tx, tx == lion(1e-4, weight_decay=0.1), tx.replace(b1=0.8).hyperparams["b1"]
+    (lion(learning_rate=0.0001, weight_decay=0.1), True, 0.8)
+    >>> every = gdx.value(optax.MultiSteps)(tx, every_k_schedule=4)
+    >>> every.hyperparams["learning_rate"]
+    0.0001
+    """
+    if not callable(function):
+        raise TypeError(f"value: got {reprlib.repr(function)}; expected a function that returns a transform")
+    if isinstance(function, type) and issubclass(function, Value):
+        return cast(Any, function)
+    return _call_class(cast(Any, function))
 
 
-def _unflatten(cls: type[Transform], aux: tuple, children: Any) -> Transform:
-    names, rest = aux
-    values = dict(zip(names, children))
-    values.update((name, kept.value if isinstance(kept, Static) else kept) for name, kept in rest)
-    return _unflatten_fields(cls, values)
+def hyperparams_in_use(tx: Transform, state: Any) -> dict[str, Any]:
+    """Every hyperparameter by name, as the next step uses it: schedules at the counts of this state.
+
+    Works through any nesting, and inside `jax.jit`. Schedules that one of optax's functions was given, or transforms
+    inside it, are taken at the first count in its state.
+
+    Args:
+      tx: a transform of gdx's.
+      state: its state, as `init` or the last `update` returned it.
+
+    Returns:
+      The names of `tx.hyperparams`, and those of schedules, with numbers.
+
+    Raises:
+      TypeError: tx is none of gdx's; `gdx.value` makes one of optax's factories.
+      ValueError: the state has no count for a schedule.
+
+    >>> import gdx, jax.numpy as jnp
+    >>> tx = gdx.sgd(gdx.schedules.linear_schedule(1.0, 0.0, transition_steps=4), momentum=0.9)
+    >>> _, state = tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+    >>> {name: float(value) for name, value in gdx.hyperparams_in_use(tx, state).items()}["learning_rate"]
+    0.75
+    """
+    if not isinstance(tx, Transform):
+        raise TypeError(
+            f"hyperparams_in_use: tx is {reprlib.repr(tx)}; expected a transform of gdx's, such as gdx.sgd(0.1) or "
+            f"gdx.value(optax.lion)(1e-4)"
+        )
+    counts = {id(schedule): count for schedule, count in tx._counts(state)}
+    in_use = {}
+    for name, is_static, value in tx._settings():
+        if is_static or value is None:
+            continue
+        if callable(value):
+            if id(value) not in counts:
+                raise ValueError(
+                    f"hyperparams_in_use: the state has no count at which {name}, {text(value)}, is called; expected "
+                    f"the state that init or the last update of this transform returned"
+                )
+            with jax.numpy_dtype_promotion("standard"):
+                value = value(counts[id(value)])
+        in_use[name] = float(value) if isinstance(value, np.floating) else value
+    return in_use
 
 
-def _unflatten_fields(cls: type[Transform], values: Mapping[str, Any]) -> Any:
-    """The transform with these field values, unchecked."""
-    tx: Any = cls.__new__(cls)
-    vars(tx).update(values)
-    return tx
-
-
-def _child(tx: Any, step: tuple[str, int | None]) -> Any:
-    field, index = step
-    value = getattr(tx, field)
-    return value if index is None else value[index]
+__all__ = ["Call", "CountedState", "Foreign", "Transform", "hyperparams_in_use", "to_transform", "value"]

@@ -43,6 +43,13 @@ def run(tx, steps=4):
     return params
 
 
+RATES = [0.1, 0.2, jnp.asarray(0.3)]  # another one compiles nothing, and an array is as good as a number
+
+
+def run_with_rates(tx):
+    return run(tx.replace(learning_rate=lambda count: jnp.asarray(RATES)[count]), steps=3)
+
+
 @every
 def test_optax_wrappers(tx):
     alone = run(tx)
@@ -94,25 +101,59 @@ def test_optax_tree_utilities(tx):
 @every
 def test_flax_train_state(tx):
     state = TrainState.create(apply_fn=None, params=jax.tree.map(jnp.asarray, PARAMS), tx=tx)
-    step = jax.jit(lambda state: state.apply_gradients(grads=gradient(state.params)))
-    for _ in range(4):
-        state = step(state)
-    np.testing.assert_allclose(state.params["w"], run(tx)["w"], rtol=1e-6)
+    traces = []
+
+    @jax.jit
+    def step(tx, state):
+        traces.append(tx)
+        grads = gradient(state.params)
+        return state.replace(tx=tx).apply_gradients(grads=grads).replace(tx=state.tx)
+
+    for rate in RATES:
+        state = step(tx.replace(learning_rate=rate), state)
+    assert len(traces) == 1 and state.tx is tx and state.step == 3
+    np.testing.assert_allclose(state.params["w"], run_with_rates(tx)["w"], rtol=1e-6)
 
 
 @every
 def test_flax_nnx_optimizer(tx):
-    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    nnx.update(model, {"kernel": PARAMS["w"], "bias": PARAMS["b"]})
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    traces = []
 
     @nnx.jit
     def step(model, optimizer):
-        loss, gradients = nnx.value_and_grad(lambda m: (m(jnp.ones((1, 2))) ** 2).sum())(model)
-        optimizer.update(model, gradients)
-        return loss
+        traces.append(optimizer.tx)
+        optimizer.update(model, gradient(nnx.state(model, nnx.Param)))
 
-    losses = [float(step(model, optimizer)) for _ in range(10)]
-    assert losses[-1] < losses[0]
+    for rate in RATES:
+        optimizer.tx = nnx.data(jax.device_put(tx.replace(learning_rate=rate)))
+        step(model, optimizer)
+    assert len(traces) == 1 and optimizer.tx == tx.replace(learning_rate=RATES[-1])
+    assert nnx.merge(*nnx.split(optimizer)).tx == optimizer.tx
+    np.testing.assert_allclose(model.kernel[...], run_with_rates(tx)["w"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        gdx.sgd,
+        gdx.adamw,
+        gdx.value(optax.lion),
+        lambda rate: gdx.chain(gdx.value(optax.clip_by_global_norm)(10 * rate), gdx.scale_by_learning_rate(rate)),
+        lambda rate: gdx.momentum(gdx.schedules.linear_schedule(rate, 0.0, transition_steps=10)),
+        lambda rate: gdx.unstack(gdx.grid(gdx.sgd, learning_rate=rate * np.ones(2, np.float32)))[0],
+    ],
+)
+def test_flax_takes_arrays_as_it_takes_numbers(make):
+    """nnx refuses arrays in what is no data."""
+    tx, model = make(jnp.asarray(0.1)), nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    assert tx == make(np.float32(0.1))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    nnx.jit(lambda model, optimizer: optimizer.update(model, nnx.state(model, nnx.Param)))(model, optimizer)
+    state = TrainState.create(apply_fn=None, params=jax.tree.map(jnp.asarray, PARAMS), tx=tx)
+    jax.jit(lambda state: state.apply_gradients(grads=state.params))(state)
 
 
 def test_flax_nnx_optimizer_with_few_bits():
@@ -144,8 +185,8 @@ def test_equinox_filter_jit_compiles_once(tx):
         return eqx.apply_updates(model, updates), state
 
     state = tx.init(eqx.filter(model, eqx.is_inexact_array))
-    for learning_rate in (0.1, 0.2, 0.3):
-        model, state = step(tx.replace(learning_rate=learning_rate), model, state)
+    for rate in RATES:
+        model, state = step(tx.replace(learning_rate=rate), model, state)
     assert len(traces) == 1
 
 

@@ -36,11 +36,11 @@ class add_last(gdx.Leafwise):
 
 
 class doubled(add_last):
-    """Overrides update, which a chain must respect."""
+    """Overrides the step, which a chain must respect."""
 
-    def update(self, updates, state, params=None, **extra_args):
-        updates, state = super().update(updates, state, params)
-        return jax.tree.map(lambda u: 2 * u, updates), state
+    def step(self, count, g, p, last):
+        u, last = super().step(count, g, p, last)
+        return 2 * u, last
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def test_each_shape_is_traced_once():
     assert len(add_last.seen) == 2
 
 
-def test_a_chain_respects_an_overridden_update():
+def test_a_chain_respects_an_overridden_step():
     g = jnp.ones(2)
     for tx, expected in ((add_last(), -1.0), (doubled(), -2.0)):
         chained = gdx.chain(tx, gdx.scale_by_learning_rate(1.0))

@@ -50,7 +50,7 @@ def test_an_axis_may_be_any_sequence_of_numbers(values):
 
 
 def test_schedules_are_points_too():
-    rates = [gdx.schedule(optax.cosine_decay_schedule, init_value=v, decay_steps=10) for v in (0.1, 0.2)]
+    rates = [gdx.schedules.cosine_decay_schedule(v, decay_steps=10) for v in (0.1, 0.2)]
     batch = gdx.grid(gdx.sgd, learning_rate=rates)
     assert gdx.labels(batch) == [{"init_value": 0.1}, {"init_value": 0.2}]
     updates = jax.vmap(lambda tx: tx.update(jnp.ones(()), tx.init(jnp.ones(())))[0])(batch)
@@ -107,7 +107,7 @@ REFUSED = {
     "other closures": (
         lambda: gdx.stack([gdx.sgd(lambda count: 0.1), gdx.sgd(lambda count: 0.2)]),
         ValueError,
-        r"take gdx\.schedule for schedules whose numbers differ",
+        r"take those of gdx\.schedules where schedules differ in numbers",
     ),
     "a batch among them": (
         lambda: gdx.stack([gdx.sgd(0.1), gdx.grid(gdx.sgd, learning_rate=[0.1, 0.2])]),

@@ -98,8 +98,8 @@ def hyperparameters_and_slopes(tx, remat):
 OPTIMIZERS = [
     gdx.chain(gdx.add_decoupled_weight_decay(0.01), gdx.sgd(0.05, 0.8, nesterov=True)),
     gdx.adamw(
-        gdx.schedule(
-            optax.warmup_cosine_decay_schedule, init_value=0.01, peak_value=0.1, warmup_steps=5.3, decay_steps=19.7
+        gdx.schedules.warmup_cosine_decay_schedule(
+            0.01, peak_value=0.1, warmup_steps=5.3, decay_steps=19.7, end_value=0.02
         ),
         b1=0.8,
         weight_decay=0.1,

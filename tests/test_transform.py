@@ -1,8 +1,10 @@
 """A transform is a value: text, comparison, hash, pickle, copy, replace, hyperparams, pytree."""
 
 import copy
+import dataclasses
 import pickle
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,10 +23,10 @@ class scale_by_sign(gdx.Transform):
     inner: gdx.Transform = gdx.scale_by_learning_rate(0.5)
     name: str = gdx.static(default="sign")
 
-    def init(self, params):
+    def init_tree(self, params):
         return self.inner.init(params)
 
-    def update(self, updates, state, params=None, **extra_args):
+    def update_tree(self, updates, state, params=None, **extra_args):
         signs = jax.tree.map(lambda g: self.strength.astype(g.dtype) * jnp.sign(g), updates)
         return self.inner.update(signs, state, params)
 
@@ -135,7 +137,7 @@ def test_names_are_the_shortest_that_tell_apart():
 
 def test_replace_reaches_any_field():
     assert gdx.adam(0.1).replace(learning_rate=0.2, nesterov=True) == gdx.adam(0.2, nesterov=True)
-    assert NESTED.replace(momentum=None).hyperparams.get("momentum") is None
+    assert NESTED.replace(momentum=None, accumulator_dtype=None).hyperparams.get("momentum") is None
     changed = NESTED.replace(**{"scale_by_adam[1].b1": 0.7})
     assert changed.hyperparams["scale_by_adam[1].b1"] == 0.7
     assert changed.replace(**{"scale_by_adam[1].b1": 0.9}) == NESTED
@@ -178,16 +180,23 @@ def test_building_an_optimizer_makes_no_array():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int32"])
-def test_arrays_are_cast_to_the_default_dtype(dtype):
-    assert gdx.sgd(jnp.ones((), dtype)).learning_rate.dtype == np.float32
-    assert not gdx.sgd(jnp.asarray(1.0)).learning_rate.weak_type
+def test_arrays_are_held_as_their_numbers_and_tracers_in_the_default_dtype(dtype):
+    assert type(gdx.sgd(jnp.ones((), dtype)).learning_rate) is np.float64
+
+    def traced(number):
+        rate = gdx.sgd(number).learning_rate
+        assert not rate.weak_type
+        return rate
+
+    assert jax.eval_shape(traced, jnp.ones((), dtype)).dtype == np.float32
+    assert jax.eval_shape(traced, 1.0).dtype == np.float32
     with enable_x64(True):
-        assert gdx.sgd(jnp.ones((), dtype)).learning_rate.dtype == np.float64
+        assert jax.eval_shape(traced, jnp.ones((), dtype)).dtype == np.float64
 
 
 def test_float64_mode_keeps_float64_hyperparameters():
     with enable_x64(True):
-        updates, _ = gdx.sgd(0.1).update(jnp.ones(()), (optax.EmptyState(),))
+        updates, _ = gdx.sgd(0.1).update(jnp.ones(()), (optax.EmptyState(), optax.EmptyState()))
         assert float(updates) == -0.1
 
 
@@ -201,7 +210,7 @@ def test_an_outside_class_gets_every_view():
     for expected in (-0.5, -0.25):
         updates, state = scheduled.update(jnp.ones(1), state)
         assert updates == expected
-    assert isinstance(state, gdx.ScheduledState)
+    assert isinstance(state, gdx.CountedState)
     assert state.count == 2
 
 
@@ -209,3 +218,122 @@ def test_a_batch_outside_vmap_is_refused():
     batch = jax.vmap(gdx.sgd)(jnp.ones(3))
     with pytest.raises(ValueError, match=r"sgd: learning_rate has shape \(3,\): this is a batch of optimizers"):
         batch.init(jnp.ones(2))
+
+
+def test_a_round_trip_through_jit_changes_nothing_to_be_seen():
+    for tx in (gdx.adamw(1e-3, b1=0.1), NESTED, gdx.sgd(gdx.schedules.linear_schedule(0.1, 0.0, 7))):
+        back = jax.jit(lambda tx: tx)(tx)
+        assert back == tx and hash(back) == hash(tx) and repr(back) == repr(tx)
+        assert jax.device_put(tx) == tx
+    assert repr(gdx.sgd(1 / 3)) == "sgd(learning_rate=0.33333334)"
+
+
+def test_text_in_formats():
+    tx = gdx.sgd(0.1)
+    assert f"{tx:>25}" == "   sgd(learning_rate=0.1)"
+    assert "%s" % tx == "{}".format(tx) == str(tx) == "sgd(learning_rate=0.1)"  # noqa: UP031, UP032
+
+
+@pytest.mark.parametrize("name", ["count", "index"])
+def test_methods_of_tuple_are_no_fields(name):
+    with pytest.raises(AttributeError, match=rf"sgd has no field '{name}'"):
+        getattr(gdx.sgd(0.1), name)
+
+    class counting(gdx.Transform):
+        count: gdx.Scalar = gdx.hyperparameter(default=1.0)
+
+    assert counting(2.0).count == 2.0
+
+
+def test_structures_are_compared_with_their_types():
+    """numpy says that its dtype of doubles equals None."""
+    kinds = [gdx.adam(0.1), gdx.adam(0.1, mu_dtype="float64"), gdx.adam(0.1, mu_dtype="float32")]
+    assert len({*kinds}) == 3 and kinds[0] != kinds[1]
+    compiled = jax.jit(lambda tx: tx)
+    for tx in kinds:
+        compiled(tx)
+    assert compiled._cache_size() == 3
+    assert gdx.adam(0.1, mu_dtype=jnp.bfloat16) == gdx.adam(0.1, mu_dtype="bfloat16")
+    assert repr(kinds[1]) == "adam(learning_rate=0.1, mu_dtype='float64')"
+
+
+def test_an_empty_mask_stays_a_field():
+    link = gdx.add_decoupled_weight_decay(0.1, mask=())
+    assert link.mask == () and jax.tree.leaves(link) == [0.1] and list(link.hyperparams) == ["weight_decay"]
+
+
+class Switches(eqx.Module):
+    """A module that can be called, and is a tree of booleans where it is a mask."""
+
+    w: bool
+    b: bool
+
+    def __call__(self, x):
+        return x
+
+
+def test_a_module_given_as_a_mask_is_a_tree():
+    params = Switches(jnp.ones(2), jnp.ones(2))
+    tx = gdx.adamw(1.0, weight_decay=0.5, mask=Switches(True, False))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(zeros, tx.init(params), params)
+    assert updates.w.tolist() == [-0.5, -0.5] and updates.b.tolist() == [0, 0]
+    whole = gdx.adamw(1.0, weight_decay=0.5, mask=lambda params: Switches(False, True))
+    assert whole.update(zeros, whole.init(params), params)[0].b.tolist() == [-0.5, -0.5]
+
+
+@pytest.mark.parametrize("names", [("init",), ("update",), ("init", "update")])
+def test_the_door_cannot_be_overridden(names):
+    body = {name: lambda self, *args: None for name in names}
+    with pytest.raises(TypeError, match=rf"mine: {' and '.join(names)} check .* give init_tree.* and update_tree"):
+        type("mine", (gdx.Transform,), body)
+
+
+def test_what_a_leafwise_link_would_never_call_is_refused():
+    with pytest.raises(TypeError, match=r"mine: update_tree are not called .* step\(self, shared, g, p"):
+        type("mine", (gdx.Leafwise,), {"update_tree": lambda self, *args: None})
+
+
+def test_dataclasses_replace_works():
+    assert dataclasses.replace(gdx.adam(0.1), b1=0.5) == gdx.adam(0.1, b1=0.5)
+
+
+def test_hyperparameters_in_use():
+    rate = gdx.schedules.linear_schedule(1.0, 0.0, transition_steps=4)
+    inner = gdx.adamw(rate, weight_decay=lambda count: 0.1 * (1.0 + count))
+    for tx in (inner, gdx.chain(optax.clip(1.0), gdx.chain(inner)), gdx.value(optax.MultiSteps)(inner, 1)):
+        params = {"w": jnp.ones(3)}
+        state = tx.init(params)
+        with jax.numpy_dtype_promotion("standard"):
+            for _ in range(2):
+                _, state = tx.update(params, state, params)
+        found = jax.jit(gdx.hyperparams_in_use)(tx, state)
+        assert found["learning_rate"] == 0.5 and found["end_value"] == 0 and found["b1"] == np.float32(0.9)
+        np.testing.assert_allclose(found["weight_decay"], 0.3, rtol=1e-6)
+    lion = gdx.value(optax.lion)(rate)
+    state = lion.init(params)
+    _, state = lion.update(params, state, params)
+    assert gdx.hyperparams_in_use(lion, state)["learning_rate"] == 0.75
+    with pytest.raises(TypeError, match=r"expected a transform of gdx's.*gdx\.value"):
+        gdx.hyperparams_in_use(optax.sgd(0.1), optax.sgd(0.1).init(params))
+
+
+def test_tiny_numbers_under_x64():
+    with pytest.raises(ValueError, match=r"eps is 1e-50 \(0\.0 in float32\)"):
+        gdx.adam(0.1, eps=1e-50)
+    with enable_x64(True):
+        assert gdx.adam(0.1, eps=1e-50).hyperparams["eps"] == 1e-50
+
+
+def test_without_jit_under_debug_nans():
+    params = {"w": jnp.linspace(-1, 1, 4)}
+    tx = gdx.chain(gdx.adamw(gdx.schedules.cosine_decay_schedule(0.1, 4)), gdx.sgd(0.1, 0.9))
+    with jax.disable_jit(True), jax.debug_nans(True):
+        updates, _ = tx.update(params, tx.init(params), params)
+    assert np.all(np.isfinite(updates["w"]))
+
+
+def test_a_copy_holds_the_same_devices():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    tx = gdx.sharding.shard_state(gdx.adam(0.1), mesh)
+    assert copy.deepcopy(tx) == tx

@@ -1,6 +1,5 @@
 """What an optimizer is, as texts that another process can compare: its kind and each of its fields."""
 
-import dataclasses
 import functools
 import hashlib
 import re
@@ -13,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdx.compose import Foreign, chain
+from gdx.compose import chain
 from gdx.fields import is_concrete, text
-from gdx.schedules import schedule
+from gdx.schedules import Schedule
 from gdx.sharding import shard_state
-from gdx.transform import Transform
+from gdx.transform import Foreign, Transform
 
 # where schedules are looked at
 COUNTS = (0, *(digit * 10**power for power in range(7) for digit in (1, 2, 5)))
@@ -44,8 +43,8 @@ def _fields(tx: optax.GradientTransformation) -> dict[str, str]:
         held = list(_held(tx))
         return _fields(chain(*held)) if held else {}
     described = {}
-    for name, field, value in tx._settings():
-        described[name] = _setting(value) if field.metadata.get("static") else _hyperparameter(value)
+    for name, is_static, value in tx._settings():
+        described[name] = _setting(value) if is_static else _hyperparameter(value)
         if isinstance(value, optax.GradientTransformation):
             described |= {f"{name}.{inner}": shown for inner, shown in _fields(value).items()}
     return described
@@ -79,11 +78,9 @@ def _held(tx: optax.GradientTransformation) -> Iterator[optax.GradientTransforma
     if not isinstance(tx, Transform):
         yield from map(unplaced, _closed_over(tx.update))
         return
-    for field in dataclasses.fields(tx):
-        value = getattr(tx, field.name)
-        for item in value if type(value) is tuple else (value,):
-            if isinstance(item, optax.GradientTransformation):
-                yield item
+    if isinstance(tx, Foreign):
+        yield tx.transform
+    yield from tx._inside()
 
 
 def _closed_over(function: Any) -> Iterator[Transform]:
@@ -122,8 +119,8 @@ def _setting(value: Any) -> str:
 
 
 def _hyperparameter(value: Any) -> str:
-    if isinstance(value, schedule):  # its numbers are fields of their own
-        return _without_addresses(repr((value.factory, value.constants)))
+    if isinstance(value, Schedule):  # its fields have names of their own
+        return type(value).__name__
     if callable(value):
         return f"{text(value)} with values {_values(value)}"
     if value is None or not is_concrete(value):

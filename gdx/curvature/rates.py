@@ -1,12 +1,15 @@
 """What the edges of a spectrum say about learning rates: the best one, and the one beyond which training diverges."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from gdx.fields import is_concrete
-from gdx.optimizers import adam, adamw, gradient_descent, momentum, nesterov, sgd
+from gdx.links.adam import adam, adamw
+from gdx.links.descent import gradient_descent
+from gdx.links.momentum import momentum, nesterov, sgd
 from gdx.transform import Transform
 
 
@@ -26,7 +29,7 @@ class BestRate(NamedTuple):
     convex: jax.Array
 
 
-def best_learning_rate(smallest: Any, largest: Any, optimizer: type[Transform] = gradient_descent) -> BestRate:
+def best_learning_rate(smallest: Any, largest: Any, optimizer: Callable[..., Transform] = gradient_descent) -> BestRate:
     r"""The best learning rate and momentum for a quadratic whose eigenvalues go from $\lambda_1$ to $\lambda_n$.
 
     With $\kappa = \lambda_n / \lambda_1$:
@@ -127,9 +130,9 @@ def stability_edge(tx: Transform) -> jax.Array:
     38000.0
     """
     name = "stability_edge"
-    if not isinstance(tx, gradient_descent | sgd | momentum | nesterov | adam | adamw):
+    if type(tx) not in (gradient_descent, sgd, momentum, nesterov, adam, adamw):
         raise TypeError(f"{name}: tx is {tx!r}; expected an optimizer of gdx, such as gdx.sgd(0.1, momentum=0.9)")
-    is_adam = isinstance(tx, adam | adamw)
+    is_adam = type(tx) in (adam, adamw)
     mu = getattr(tx, "b1" if is_adam else "momentum", None)
     if callable(tx.learning_rate) or callable(mu):
         raise TypeError(f"{name}: tx is {tx!r}; replace its schedules by the numbers of one step: tx.replace(...)")
@@ -137,4 +140,4 @@ def stability_edge(tx: Transform) -> jax.Array:
     edge = 2 * (1 + mu) / rate
     if is_adam:  # its first moment is a mean rather than a sum
         edge /= 1 - mu
-    return edge / (1 + 2 * mu) if isinstance(tx, nesterov) or getattr(tx, "nesterov", False) else edge
+    return edge / (1 + 2 * mu) if type(tx) is nesterov or getattr(tx, "nesterov", False) else edge

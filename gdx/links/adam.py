@@ -1,6 +1,7 @@
-"""Adam: steps of about one learning rate per parameter, whatever the scale of the gradient."""
+"""Adam and AdamW: steps of about one learning rate per parameter, whatever the scale of the gradient."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -8,23 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdx.fields import Scalar, hyperparameter, is_concrete, static, text, to_bool
+from gdx.compose import chain
+from gdx.fields import Scalar, hyperparameter, is_concrete, static, text, to_bool, to_scalar
 from gdx.leafwise import Leafwise, moment_like
+from gdx.links.decay import add_decoupled_weight_decay
+from gdx.links.descent import scale_by_learning_rate
 from gdx.numerics import alike, uncontracted
 from gdx.storage.formats import Format, to_storage
+from gdx.transform import Transform, value
 
 to_second_moment = functools.partial(to_storage, second_moment=True)
-
-
-def check_second_moment(tx: Any) -> None:
-    """Raises where the second moment of an Adam would be rounded to nearest in a way that stops it from following."""
-    nearest = isinstance(tx.nu_dtype, np.dtype) and tx.nu_dtype.itemsize < 4
-    if nearest and (callable(tx.b2) or (is_concrete(tx.b2) and np.any(np.asarray(tx.b2) >= 0.99))):
-        raise ValueError(
-            f"{type(tx).__name__}: nu_dtype is {tx.nu_dtype.name!r} with b2 = {text(tx.b2)}: rounded to nearest, the "
-            f"second moment stands still when it should shrink by {1 - 0.99:.0%} or less in a step. Round it "
-            f"stochastically, nu_dtype=gdx.storage.StochasticBfloat16(), or take b2 below 0.99"
-        )
 
 
 class _Shared(NamedTuple):
@@ -50,8 +44,7 @@ class scale_by_adam(Leafwise):
     With Nesterov, $\hat m_t = \beta_1 m_t / (1 - \beta_1^{t+1}) + (1 - \beta_1) g_t / (1 - \beta_1^t)$.
 
     State: `optax.ScaleByAdamState(count, mu, nu)`: the int32 step count $t$, the first moment
-    shaped like the parameters, and the second, real also for complex parameters. Computed in at
-    least float32; updates are returned in the gradient's dtype.
+    shaped like the parameters, and the second, real also for complex parameters.
 
     Range: computed in float32, gradients up to 1.8e19, beyond which the square overflows and the
     step is NaN, to be seen. Below 1e-19 the square vanishes and eps alone divides, which matters
@@ -98,7 +91,14 @@ class scale_by_adam(Leafwise):
     nu_dtype: np.dtype | Format | None = static(default=None, convert=to_second_moment, kw_only=True)
 
     def validate(self) -> None:
-        check_second_moment(self)
+        dtype = self.nu_dtype
+        is_slow = callable(self.b2) or (is_concrete(self.b2) and bool(np.any(np.asarray(self.b2) >= 0.99)))
+        if isinstance(dtype, np.dtype) and dtype.itemsize < 4 and is_slow:
+            raise ValueError(
+                f"scale_by_adam: nu_dtype is {dtype.name!r} with b2 = {text(self.b2)}: rounded to nearest, the "
+                f"second moment stands still when it should shrink by {1 - 0.99:.0%} or less in a step. Round it "
+                f"stochastically, nu_dtype=gdx.storage.StochasticBfloat16(), or take b2 below 0.99"
+            )
 
     @property
     def formats(self) -> tuple[Any, Any]:
@@ -161,3 +161,92 @@ def _correction_jvp(primals: tuple, tangents: tuple) -> tuple:
     b, t = primals
     # through log1p the derivative at b = 0 would be 0 * inf; the step count is not differentiated
     return _correction(b, t), -t * b ** (t - 1) * tangents[0]
+
+
+@value
+def adam(
+    learning_rate: Scalar,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: np.dtype | Format | None = None,
+    *,
+    nesterov: bool = False,
+    nu_dtype: np.dtype | Format | None = None,
+) -> Transform:
+    r"""Adam.
+
+    $$ \theta_{t+1} = \theta_t - \eta_t \, \hat m_t / \left( \sqrt{\hat v_t + \bar\varepsilon} + \varepsilon \right) $$
+
+    with the bias-corrected moments of `scale_by_adam`; $\varepsilon$ is outside the square root.
+
+    Args:
+      learning_rate: $\eta \ge 0$, about the length of a step in each parameter.
+      b1, b2, eps, eps_root, mu_dtype, nesterov, nu_dtype: as in `scale_by_adam`.
+
+    Raises:
+      ValueError: a value is out of range.
+
+    Source: Kingma & Ba (2014), algorithm 1; nesterov: Dozat (2016).
+
+    >>> import gdx
+    >>> gdx.adam(1e-3, b2=0.99).made
+    chain(scale_by_adam(b2=0.99), scale_by_learning_rate(learning_rate=0.001))
+    """
+    return chain(
+        scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, nu_dtype=nu_dtype),
+        scale_by_learning_rate(learning_rate),
+    )
+
+
+@value
+def adamw(
+    learning_rate: Scalar,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    eps_root: Scalar = 0.0,
+    mu_dtype: np.dtype | Format | None = None,
+    weight_decay: Scalar = 1e-4,
+    mask: Any | Callable[[Any], Any] = None,
+    *,
+    nesterov: bool = False,
+    schedule_multiplier: Scalar | None = None,
+    nu_dtype: np.dtype | Format | None = None,
+) -> Transform:
+    r"""Adam with decoupled weight decay.
+
+    $$ \theta_{t+1} = \theta_t - \eta_t \left( \hat m_t / \left( \sqrt{\hat v_t + \bar\varepsilon} + \varepsilon \right)
+       + \lambda \theta_t \right) $$
+
+    as in torch and optax, where the learning rate, scheduled or not, multiplies the decay. With a
+    `schedule_multiplier` $s_t$, Loshchilov & Hutter's own form, in which the base rate does not:
+
+    $$ \theta_{t+1} = \theta_t - s_t \left( \eta \, \hat m_t
+       / \left( \sqrt{\hat v_t + \bar\varepsilon} + \varepsilon \right) + \lambda \theta_t \right) $$
+
+    Args:
+      learning_rate: $\eta \ge 0$, about the length of a step in each parameter.
+      b1, b2, eps, eps_root, mu_dtype, nesterov, nu_dtype: as in `scale_by_adam`.
+      weight_decay: $\lambda \ge 0$.
+      mask: which leaves decay, as in `add_decoupled_weight_decay`.
+      schedule_multiplier: $s \ge 0$, usually a schedule that starts from 1; None for torch's and
+        optax's form.
+
+    Raises:
+      ValueError: a value is out of range, or update is called without parameters.
+
+    Source: Loshchilov & Hutter, Decoupled Weight Decay Regularization (2019), algorithm 2.
+
+    >>> import gdx
+    >>> gdx.adamw(1e-3, weight_decay=0.1).made.transforms[1:]
+    (add_decoupled_weight_decay(weight_decay=0.1), scale_by_learning_rate(learning_rate=0.001))
+    """
+    direction = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, nu_dtype=nu_dtype)
+    decay = add_decoupled_weight_decay(weight_decay, mask)
+    if schedule_multiplier is None:
+        return chain(direction, decay, scale_by_learning_rate(learning_rate))
+    to_scalar("schedule_multiplier", schedule_multiplier, minimum=0)  # the link would call it a learning rate
+    base_rate = scale_by_learning_rate(learning_rate, flip_sign=False)
+    return chain(direction, base_rate, decay, scale_by_learning_rate(schedule_multiplier))

@@ -1,12 +1,13 @@
 """Weight decay that does not pass through the gradient."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import optax
+from optax.transforms._adding import WeightDecaySchedule  # has no public name
 
-from gdx.checks import require_params
+from gdx.checks import check_state, require_params
 from gdx.fields import Scalar, hyperparameter, static
 from gdx.leafwise import Leafwise
 from gdx.numerics import alike
@@ -21,7 +22,8 @@ class add_decoupled_weight_decay(Leafwise):
     Behind an adaptive link this is *decoupled* decay: it is not divided by the gradient's size, as
     the gradient of an L2 penalty would be. Put before the learning rate, it is multiplied by it.
 
-    Computed in at least float32 and returned in the gradient's dtype. Without state.
+    Without state; under a schedule optax's `WeightDecaySchedule(count)`, and with a mask in an `optax.MaskedState`, as
+    in optax.
 
     Args:
       weight_decay: $\lambda \ge 0$.
@@ -50,7 +52,7 @@ class add_decoupled_weight_decay(Leafwise):
         require_params(self, params)
         if self.mask is None:
             return True
-        mask = self.mask(params) if callable(self.mask) else self.mask
+        mask = self.mask(params) if _is_function(self.mask) else self.mask
         for path, leaf in zip(paths(mask), jax.tree.leaves(mask)):
             if not isinstance(leaf, bool):
                 raise TypeError(
@@ -64,8 +66,26 @@ class add_decoupled_weight_decay(Leafwise):
                 f"expected one boolean for each parameter or for a whole subtree, or a function of the parameters"
             ) from error
 
+    Counted: ClassVar = WeightDecaySchedule
+
+    def _packed(self, count: Any, moments: dict[str, Any]) -> Any:
+        state = super()._packed(count, moments)
+        return state if self.mask is None else optax.MaskedState(state)
+
+    def _unpacked(self, state: Any) -> tuple[Any, Any]:
+        if self.mask is None:
+            return super()._unpacked(state)
+        check_state(self, state, optax.MaskedState)
+        return super()._unpacked(state.inner_state)
+
     def step(self, shared: tuple, g: jax.Array, p: jax.Array) -> tuple[jax.Array]:
         return (g + alike(self.weight_decay * p),)
+
+
+def _is_function(mask: Any) -> bool:
+    """Whether a mask is a function of the parameters: a module that can be called may be a tree of booleans."""
+    leaves = jax.tree.leaves(mask)
+    return bool(leaves) and all(map(callable, leaves))
 
 
 def _listed(tree: Any) -> str:

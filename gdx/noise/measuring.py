@@ -159,11 +159,11 @@ class measure_noise(Transform):
 
     decay: Scalar = hyperparameter(default=0.99, minimum=0, below=1)
 
-    def init(self, params: optax.Params) -> NoiseState:
+    def init_tree(self, params: optax.Params) -> NoiseState:
         dtype = jnp.result_type(float)
         return NoiseState(jnp.zeros([], jnp.int32), Noise(jnp.zeros([], dtype), jnp.zeros([], dtype)))
 
-    def update(
+    def update_tree(
         self, updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, NoiseState]:
         check_state(self, state, NoiseState)

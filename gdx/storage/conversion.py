@@ -1,5 +1,6 @@
 """Takes an optimizer's state from one storage format to another."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -34,9 +35,7 @@ def convert(state: Any, like: Any) -> Any:
     >>> state[0].count.item(), state[0].nu["w"].codes.max().item()
     (1, 255)
     """
-    found, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_packed)
-    wanted, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_packed)
-    values, targets = dict(found), dict(wanted)
+    values, targets = dict(_leaves(state)), dict(_leaves(like))
     missing = [path for path in targets if path not in values and not _is_count(targets[path])]
     extra = [path for path in values if path not in targets and not _is_count(values[path])]
     shaped = [path for path in targets if path in values and np.shape(values[path]) != np.shape(targets[path])]
@@ -46,8 +45,22 @@ def convert(state: Any, like: Any) -> Any:
                 f"convert: the state {what} {', '.join(map(jax.tree_util.keystr, places[:3]))}, unlike the one to go "
                 f"to; pass tx.init(params) of an optimizer with the same links, and the same parameters"
             )
-    leaves = [_recast(values.get(path, target), target, index) for index, (path, target) in enumerate(wanted)]
-    return jax.tree.unflatten(structure, leaves)
+    leaves = [_recast(values.get(path, target), target, index) for index, (path, target) in enumerate(targets.items())]
+    return jax.tree.unflatten(jax.tree.structure(like, is_leaf=is_packed), leaves)
+
+
+def _leaves(state: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
+    """Leaves by their places, which do not change when a count comes beside what it counts."""
+    for place, x in jax.tree_util.tree_leaves_with_path(state, is_leaf=lambda x: is_packed(x) or _is_counted(x)):
+        if _is_counted(x):
+            yield (*path, *place, "count"), x.count
+            yield from _leaves(x.inner_state, (*path, *place))
+        else:
+            yield (*path, *place), x
+
+
+def _is_counted(x: Any) -> bool:
+    return getattr(x, "_fields", None) == ("count", "inner_state")
 
 
 def _recast(value: Any, target: Any, index: int) -> Any:

@@ -66,7 +66,7 @@ def copied(tree):
 @pytest.mark.parametrize(
     "tx",
     [
-        gdx.adamw(gdx.schedule(optax.cosine_decay_schedule, init_value=0.1, decay_steps=9), mu_dtype="bfloat16"),
+        gdx.adamw(gdx.schedules.cosine_decay_schedule(0.1, decay_steps=9), mu_dtype="bfloat16"),
         gdx.adam(0.01, mu_dtype=gdx.storage.SignedFourthRoot8(), nu_dtype=gdx.storage.FourthRoot8()),
         gdx.chain(optax.clip_by_global_norm(1.0), gdx.sgd(0.1, 0.9), gdx.round_with_compensation()),
         optax.adamw(0.01),

@@ -31,11 +31,19 @@ OPTIMIZERS = [
     "gdx.chain(gdx.adamw(1e-3), gdx.sgd(0.1))",
     "gdx.chain(gdx.sgd(0.1), gdx.adamw(1e-3))",
     "gdx.chain(optax.clip(1.0), gdx.sgd(0.1))",
-    "gdx.lift((gdx.sgd(0.1),), halved)",
-    "gdx.sgd(gdx.schedule(optax.linear_schedule, init_value=0.1, end_value=0.0, transition_steps=300))",
-    "gdx.sgd(gdx.schedule(optax.linear_schedule, init_value=0.1, end_value=0.0, transition_steps=400))",
-    "gdx.sgd(gdx.schedule(functools.partial(optax.linear_schedule, 0.1), end_value=0.0, transition_steps=300))",
-    "gdx.sgd(gdx.schedule(functools.partial(optax.linear_schedule, 0.2), end_value=0.0, transition_steps=300))",
+    "gdx.value(halved)(gdx.sgd(0.1))",
+    "gdx.value(halved)(gdx.sgd(0.2))",
+    "gdx.value(optax.MultiSteps)(gdx.sgd(0.2), 2)",
+    "gdx.value(optax.MultiSteps)(gdx.sgd(0.2), 3)",
+    "gdx.value(optax.lion)(0.1)",
+    "gdx.value(optax.lion)(0.2)",
+    "gdx.value(optax.lion)(0.2, b1=0.8)",
+    "gdx.chain(gdx.value(optax.clip)(1.0), gdx.sgd(0.1))",
+    "gdx.chain(gdx.value(optax.clip)(2.0), gdx.sgd(0.1))",
+    "gdx.sgd(gdx.schedules.linear_schedule(0.1, 0.0, transition_steps=300))",
+    "gdx.sgd(gdx.schedules.linear_schedule(0.1, 0.0, transition_steps=400))",
+    "gdx.sgd(gdx.schedule(optax.linear_schedule)(0.1, 0.0, transition_steps=300))",
+    "gdx.sgd(gdx.schedule(optax.linear_schedule)(0.1, 0.0, transition_steps=400))",
     "gdx.sgd(optax.linear_schedule(0.1, 0.0, 300))",
     "gdx.sgd(optax.linear_schedule(0.1, 0.0, 400))",
     "gdx.grid(gdx.sgd, learning_rate=[0.1, 0.2])",
@@ -58,7 +66,7 @@ OPTIMIZERS = [
 
 
 def made(text: str):
-    return eval(text, {"gdx": gdx, "optax": optax, "halved": halved, "functools": functools})
+    return eval(text, {"gdx": gdx, "optax": optax, "halved": halved})
 
 
 def test_any_two_differ():

@@ -30,7 +30,7 @@ class Row:
       invalid: keywords, the error they raise, and a pattern that its message matches.
       step: its step in `tests.oracle`.
       largest_gradient: the largest float32 gradient that gives finite steps.
-      takes_schedules: whether each number may also be a schedule; it may not inside one.
+      takes_schedules: whether each number may also be a schedule; it may not inside one, nor everywhere in optax.
       dtype: of the parameters that it is for.
     """
 
@@ -92,22 +92,29 @@ def nested(learning_rate: Any, b1: Any = 0.9, momentum: Any = 0.5) -> gdx.Transf
 
 def scheduled(init_value: Any, end_value: Any, transition_steps: Any, momentum: Any) -> gdx.Transform:
     """A schedule whose numbers are hyperparameters."""
-    rate = gdx.schedule(
-        optax.linear_schedule, init_value=init_value, end_value=end_value, transition_steps=transition_steps
-    )
-    return gdx.momentum(rate, momentum)
+    return gdx.momentum(gdx.schedules.linear_schedule(init_value, end_value, transition_steps), momentum)
 
 
-def _in_chain(tx: gdx.Transform) -> optax.GradientTransformation:
+@gdx.value
+def in_chain(tx: gdx.Transform) -> optax.GradientTransformation:
+    """A chain of optax's around a value."""
     return optax.chain(optax.identity(), tx)
 
 
-def lifted(learning_rate: Any, momentum: Any = 0.9) -> gdx.Transform:
+def wrapped(learning_rate: Any, momentum: Any = 0.9) -> gdx.Transform:
     """A wrapper of optax's around a value."""
-    return gdx.lift((gdx.sgd(learning_rate, momentum),), _in_chain)
+    return in_chain(gdx.sgd(learning_rate, momentum))
 
 
-def _fed(tx: gdx.Transform) -> optax.GradientTransformationExtraArgs:
+def scaled(learning_rate: Any, step_size: Any = 1.0, b1: Any = 0.9) -> gdx.Transform:
+    """A chain whose first link is a value of optax's, with a number of its own."""
+    return gdx.chain(gdx.value(optax.scale)(step_size), gdx.adam(learning_rate, b1))
+
+
+@gdx.value
+def fed(tx: gdx.Transform) -> optax.GradientTransformationExtraArgs:
+    """A link that measures noise, told in each step what it needs."""
+
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         micro_batches = gdx.noise.MicroBatches(jnp.full([], 1e6, jnp.float32), 8, 4)
         return tx.update(updates, state, params, micro_batches=micro_batches, **extra_args)
@@ -117,7 +124,7 @@ def _fed(tx: gdx.Transform) -> optax.GradientTransformationExtraArgs:
 
 def measured(learning_rate: Any, decay: Any) -> gdx.Transform:
     """With the link that measures noise, told in each step what it needs."""
-    return gdx.chain(gdx.lift((gdx.noise.measure_noise(decay),), _fed), gdx.sgd(learning_rate))
+    return gdx.chain(fed(gdx.noise.measure_noise(decay)), gdx.sgd(learning_rate))
 
 
 def sharded(learning_rate: Any, b1: Any = 0.9, weight_decay: Any = 1e-4) -> gdx.Transform:
@@ -163,6 +170,10 @@ def _nested(t: int, g: Any, theta: Any, memory: dict, *, learning_rate: Any, b1:
     u = oracle.adam(t, g, theta, memory, learning_rate=learning_rate, b1=b1, b2=0.999, eps=1e-8)
     v = memory["velocity"] = u if t == 1 else momentum * memory["velocity"] + u
     return v
+
+
+def _scaled(t: int, g: Any, theta: Any, memory: dict, *, learning_rate: Any, step_size: Any, b1: Any) -> Any:
+    return oracle.adam(t, step_size * g, theta, memory, learning_rate=learning_rate, b1=b1, b2=0.999, eps=1e-8)
 
 
 def _scheduled(
@@ -231,9 +242,9 @@ _BAD_MOMENTS = (
     ({"nu_dtype": "float16", "b2": 0.9}, ValueError, r"nu_dtype is 'float16', which rounds small second moments to 0"),
     ({"mu_dtype": gdx.storage.StochasticBfloat16}, TypeError, r"mu_dtype is the class StochasticBfloat16; expected"),
     (
-        {"nu_dtype": "bfloat16", "b2": gdx.schedule(optax.constant_schedule, value=0.5)},
+        {"nu_dtype": "bfloat16", "b2": gdx.schedules.constant_schedule(0.5)},
         ValueError,
-        r"nu_dtype is 'bfloat16' with b2 = schedule\(",
+        r"nu_dtype is 'bfloat16' with b2 = constant_schedule\(",
     ),
     ({"nesterov": "no"}, TypeError, r"nesterov is 'no'; expected True or False"),
     ({"mu_dtype": bool}, ValueError, r"mu_dtype is 'bool', in which a moment would be rounded away"),
@@ -358,11 +369,19 @@ ROWS = (
         largest_gradient=1e19,
     ),
     Row(
-        lifted,
+        wrapped,
         ({"learning_rate": 0.1, "momentum": 0.9},),
         _with_rate((({"momentum": 1.0}, ValueError, r"sgd: momentum is 1\.0"),)),
         oracle.sgd,
         largest_gradient=3e37,
+    ),
+    Row(
+        scaled,
+        ({"learning_rate": 1e-2, "step_size": 0.5, "b1": 0.9},),
+        _with_rate((({"b1": 1.0}, ValueError, r"adam: b1 is 1\.0"),)),
+        _scaled,
+        largest_gradient=1e19,
+        takes_schedules=False,
     ),
     Row(
         measured,

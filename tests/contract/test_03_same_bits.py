@@ -31,7 +31,7 @@ def test_a_constant_in_a_closure(row, settings):
 @every_case
 def test_a_schedule_returning_that_value(row, settings):
     if not row.takes_schedules:
-        pytest.skip("its numbers are those of a schedule")
+        pytest.skip("not each of its numbers can be a schedule")
     schedules = {name: (lambda count, value=value: value) for name, value in row.numbers(settings).items()}
     tx = row.make(**{**settings, **schedules})
     assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(row.tree(), gradients(STEPS)), by_argument(row, settings))

@@ -107,10 +107,10 @@ def test_states_of_another_kind(row):
     state = tx.init(params)
     if isinstance(state, optax.EmptyState):
         wrong = [None, (), {}, {"count": 0}, optax.TraceState(params)]
-    elif isinstance(tx, gdx.Composed | gdx.sharding.shard_state):
-        wrong = [None, {}, state[:-1], (*state, state), list(state), gdx.scale_by_adam().init(params)]
-    elif isinstance(tx, gdx.lift):
+    elif row.name == "wrapped":  # a chain of optax's has the first word
         wrong = [(), (optax.EmptyState(), {}), (optax.EmptyState(), state)]
+    elif type(state) is tuple:
+        wrong = [None, {}, state[:-1], (*state, state), list(state), gdx.scale_by_adam().init(params)]
     else:
         wrong = [None, {}, tuple(state), state._asdict(), (state,), optax.EmptyState(), params]
     for other in wrong:
@@ -145,7 +145,7 @@ def test_update_without_the_parameters(tx):
     ],
 )
 def test_masks(mask, error, words):
-    with pytest.raises(error, match=f"add_decoupled_weight_decay: {words}"):
+    with pytest.raises(error, match=f"adamw: {words}"):
         gdx.adamw(0.1, mask=mask).init(tree())
 
 
@@ -165,9 +165,7 @@ def test_schedules(schedule, error, words):
 
 
 def test_a_state_made_without_the_schedule():
-    with pytest.raises(
-        TypeError, match=r"sgd: the state is a tuple of 1.*expected ScheduledState\(count, inner_state\)"
-    ):
+    with pytest.raises(TypeError, match=r"sgd: the state is a EmptyState, expected ScaleByScheduleState\(count\)"):
         gdx.sgd(lambda count: 0.1).update(tree(), gdx.sgd(0.1).init(tree()))
 
 

@@ -143,10 +143,7 @@ def test_under_multi_steps():
     g = gradients(12)
     small = sum(np.sum(np.asarray(x, float).reshape(12, -1) ** 2, axis=1) for x in jax.tree.leaves(g))
 
-    def in_four(tx):
-        return optax.MultiSteps(tx, 4)
-
-    tx = gdx.lift((gdx.chain(noise.measure_noise(0.0), gdx.sgd(0.1)),), in_four)
+    tx = gdx.value(optax.MultiSteps)(gdx.chain(noise.measure_noise(0.0), gdx.sgd(0.1)), 4)
 
     def mini_step(carry, inputs):
         params, state, mean = carry

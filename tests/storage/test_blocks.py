@@ -58,10 +58,10 @@ def test_a_velocity_that_only_decays_vanishes(momentum):
     x = jnp.full((64, 256), 0.01).at[:, 0].set(1)
     g = jnp.zeros_like(x).at[:, 0].set(1 - momentum)  # keeps the largest of each block where it is
     tx = gdx.scale_by_momentum(momentum, accumulator_dtype=MU)
-    state = tx.init(x)._replace(trace=MU.encode(x, FIRST))
+    state = tx.init(x)._replace(inner_state=optax.TraceState(MU.encode(x, FIRST)))
     step = lambda state, _: (tx.update(g, state)[1], None)  # noqa: E731
     state, _ = jax.jit(lambda s: jax.lax.scan(step, s, None, steps))(state)
-    found = np.asarray(state.trace.decode(), np.float64)[:, 1:]
+    found = np.asarray(state.inner_state.trace.decode(), np.float64)[:, 1:]
     assert abs(found.mean() - 0.01 * momentum**steps) <= SIGMAS * found.std() / np.sqrt(found.size)
 
 

@@ -46,8 +46,15 @@ def test_there_and_back(formats):
 def test_counts_come_and_go():
     plain, random = gdx.sgd(0.1, 0.9), gdx.sgd(0.1, 0.9, accumulator_dtype=StochasticBfloat16())
     _, state = some_steps(random, PARAMS, random.init(PARAMS), range(3))
-    assert_same_bits(convert(state, plain.init(PARAMS))[0].trace["w"], state[0].trace["w"].astype(jnp.float32))
-    assert convert(plain.init(PARAMS), random.init(PARAMS))[0].count == 0
+    moment = state[0].inner_state.trace["w"]
+    there = convert(state, plain.init(PARAMS))
+    assert_same_bits(there[0].trace["w"], moment.astype(jnp.float32))
+    back = convert(there, random.init(PARAMS))
+    assert back[0].count == 0
+    assert_same_bits(back[0].inner_state.trace["w"], moment)
+    assert_same_bits(convert(state, random.init(PARAMS)), state)
+    scheduled = gdx.sgd(gdx.schedules.constant_schedule(0.1), 0.9)
+    assert_same_bits(convert(there, scheduled.init(PARAMS)), (there[0], optax.ScaleByScheduleState(jnp.int32(0))))
 
 
 def test_keys_of_other_links():

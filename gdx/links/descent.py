@@ -1,4 +1,4 @@
-"""The step along the negative gradient."""
+"""Gradient descent: the step along the negative gradient."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import jax
 from gdx.fields import Scalar, hyperparameter, static, to_bool
 from gdx.leafwise import Leafwise
 from gdx.numerics import alike
+from gdx.transform import Transform, value
 
 
 class scale_by_learning_rate(Leafwise):
@@ -14,7 +15,7 @@ class scale_by_learning_rate(Leafwise):
 
     $$ u_t = -\eta_t \, g_t $$
 
-    Computed in at least float32 and returned in the gradient's dtype. Without state.
+    Without state; under a schedule, `optax.ScaleByScheduleState(count)`.
 
     Args:
       learning_rate: $\eta \ge 0$.
@@ -41,3 +42,26 @@ class scale_by_learning_rate(Leafwise):
 
     def step(self, factor: jax.Array, g: jax.Array, p: jax.Array | None) -> tuple[jax.Array]:
         return (alike(factor * g),)
+
+
+@value
+def gradient_descent(learning_rate: Scalar) -> Transform:
+    r"""Gradient descent.
+
+    $$ \theta_{t+1} = \theta_t - \eta_t \nabla L(\theta_t) $$
+
+    Args:
+      learning_rate: $\eta \ge 0$.
+
+    Raises:
+      ValueError, TypeError: as `scale_by_learning_rate`.
+
+    Source: Cauchy (1847).
+
+    >>> import gdx, jax, optax, jax.numpy as jnp
+    >>> tx, theta = gdx.gradient_descent(0.1), jnp.array([1.0])
+    >>> updates, state = tx.update(jax.grad(lambda x: (x**2).sum())(theta), tx.init(theta))
+    >>> optax.apply_updates(theta, updates).tolist()
+    [0.800000011920929]
+    """
+    return scale_by_learning_rate(learning_rate)

@@ -1,0 +1,467 @@
+"""A call kept as a value: a frozen dataclass that is a pytree of its numbers, compares, hashes, prints and pickles.
+
+An optimizer is a call, `adamw(1e-3, b1=0.8)`, kept instead of being thrown away. Its fields are the call's arguments.
+Numbers, arrays, other values and containers of these are children of the pytree; everything else (a switch, a dtype, a
+mask, a plain function) decides the program, and is part of the tree's structure.
+"""
+
+import dataclasses
+import functools
+import inspect
+import re
+import sys
+import types
+import typing
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Self, dataclass_transform
+
+import jax
+import numpy as np
+
+from gdx.fields import Static, hyperparameter, is_number, is_opaque, key_of, same, static, text, to_number
+
+
+@dataclass_transform(
+    frozen_default=True, eq_default=False, field_specifiers=(hyperparameter, static, dataclasses.field)
+)
+class Value:
+    """Base of what is kept of a call. A subclass gives fields, and becomes a frozen dataclass and a pytree.
+
+    Numbers are held as float64 on the host: making a value touches no device, and JAX rounds to its default float
+    dtype when they enter a program. Arrays of any real dtype are cast to that default dtype, so every spelling of a
+    number meets one compiled program. Values are equal if their numbers are in that dtype.
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+        # inspect would otherwise show __new__, and optax.inject_hyperparams reads the signature
+        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        jax.tree_util.register_pytree_with_keys(cls, _flatten_with_keys, functools.partial(_unflatten, cls), _flatten)
+
+    def __post_init__(self) -> None:
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        self._check_given(given)
+        self._set({name: self._convert(name, value) for name, value in given.items()})
+        self.validate()
+
+    def _check_given(self, given: Mapping[str, Any]) -> None:
+        """Raises an error where the arguments, as they were given, are refused."""
+
+    def _set(self, converted: Mapping[str, tuple[Any, bool]]) -> None:
+        """Fills in the fields: the value of each, and whether it is a child."""
+        vars(self).update({name: value for name, (value, _) in converted.items()})
+        children = tuple(name for name, (_, is_child) in converted.items() if is_child)
+        rest = tuple((name, Static(value)) for name, (value, is_child) in converted.items() if not is_child)
+        vars(self)["_structure"] = Structure(children, rest)
+
+    def _convert(self, name: str, value: Any, source: str = "") -> tuple[Any, bool]:
+        """A field's value in its canonical form, and whether it is a child of the pytree."""
+        metadata = type(self).__dataclass_fields__[name].metadata  # type: ignore[attr-defined]
+        convert = metadata.get("convert")
+        if convert is None:
+            return guessed(value, metadata.get("parameter"))
+        value = convert(f"{type(self).__name__}: {name}{source}", value)
+        return value, not (metadata.get("static") or is_opaque(value))
+
+    def validate(self) -> None:
+        """Raises an error where fields that are valid one by one do not fit together."""
+
+    # Comparing and showing.
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if type(self) is not type(other):
+            return False
+        structure: Any = jax.tree.structure(self)
+        return structure == jax.tree.structure(other) and all(map(same, jax.tree.leaves(self), jax.tree.leaves(other)))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        leaves, structure = jax.tree.flatten(self)
+        return hash((structure, *map(key_of, leaves)))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self._arguments())})"
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self), spec)
+
+    def _arguments(self) -> Iterator[str]:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if not self._is_default(field):
+                yield f"{field.name}={text(value)}"
+
+    def _is_default(self, field: dataclasses.Field) -> bool:
+        value, default = getattr(self, field.name), _default(field)
+        if default is dataclasses.MISSING or value is default:
+            return value is default
+        default, _ = self._convert(field.name, default)
+        (leaves, structure), (others, other_structure) = jax.tree.flatten(value), jax.tree.flatten(default)
+        is_alike: bool = structure == other_structure  # type: ignore[operator]
+        return is_alike and all(
+            same(a, b) if is_number(a) and is_number(b) else Static(a) == Static(b) for a, b in zip(leaves, others)
+        )
+
+    # Copying. A value cannot change, so that a copy needs no copies of what it holds, such as devices.
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
+
+    def __reduce__(self) -> Any:
+        fields: Any = dataclasses.fields(self)  # type: ignore[arg-type]
+        given = {field.name: getattr(self, field.name) for field in fields if not self._is_default(field)}
+        return _restored, (*_origin(type(self)), given, vars(self)["_structure"].children)
+
+    # Names.
+
+    @property
+    def hyperparams(self) -> Mapping[str, Any]:
+        """Every number by name, through nested values, read-only.
+
+        A name that several of them share is qualified with as much of its path as tells them apart:
+        `scale_by_adam.b1`, or `scale_by_adam[0].b1` where two are of one kind. In the place of a schedule that is a
+        value stand its numbers.
+        """
+        named = {}
+        for name, is_static, value in self._settings():
+            if not (is_static or value is None or isinstance(value, Value)):
+                named[name] = float(value) if isinstance(value, np.floating) else value
+        return MappingProxyType(named)
+
+    def replace(self, **changes: Any) -> Self:
+        """The same value with some fields changed, named as in `hyperparams`.
+
+        Fields that are no numbers can be replaced too. Qualified names are passed as
+        `tx.replace(**{"scale_by_adam.b1": 0.8})`.
+
+        Raises:
+          ValueError: a name is unknown, or several values have a field of that name.
+        """
+        names = self._names()
+        for name in changes:
+            if name not in names:
+                choices = [known for known in names if known.endswith(f".{name}")]
+                problem = "is ambiguous" if choices else "is unknown"
+                raise ValueError(
+                    f"{type(self).__name__}.replace: {name!r} {problem}; choose from {', '.join(choices or names)}"
+                )
+        return self._put([(names[name].path, value) for name, value in changes.items()])
+
+    def _put(self, changes: Sequence[tuple[tuple, Any]]) -> Self:
+        """The same value with others at these paths: all put in their places before any is checked."""
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        children = vars(self)["_structure"].children
+        converted = {name: (value, name in children) for name, value in given.items()}
+        for name in dict.fromkeys(path[0] for path, _ in changes):
+            given[name] = _with(given[name], [(path[1:], value) for path, value in changes if path[0] == name], self)
+            converted[name] = self._convert(name, given[name])
+        changed = type(self).__new__(type(self))
+        if not any(map(np.ndim, jax.tree.leaves(self))):  # else this is a batch
+            changed._check_given(given)
+        changed._set(converted)
+        changed.validate()
+        return changed
+
+    def _settings(self) -> Iterator[tuple[str, bool, Any]]:
+        """Name, whether it is part of the structure, and value of every field that is not itself a transform."""
+        for name, found in self._names().items():
+            yield name, found.is_static, found.value
+
+    def _names(self) -> "dict[str, Named]":
+        """What has a name, by the shortest dotted one that tells it apart."""
+        found = list(self._walk())
+        suffixes = Counter(".".join(each.labels[i:]) for each in found for i in range(len(each.labels)))
+
+        def name(labels: tuple[str, ...]) -> str:
+            dotted = [".".join(labels[i:]) for i in reversed(range(len(labels)))]
+            return next((suffix for suffix in dotted if suffixes[suffix] == 1), dotted[-1])
+
+        return {name(each.labels): each for each in found}
+
+    # which function makes classes like it of functions, if it is made of one
+    _keeper = ""
+    # whether, in the values that hold it, it has a name of its own beside those of its fields
+    _has_name = False
+
+    def _walk(self) -> "Iterator[Named]":
+        children = vars(self)["_structure"].children
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            for labels, path, item in _items(field.name, value) if field.name in children else [((), (), value)]:
+                if not isinstance(item, Value) or item._has_name:
+                    yield Named(labels or (field.name,), (field.name, *path), self._is_static(field), item)
+                if isinstance(item, Value) and field.name in children:
+                    for inner in item._walk():
+                        path_there = (field.name, *path, *inner.path)
+                        yield inner._replace(labels=(*(labels or (field.name,)), *inner.labels), path=path_there)
+
+    def _is_static(self, field: dataclasses.Field) -> bool:
+        """Whether a field is neither a number nor anything in the place of one."""
+        if "parameter" not in field.metadata:
+            return bool(field.metadata.get("static"))
+        is_child = field.name in vars(self)["_structure"].children
+        return not (is_child or (callable(getattr(self, field.name)) and takes_floats(field.metadata["parameter"])))
+
+
+class Named(typing.NamedTuple):
+    """A field somewhere in a value: what it may be called, where it is, whether it is structure, what it is."""
+
+    labels: tuple[str, ...]
+    path: tuple
+    is_static: bool
+    value: Any
+
+
+class Structure:
+    """What decides the program: which fields are children, and the values of all others."""
+
+    __slots__ = ("_hash", "children", "rest")
+
+    def __init__(self, children: tuple[str, ...], rest: tuple[tuple[str, Static], ...]):
+        self.children, self.rest = children, rest
+        self._hash: int | None = None
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Structure) and self.children == other.children and self.rest == other.rest
+        )
+
+    def __hash__(self) -> int:
+        if self._hash is None:  # not before it is needed: what is held may have no hash
+            self._hash = hash((self.children, self.rest))
+        return self._hash
+
+    def with_children(self, names: Iterable[str]) -> "Structure":
+        """The same, where what has these names is a child."""
+        new = [name for name in names if name not in self.children]
+        if not new:
+            return self
+        return Structure((*self.children, *new), tuple(item for item in self.rest if item[0] not in new))
+
+    def __repr__(self) -> str:
+        return ", ".join([*self.children, *(f"{name}={text(kept.value)}" for name, kept in self.rest)])
+
+
+# The pytree. Children are kept as they come: a transformation may put anything in their place.
+
+
+def _flatten(value: Value) -> tuple[tuple, Structure]:
+    fields = vars(value)
+    structure = fields["_structure"]
+    return tuple([fields[name] for name in structure.children]), structure
+
+
+def _flatten_with_keys(value: Value) -> tuple[list, Structure]:
+    children, structure = _flatten(value)
+    return [(jax.tree_util.GetAttrKey(name), child) for name, child in zip(structure.children, children)], structure
+
+
+def _unflatten(cls: Any, structure: Structure, children: Any) -> Any:
+    value = cls.__new__(cls)
+    fields = vars(value)
+    fields.update(zip(structure.children, children))
+    for name, kept in structure.rest:
+        fields[name] = kept.value
+    fields["_structure"] = structure
+    return value
+
+
+def guessed(value: Any, parameter: inspect.Parameter | None) -> tuple[Any, bool]:
+    """What an argument is kept as, and whether it is a child, where nothing was declared.
+
+    Numbers are floats, and integers where the parameter's default or annotation is a float; an integer anywhere else
+    decides the program, as a switch does.
+    """
+    if isinstance(value, Value) or is_transform(value):
+        return as_child(value), True
+    if isinstance(value, str | type) and parameter is not None and np.dtype in typing.get_args(parameter.annotation):
+        return _to_dtype(value), False
+    if value is None or is_opaque(value) or isinstance(value, str | bool | np.bool_):
+        return value, False
+    if is_number(value) and (_is_real(value) or takes_floats(parameter)):
+        return to_number(value), True
+    if isinstance(value, jax.Array | np.ndarray) or (callable(value) and takes_floats(parameter)):
+        return value, True  # what can be called here is a schedule that JAX takes apart, such as a Partial
+    items = jax.tree.leaves(value, is_leaf=lambda x: isinstance(x, Value) or is_transform(x))
+    if isinstance(value, tuple | list | dict) and items and all(guessed(x, parameter)[1] for x in items):
+        return _map_items(lambda x: guessed(x, parameter)[0], value), True
+    return value, False
+
+
+def _to_dtype(value: Any) -> Any:
+    """A dtype by any of its names, so that each is one program; what is none is for the function to refuse."""
+    try:
+        return np.dtype(jax.numpy.dtype(value))
+    except TypeError:
+        return value
+
+
+def _map_items(function: Callable[[Any], Any], tree: Any) -> Any:
+    return jax.tree.map(function, tree, is_leaf=lambda x: isinstance(x, Value) or is_transform(x))
+
+
+# how transforms that are not values are recognised and kept, which gdx.transform says
+is_transform: Callable[[Any], bool] = lambda x: False  # noqa: E731
+as_child: Callable[[Any], Any] = lambda x: x  # noqa: E731
+
+
+def _is_real(value: Any) -> bool:
+    return jax.dtypes.issubdtype(getattr(value, "dtype", type(value)), np.floating)
+
+
+def takes_floats(parameter: inspect.Parameter | None) -> bool:
+    """Whether a parameter's default or annotation is a float."""
+    if parameter is None or isinstance(parameter.default, float):
+        return True
+    return not isinstance(parameter.default, int) and _has_float(parameter.annotation)
+
+
+def _has_float(annotation: Any) -> bool:
+    """Whether a type is a float or an array, or a union or container of one; not a function of one."""
+    if isinstance(annotation, str):
+        return re.search(r"\b(float|ScalarOrSchedule|ArrayLike)\b", annotation) is not None
+    if typing.get_origin(annotation) is Callable:
+        return False
+    return annotation in (float, jax.Array) or any(map(_has_float, typing.get_args(annotation)))
+
+
+def _items(name: str, value: Any) -> Iterator[tuple[tuple[str, ...], tuple, Any]]:
+    """Labels, path and item of what a child holds: itself, or what is in a container."""
+    if isinstance(value, Value) or not isinstance(value, tuple | list | dict):
+        yield (name,), (), value
+    elif isinstance(value, tuple | list) and all(isinstance(item, Value) for item in value):
+        kinds = [type(item).__name__ for item in value]
+        for i, (kind, item) in enumerate(zip(kinds, value)):
+            yield (kind if kinds.count(kind) == 1 else f"{kind}[{kinds[:i].count(kind)}]",), (i,), item
+    else:
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            for labels, path, inner in _items(str(key), item):
+                is_value = isinstance(inner, Value)
+                yield (name, *labels) if is_value else (".".join([name, *labels]),), (key, *path), inner
+
+
+def _with(held: Any, changes: list[tuple[tuple, Any]], owner: Value) -> Any:
+    """What a field holds, with others at these paths."""
+    changes = sorted(changes, key=lambda change: len(change[0]))
+    if changes[0][0] == ():
+        held, changes = changes[0][1], changes[1:]
+    if not changes:
+        return held
+    if isinstance(held, Value):
+        return held._put(changes)
+    if isinstance(held, dict | tuple | list):
+        keys = dict.fromkeys(path[0] for path, _ in changes)
+        items = held.items() if isinstance(held, dict) else enumerate(held)
+        new = {
+            key: _with(item, [(path[1:], v) for path, v in changes if path[0] == key], owner) if key in keys else item
+            for key, item in items
+        }
+        return type(held)(new) if isinstance(held, dict) else type(held)(new.values())
+    numbers = ", ".join(str(path[0]) for path, _ in changes)
+    raise ValueError(f"{type(owner).__name__}.replace: {text(held)} has no {numbers}")
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+# Functions whose calls are kept.
+
+
+def kept_calls(function: Callable, base: type, bases: tuple[type, ...] = ()) -> Any:
+    """A subclass of `base` whose fields are the parameters of a function, `_function[0]`."""
+    name, module = name_of(function), _module_of(function)
+    fields: dict[str, Any] = {}
+    for parameter in _parameters(function):
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise TypeError(
+                f"value: {name} takes {parameter}, of which no fields can be made; wrap it in a function that names "
+                f"its parameters, or chain transforms with gdx.chain"
+            )
+        default = parameter.default
+        given: dict[str, Any] = {}
+        if type(default).__hash__ is None:
+            given = {"default_factory": lambda default=default: default}
+        elif default is not parameter.empty:
+            given = {"default": default}
+        fields[parameter.name] = dataclasses.field(
+            **given, kw_only=parameter.kind is parameter.KEYWORD_ONLY, metadata={"parameter": parameter}
+        )
+    body = {
+        "__annotations__": dict.fromkeys(fields, Any),
+        "__doc__": inspect.getdoc(function),
+        "__module__": module,
+        "__qualname__": getattr(function, "__qualname__", name),
+        "_function": (function,),  # bound to nothing, and no method in doctest's eyes
+        **fields,
+    }
+    cls: Any = types.new_class(name, (base,), exec_body=lambda namespace: namespace.update(body))
+    cls.__annotations__ = {}  # read by now; the reference would look for them in a source that there is not
+    return cls
+
+
+def _parameters(function: Callable) -> list[inspect.Parameter]:
+    """Those of a function, with annotations as types where they can be found."""
+    parameters = inspect.signature(function).parameters.values()
+    try:
+        hints = typing.get_type_hints(function)
+    except Exception:  # a partial, or names that only a type checker knows
+        hints = {}
+    return [p.replace(annotation=hints.get(p.name, p.annotation)) for p in parameters]
+
+
+def name_of(function: Any) -> str:
+    """What a function is called; of a `functools.partial`, the name under which its module holds it."""
+    if hasattr(function, "__name__"):
+        return "lambda_" if function.__name__ == "<lambda>" else function.__name__
+    around = getattr(sys.modules.get(_module_of(function)), "__dict__", {})
+    inner = getattr(function, "func", function)
+    return next((name for name, held in around.items() if held is function), getattr(inner, "__name__", "call"))
+
+
+def _module_of(function: Any) -> str:
+    return getattr(getattr(function, "func", function), "__module__", None) or "__main__"
+
+
+def _origin(cls: Any) -> tuple[Any, str]:
+    """What finds a class again in another process: itself if it has an importable name, else the function."""
+    found: Any = sys.modules.get(cls.__module__)
+    for part in cls.__qualname__.split("."):
+        found = getattr(found, part, None)
+    if found is cls or not cls._keeper:
+        return cls, ""
+    function = cls._function[0]
+    if isinstance(function, functools.partial) and found is function:
+        return (cls.__module__, cls.__qualname__), cls._keeper  # a copy of a partial is another object
+    return function, cls._keeper
+
+
+def _restored(origin: Any, keeper: str, given: Mapping[str, Any], children: tuple[str, ...]) -> Any:
+    if isinstance(origin, tuple):
+        origin = getattr(sys.modules[origin[0]], origin[1])
+    cls = origin if not keeper else KEEPERS[keeper](origin)
+    value = cls.__new__(cls)
+    value._set(
+        {
+            field.name: (given[field.name], field.name in children)
+            if field.name in given
+            else value._convert(field.name, _default(field))
+            for field in dataclasses.fields(cls)
+        }
+    )
+    return value
+
+
+KEEPERS: dict[str, Callable[[Any], Any]] = {}
+"""What makes classes of functions, by its name: `gdx.value` and `gdx.schedule`."""
