@@ -5,10 +5,12 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import optax
 
 from gdx.checks import check_chain_state
 from gdx.leafwise import Leafwise, update_leaves
+from gdx.numerics import by_itself
 from gdx.transform import Call, Transform, to_transform
 
 
@@ -72,6 +74,7 @@ class chain(Transform):
             else:
                 for link, old in group:
                     updates, new_state = link._update(updates, old, params, extra_args)
+                    updates = jax.tree.map(by_itself, updates)
                     states.append(new_state)
         return updates, _nested(links, iter(states))
 

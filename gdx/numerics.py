@@ -27,20 +27,28 @@ def alike(product: jax.Array) -> jax.Array:
 
     For the product that `uncontracted` leaves free, and for one that a later program adds to something.
     """
-    return product if contracts_all() or not jnp.isrealobj(product) else _by_itself(product)
+    return product if contracts_all() else by_itself(product)
+
+
+def by_itself(x: jax.Array) -> jax.Array:
+    """A number as it is, infinities too, of which a compiler makes no part of what comes next.
+
+    Of two factors that are constants it would make one, whose product is rounded another way.
+    """
+    return _behind_bits(x) if jnp.isrealobj(x) else x
 
 
 @jax.custom_jvp
-def _by_itself(x: jax.Array) -> jax.Array:
-    """The number itself, infinities too. One chain of operations: a mesh sends what is used twice twice."""
+def _behind_bits(x: jax.Array) -> jax.Array:
+    # one chain of operations: a mesh sends what is used twice twice
     bits = jax.lax.bitcast_convert_type(x, np.dtype(f"int{8 * x.dtype.itemsize}"))
     nan = np.array(np.nan, x.dtype).view(bits.dtype)
     return jax.lax.bitcast_convert_type(jnp.minimum(bits, nan), x.dtype)
 
 
-@_by_itself.defjvp
-def _by_itself_jvp(primals: tuple, tangents: tuple) -> tuple:
-    return _by_itself(*primals), tangents[0]
+@_behind_bits.defjvp
+def _behind_bits_jvp(primals: tuple, tangents: tuple) -> tuple:
+    return _behind_bits(*primals), tangents[0]
 
 
 def compute_dtype(*arrays: Any) -> np.dtype:
