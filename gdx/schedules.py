@@ -14,7 +14,6 @@ changed without compiling, batched and differentiated like any hyperparameter of
 arguments or lanes of `vmap`. Steps are computed in the default float dtype: in float32 they are exact up to $2^{24}$.
 """
 
-import dataclasses
 import functools
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
@@ -78,17 +77,9 @@ class Schedule(Value):
 
     def _made(self, convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """What the function returns for its fields, numbers converted."""
-        arguments = {}
-        for field in dataclasses.fields(cast(Any, self)):
-            value = getattr(self, field.name)
-            if field.name in vars(self)["_structure"].children:
-                value = jax.tree.map(
-                    lambda x: x if isinstance(x, Value) else convert(x), value, is_leaf=lambda x: isinstance(x, Value)
-                )
-            arguments[field.name] = value
         try:
             with jax.numpy_dtype_promotion("standard"), np.errstate(all="ignore"):
-                made = cast(Any, self)._function[0](**arguments)
+                made = cast(Any, self)._function[0](**self._arguments_with(convert))
         except jax.errors.ConcretizationTypeError as error:
             raise TypeError(
                 f"{type(self).__name__}: it needs the value of a number that is traced while it makes the schedule; "

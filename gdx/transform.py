@@ -313,7 +313,7 @@ def to_transform(label: str, value: Any) -> Transform:
     return value if isinstance(value, Transform) else Foreign(value)
 
 
-values.is_transform = lambda x: isinstance(x, optax.GradientTransformation)
+values.is_transform = _is_transform
 values.as_child = lambda x: x if isinstance(x, Value) else Foreign(x)
 
 
@@ -350,9 +350,13 @@ class Call(Transform):
         for name, value in self._hyperparameters():
             if not callable(value):
                 self._check_single(name, value)
-        children = vars(self)["_structure"].children
-        arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(cast(Any, self))}
-        return {name: _plain(value, dtype) if name in children else value for name, value in arguments.items()}
+
+        def converted(x: Any) -> Any:
+            is_float = isinstance(x, np.floating | jax.Array) and jnp.issubdtype(x.dtype, np.floating)
+            # of numpy's where nothing traces it
+            return x.astype(dtype) if is_float and x.dtype != dtype else x
+
+        return self._arguments_with(converted)
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
@@ -410,16 +414,6 @@ class Call(Transform):
 
 
 _LINK = re.compile(r"^([a-zA-Z_]\w*): ")
-
-
-def _plain(child: Any, dtype: np.dtype) -> Any:
-    """A child as a function takes it: with numbers of this dtype, of numpy's where nothing traces them."""
-
-    def converted(x: Any) -> Any:
-        is_float = isinstance(x, np.floating | jax.Array) and jnp.issubdtype(x.dtype, np.floating)
-        return x.astype(dtype) if is_float and x.dtype != dtype else x
-
-    return jax.tree.map(converted, child, is_leaf=lambda x: isinstance(x, Value))
 
 
 @functools.cache

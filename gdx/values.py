@@ -7,6 +7,7 @@ mask, a plain function) decides the program, and is part of the tree's structure
 
 import dataclasses
 import functools
+import importlib
 import inspect
 import re
 import sys
@@ -43,10 +44,26 @@ class Value:
         jax.tree_util.register_pytree_with_keys(cls, _flatten_with_keys, functools.partial(_unflatten, cls), _flatten)
 
     def __post_init__(self) -> None:
-        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        given = self._given()
         self._check_given(given)
         self._set({name: self._convert(name, value) for name, value in given.items()})
         self.validate()
+
+    def _given(self) -> dict[str, Any]:
+        """The fields by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    def _arguments_with(self, convert: Callable[[Any], Any]) -> dict[str, Any]:
+        """The fields by name, with this done to each of their numbers, but to none of a value inside."""
+
+        def converted(x: Any) -> Any:
+            return x if isinstance(x, Value) else convert(x)
+
+        children = vars(self)["_structure"].children
+        return {
+            name: jax.tree.map(converted, held, is_leaf=lambda x: isinstance(x, Value)) if name in children else held
+            for name, held in self._given().items()
+        }
 
     def _check_given(self, given: Mapping[str, Any]) -> None:
         """Raises an error where the arguments, as they were given, are refused."""
@@ -160,7 +177,7 @@ class Value:
 
     def _put(self, changes: Sequence[tuple[tuple, Any]]) -> Self:
         """The same value with others at these paths: all put in their places before any is checked."""
-        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        given = self._given()
         children = vars(self)["_structure"].children
         converted = {name: (value, name in children) for name, value in given.items()}
         for name in dict.fromkeys(path[0] for path, _ in changes):
@@ -283,19 +300,19 @@ def guessed(value: Any, parameter: inspect.Parameter | None) -> tuple[Any, bool]
     Numbers are floats, and integers where the parameter's default or annotation is a float; an integer anywhere else
     decides the program, as a switch does.
     """
-    if isinstance(value, Value) or is_transform(value):
+    if _is_whole(value):
         return as_child(value), True
     if isinstance(value, str | type) and parameter is not None and np.dtype in typing.get_args(parameter.annotation):
         return _to_dtype(value), False
     if value is None or is_opaque(value) or isinstance(value, str | bool | np.bool_):
         return value, False
-    if is_number(value) and (_is_real(value) or takes_floats(parameter)):
+    if is_number(value) and (_is_float(value) or takes_floats(parameter)):
         return to_number(value), True
     if isinstance(value, jax.Array | np.ndarray) or (callable(value) and takes_floats(parameter)):
         return value, True  # what can be called here is a schedule that JAX takes apart, such as a Partial
-    items = jax.tree.leaves(value, is_leaf=lambda x: isinstance(x, Value) or is_transform(x))
+    items = jax.tree.leaves(value, is_leaf=_is_whole)
     if isinstance(value, tuple | list | dict) and items and all(guessed(x, parameter)[1] for x in items):
-        return _map_items(lambda x: guessed(x, parameter)[0], value), True
+        return jax.tree.map(lambda x: guessed(x, parameter)[0], value, is_leaf=_is_whole), True
     return value, False
 
 
@@ -307,8 +324,9 @@ def _to_dtype(value: Any) -> Any:
         return value
 
 
-def _map_items(function: Callable[[Any], Any], tree: Any) -> Any:
-    return jax.tree.map(function, tree, is_leaf=lambda x: isinstance(x, Value) or is_transform(x))
+def _is_whole(x: Any) -> bool:
+    """Whether it is one item of a container, not to be taken apart."""
+    return isinstance(x, Value) or is_transform(x)
 
 
 # how transforms that are not values are recognised and kept, which gdx.transform says
@@ -316,7 +334,7 @@ is_transform: Callable[[Any], bool] = lambda x: False  # noqa: E731
 as_child: Callable[[Any], Any] = lambda x: x  # noqa: E731
 
 
-def _is_real(value: Any) -> bool:
+def _is_float(value: Any) -> bool:
     return jax.dtypes.issubdtype(getattr(value, "dtype", type(value)), np.floating)
 
 
@@ -379,9 +397,9 @@ def _default(field: dataclasses.Field) -> Any:
 # Functions whose calls are kept.
 
 
-def kept_calls(function: Callable, base: type, bases: tuple[type, ...] = ()) -> Any:
+def kept_calls(function: Callable, base: type) -> Any:
     """A subclass of `base` whose fields are the parameters of a function, `_function[0]`."""
-    name, module = name_of(function), _module_of(function)
+    name, module = _name_of(function), _module_of(function)
     fields: dict[str, Any] = {}
     for parameter in _parameters(function):
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -421,7 +439,7 @@ def _parameters(function: Callable) -> list[inspect.Parameter]:
     return [p.replace(annotation=hints.get(p.name, p.annotation)) for p in parameters]
 
 
-def name_of(function: Any) -> str:
+def _name_of(function: Any) -> str:
     """What a function is called; of a `functools.partial`, the name under which its module holds it."""
     if hasattr(function, "__name__"):
         return "lambda_" if function.__name__ == "<lambda>" else function.__name__
@@ -449,7 +467,7 @@ def _origin(cls: Any) -> tuple[Any, str]:
 
 def _restored(origin: Any, keeper: str, given: Mapping[str, Any], children: tuple[str, ...]) -> Any:
     if isinstance(origin, tuple):
-        origin = getattr(sys.modules[origin[0]], origin[1])
+        origin = getattr(importlib.import_module(origin[0]), origin[1])
     cls = origin if not keeper else KEEPERS[keeper](origin)
     value = cls.__new__(cls)
     value._set(

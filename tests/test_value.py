@@ -12,6 +12,7 @@ import pytest
 
 import gdx
 from gdx.checkpoint.describe import describe
+from gdx.compat import enable_x64
 from tests.contract.table import assert_same_bits
 
 pytestmark = [
@@ -241,6 +242,16 @@ def test_a_number_on_the_device_leaves_no_tracer_behind():
     state = jax.jit(tx.init)(PARAMS)
     found, _ = jax.jit(tx.update)(PARAMS, state, PARAMS)
     assert_same_bits(found, tx.update(PARAMS, state, PARAMS)[0])
+
+
+def test_numbers_are_no_wider_than_the_program():
+    """optax's clipping does not promote what it is given: doubles beside float32 would be an error of JAX's."""
+    with enable_x64(True):
+        tx = gdx.value(optax.clip_by_global_norm)(1.0)
+        g = jax.tree.map(lambda p: p.astype(jnp.float32), PARAMS)
+        updates, _ = jax.jit(lambda tx: tx.update(g, tx.init(g)))(tx)
+        np.testing.assert_allclose(optax.tree.norm(updates), 1.0, rtol=1e-6)
+        assert {u.dtype for u in jax.tree.leaves(updates)} == {np.dtype("float32")}
 
 
 def branching(learning_rate: float):

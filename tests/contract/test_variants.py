@@ -1,6 +1,8 @@
 """The wrong variants fit the code, and a broken process is one that fails."""
 
 import inspect
+import subprocess
+import sys
 
 import pytest
 
@@ -26,6 +28,13 @@ def test_finds_what_it_replaces(variant, monkeypatch):
 def test_its_test_is_there(variant):
     file, _, test = variant.test.partition("::")
     assert f"def {test.split('[')[0]}(" in (ROOT / "tests" / file).read_text()
+
+
+def test_their_tests_are_collected_with_these_settings():
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-qq", "-p", "no:cacheprovider"]
+    tests = sorted({f"tests/{variant.test}" for variant in VARIANTS})
+    done = subprocess.run([*command, *tests], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_each_has_a_name_of_its_own():
