@@ -10,7 +10,7 @@ import optax
 
 from gdx.checks import check_chain_state
 from gdx.leafwise import Leafwise, update_leaves
-from gdx.numerics import by_itself
+from gdx.numerics import alike, by_itself
 from gdx.transform import Call, Transform, to_transform
 
 
@@ -64,9 +64,9 @@ class chain(Transform):
 
     def _update(self, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> tuple[Any, Any]:
         links = _links(self)
-        states: list[Any] = []
+        pairs, states = list(_with_states(self, links, state)), list[Any]()
         # neighbouring leafwise links share one compiled call for each leaf
-        for is_leafwise, group in itertools.groupby(_with_states(self, links, state), _is_leafwise):
+        for is_leafwise, group in itertools.groupby(pairs, _is_leafwise):
             if is_leafwise:
                 neighbours, old_states = zip(*group)
                 updates, new = update_leaves(neighbours, old_states, updates, params)
@@ -74,8 +74,9 @@ class chain(Transform):
             else:
                 for link, old in group:
                     updates, new_state = link._update(updates, old, params, extra_args)
-                    updates = jax.tree.map(by_itself, updates)
                     states.append(new_state)
+                    # what ends the chain is added to parameters, as an update of gdx's own is
+                    updates = jax.tree.map(alike if len(states) == len(pairs) else by_itself, updates)
         return updates, _nested(links, iter(states))
 
     def _counts(self, state: Any) -> Iterator[tuple[Any, Any]]:
