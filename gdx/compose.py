@@ -80,6 +80,7 @@ class chain(Transform):
         return updates, _nested(links, iter(states))
 
     def _counts(self, state: Any) -> Iterator[tuple[Any, Any]]:
+        check_chain_state(self, state, len(self.transforms))
         for link, link_state in zip(self.transforms, state):
             yield from link._counts(link_state)
 

@@ -33,7 +33,7 @@ import numpy as np
 import optax
 
 from gdx import values
-from gdx.checks import check_gradients, check_params, check_state
+from gdx.checks import check_gradients, check_params, check_state, check_state_like
 from gdx.fields import hyperparameter, static, text
 from gdx.numerics import compute_dtype
 from gdx.values import KEEPERS, Value, kept_calls
@@ -119,8 +119,11 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
         self, updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         """The transformed updates and the next state."""
-        check_gradients(self, updates, params)
+        # the gradients of optax.lookahead's pair of parameters are those of `fast`; its updates are a pair too
+        check_gradients(self, updates, params.fast if isinstance(params, optax.LookaheadParams) else params)
         new, state = self._update(jax.tree.map(_widened, updates), state, params, extra_args)
+        if isinstance(params, optax.LookaheadParams):
+            return new, state
         if self.rounds:
             # what rounds parameters to bfloat16 says how far in float32
             return jax.tree.map(lambda u, g, p: u if _is_bfloat16(p) else _cast(u, g), new, updates, params), state
@@ -161,6 +164,7 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
     def _counts(self, state: Any) -> Iterator[tuple[Any, Any]]:
         """The schedules in it, each with the count in a state at which the next step calls it."""
         if self.has_schedule:
+            check_state(self, state, CountedState)
             for _, value in self._hyperparameters():
                 if callable(value):
                     yield value, state.count
@@ -279,19 +283,26 @@ class Foreign(Transform):
         return self.transform.init(params)
 
     def _update(self, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> tuple[Any, Any]:
-        return foreign_update(self.transform, updates, state, params, extra_args)
+        return foreign_update(self, self.transform, updates, state, params, extra_args)
 
     def __repr__(self) -> str:
         return f"<optax {getattr(self.transform.update, '__qualname__', 'transform').split('.')[0]}>"
 
 
-def foreign_update(tx: Any, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> tuple[Any, Any]:
-    """The update of a transform that does not keep gdx's rules: its state is held to the dtypes that it has."""
+def foreign_update(
+    tx: Transform, made: Any, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]
+) -> tuple[Any, Any]:
+    """The update of what does not keep gdx's rules, for tx: its state is held to the dtypes that it has."""
     # it promotes as JAX does by default
     with jax.numpy_dtype_promotion("standard"):
         # an object that is no transform, such as MultiSteps, takes them as it is
-        update = optax.with_extra_args_support(tx).update if _is_transform(tx) else tx.update
-        updates, new = update(updates, state, params, **extra_args)
+        update = optax.with_extra_args_support(made).update if _is_transform(made) else made.update
+        try:
+            updates, new = update(updates, state, params, **extra_args)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            # what it trips over may be the state of another transform
+            check_state_like(tx, state, jax.eval_shape(made.init, updates if params is None else params))
+            raise
     structure: Any = jax.tree.structure(new)
     if structure != jax.tree.structure(state):
         return updates, new
@@ -363,6 +374,12 @@ class Call(Transform):
         """Errors of what the function makes carry the name that users know; those of what it was given, their own."""
         try:
             yield
+        except jax.errors.ConcretizationTypeError as error:
+            raise TypeError(
+                f"{type(self).__name__}: it needs the value of a number that is traced, so that number cannot change "
+                f"within a compiled program: close over the optimizer instead of passing it "
+                f"({str(error).splitlines()[0]})"
+            ) from error
         except (TypeError, ValueError) as error:
             link = _LINK.match(str(error))
             known = {type(self).__name__, *(self._names_inside() if "_structure" in vars(self) else ())}
@@ -371,17 +388,10 @@ class Call(Transform):
             raise type(error)(f"{type(self).__name__}: {_LINK.sub('', str(error))}") from error
 
     def _call(self, arguments: Mapping[str, Any]) -> Any:
-        name = type(self).__name__
-        try:
-            with self._named():
-                made = cast(Any, self)._function[0](**arguments)
-        except jax.errors.ConcretizationTypeError as error:
-            raise TypeError(
-                f"{name}: it needs the value of a number that is traced, so that number cannot change within a "
-                f"compiled program: close over the optimizer instead of passing it ({str(error).splitlines()[0]})"
-            ) from error
+        with self._named():
+            made = cast(Any, self)._function[0](**arguments)
         if not (hasattr(made, "init") and hasattr(made, "update")):
-            raise TypeError(f"{name}: the function returned {reprlib.repr(made)}; expected a transform")
+            raise TypeError(f"{type(self).__name__}: the function returned {reprlib.repr(made)}; expected a transform")
         return made
 
     @property
@@ -399,18 +409,23 @@ class Call(Transform):
         with self._named():
             if isinstance(made, Transform):
                 return made._update(updates, state, params, extra_args)
-            return foreign_update(made, updates, state, params, extra_args)
+            return foreign_update(self, made, updates, state, params, extra_args)
 
     def _counts(self, state: Any) -> Iterator[tuple[Any, Any]]:
         made = self.made
         if isinstance(made, Transform):
             yield from made._counts(state)
             return
-        # where what it was given keeps its own state is for the function to know
-        counts = [count for _, count in optax.tree.get_all_with_path(state, "count")]
-        for _, is_static, value in self._settings():
-            if callable(value) and not is_static and counts:
-                yield value, counts[0]
+        # where the transforms inside it keep their own states is for the function to know
+        first: dict[str, Any] = {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+            first.setdefault(getattr(path[-1], "name", "") if path else "", leaf)
+        own = [first[name] for name in first if name in ("count", "step_count")]
+        inside = [first["count"]] if "count" in first else own
+        for tx, counts in ((self, own), *((tx, inside) for tx in self._inside())):
+            for _, is_static, value in tx._settings():
+                if callable(value) and not is_static and counts:
+                    yield value, counts[0]
 
 
 _LINK = re.compile(r"^([a-zA-Z_]\w*): ")
@@ -463,8 +478,9 @@ def value(function: Callable[P, Any]) -> Callable[P, Transform]:
 def hyperparams_in_use(tx: Transform, state: Any) -> dict[str, Any]:
     """Every hyperparameter by name, as the next step uses it: schedules at the counts of this state.
 
-    Works through any nesting, and inside `jax.jit`. Schedules that one of optax's functions was given, or transforms
-    inside it, are taken at the first count in its state.
+    Works through any nesting, and inside `jax.jit`. A schedule inside a schedule has no value in use of its own: that
+    is the outer one's. Schedules that one of optax's functions was given, or transforms inside it, are taken at the
+    first count in its state (`count` or `step_count`).
 
     Args:
       tx: a transform of gdx's.
@@ -489,11 +505,15 @@ def hyperparams_in_use(tx: Transform, state: Any) -> dict[str, Any]:
             f"gdx.value(optax.lion)(1e-4)"
         )
     counts = {id(schedule): count for schedule, count in tx._counts(state)}
+    settings = tx._names()
+    schedules = [found.path for found in settings.values() if isinstance(found.value, Value)]
     in_use = {}
-    for name, is_static, value in tx._settings():
+    for name, (_, path, is_static, value) in settings.items():
         if is_static or value is None:
             continue
         if callable(value):
+            if any(path[:length] in schedules for length in range(len(path))):
+                continue
             if id(value) not in counts:
                 raise ValueError(
                     f"hyperparams_in_use: the state has no count at which {name}, {text(value)}, is called; expected "

@@ -318,6 +318,94 @@ def test_hyperparameters_in_use():
         gdx.hyperparams_in_use(optax.sgd(0.1), optax.sgd(0.1).init(params))
 
 
+def after(tx, steps):
+    """The state after so many steps."""
+    params = {"w": jnp.ones(3)}
+    state = tx.init(params)
+    for _ in range(steps):
+        _, state = tx.update(params, state, params)
+    return state
+
+
+LINE = gdx.schedules.linear_schedule(1.0, 0.0, transition_steps=8)
+JOINED = gdx.schedules.join_schedules([gdx.schedules.constant_schedule(1.0), LINE], [2])
+
+
+@gdx.schedule
+def halved(rate):
+    return lambda count: rate(count) / 2
+
+
+@pytest.mark.parametrize(
+    ("tx", "expected"),
+    [
+        (gdx.sgd(JOINED), {"learning_rate": 0.875, "boundaries.0": 2, "transition_steps": 8}),
+        (gdx.value(optax.sgd)(JOINED), {"learning_rate": 0.875, "init_value": 1}),
+        (gdx.chain(gdx.adamw(0.1, weight_decay=halved(LINE))), {"weight_decay": 0.3125, "learning_rate": 0.1}),
+        # its count is called step_count, and starts from 1
+        (gdx.value(optax.contrib.schedule_free)(optax.sgd(0.1), learning_rate=LINE), {"learning_rate": 0.5}),
+        (
+            gdx.value(optax.contrib.schedule_free)(gdx.sgd(LINE), learning_rate=halved(LINE)),
+            {"base_optimizer.learning_rate": 0.625, "learning_rate": 0.25},
+        ),
+    ],
+)
+def test_schedules_in_schedules_in_use(tx, expected):
+    found = gdx.hyperparams_in_use(tx, after(tx, 3))
+    assert {name: pytest.approx(float(found[name])) for name in expected} == expected
+    inner = [name for name in found if name.rpartition(".")[2] in ("rate", "linear_schedule", "constant_schedule")]
+    assert not inner  # what is in use is the outer one's value
+
+
+@pytest.mark.parametrize("tx", [gdx.adamw(LINE), gdx.sgd(LINE), gdx.chain(optax.clip(1.0), gdx.momentum(LINE))])
+@pytest.mark.parametrize("state", [None, (), (optax.EmptyState(),), {}])
+def test_hyperparameters_at_another_state_are_refused(tx, state):
+    with pytest.raises((TypeError, ValueError), match=r"the state (is .*expected|has no count)"):
+        gdx.hyperparams_in_use(tx, state)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda tx: gdx.value(optax.lookahead)(tx, 2, 0.5), lambda tx: gdx.chain(tx, optax.lookahead(tx, 2, 0.5))]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_pair_of_parameters_that_lookahead_keeps(make, dtype):
+    p = {"w": jnp.arange(1.0, 4.0).astype(dtype)}
+
+    def run(tx):
+        params = optax.LookaheadParams.init_synced(p)
+        state = tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update(params.fast, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    with jax.numpy_dtype_promotion("standard"):
+        ours, theirs = run(make(gdx.sgd(0.1))), run(make(optax.sgd(0.1)))
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
+        assert x.dtype == y.dtype == dtype
+        np.testing.assert_allclose(*(np.asarray(z, "float32") for z in (x, y)), rtol=0 if dtype == "float32" else 0.02)
+    with pytest.raises(ValueError, match=r"the gradients' tree differs from that of params: no gradient for \['w'\]"):
+        make(gdx.sgd(0.1)).update({}, (), optax.LookaheadParams.init_synced(p))
+
+
+@pytest.mark.parametrize("make", [optax.adam, optax.lion, optax.rmsprop, optax.adafactor, optax.adabelief])
+@pytest.mark.parametrize("state", [None, (), {}, optax.EmptyState(), (optax.EmptyState(),) * 7])
+def test_the_state_of_another_transform_is_refused_by_optaxs(make, state):
+    params = {"w": jnp.ones(3)}
+    for tx in (gdx.value(make)(0.1), gdx.chain(make(0.1))):
+        with pytest.raises(TypeError, match=r"the state is .*expected a tuple of .*init\(params\) as the target"):
+            tx.update(params, state, params)
+
+
+def test_what_decides_on_a_number_while_it_steps_says_so():
+    params = {"w": jnp.ones(3)}
+    tx = gdx.value(optax.scale_by_sm3)()
+    tx.update(params, tx.init(params), params)
+    with pytest.raises(TypeError, match=r"scale_by_sm3: it needs the value of a number that is traced.*close over"):
+        jax.jit(lambda tx: tx.update(params, tx.init(params), params))(tx)
+
+
 def test_tiny_numbers_under_x64():
     with pytest.raises(ValueError, match=r"eps is 1e-50 \(0\.0 in float32\)"):
         gdx.adam(0.1, eps=1e-50)
