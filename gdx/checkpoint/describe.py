@@ -18,6 +18,8 @@ from gdx.schedules import Schedule
 from gdx.sharding import shard_state
 from gdx.transform import Foreign, Transform
 
+# what Python shows of an object without a text of its own: another one in every process
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 # where schedules are looked at
 COUNTS = (0, *(digit * 10**power for power in range(7) for digit in (1, 2, 5)))
 
@@ -137,4 +139,4 @@ def _values(function: Callable[[Any], Any]) -> str:
 
 
 def _without_addresses(shown: str) -> str:
-    return re.sub(r" at 0x[0-9a-f]+", "", shown)
+    return ADDRESS.sub("", shown)
