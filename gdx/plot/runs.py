@@ -116,9 +116,10 @@ def sweep(
     if limits is not None and not limits[0] < limits[1]:
         raise ValueError(f"plot.sweep: limits is {limits}; expected (low, high) with low < high")
     ax = axes_or_new(ax)
-    if ax.figure.get_layout_engine() is None:
+    figure = ax.get_figure(root=True)
+    if figure is not None and figure.get_layout_engine() is None:
         with contextlib.suppress(RuntimeError):  # a colour bar that was made without one
-            ax.figure.set_layout_engine("constrained")
+            figure.set_layout_engine("constrained")
     names = list(labels[0])[:2]
     values = [sorted({point[key] for point in labels}) for key in names]
     best = np.full([len(v) for v in values], np.nan)
@@ -188,7 +189,7 @@ def _curve(
             markersize=15,
             color=COLOURS[1],
             linestyle="none",
-            label=f"best: {distinct(values[0])[at]}{_at_edge([at], best.shape)}",
+            label=f"best: {distinct(values[0])[at]}{_at_edge((x[at], x))}",
         )
     if diverged.any():
         # along the upper edge: there is no loss to draw them at
@@ -215,8 +216,7 @@ def _scatter(
         drawn = ax.scatter(x[finite], y[finite], c=score[finite], s=40, cmap="viridis_r")
         _add_bar(ax, drawn, score[finite], name, limits)
         best = int(np.nanargmin(np.where(finite, score, np.nan)))
-        places = [points.index(value[best]) for points, value in zip(map(_ascending, (x, y)), (x, y))]
-        _mark_best(ax, x[best], y[best], _at_edge(places, [len(_ascending(points)) for points in (x, y)]))
+        _mark_best(ax, x[best], y[best], _at_edge((x[best], x), (y[best], y)))
     if not finite.all():
         ax.plot(x[~finite], y[~finite], "x", color="0.4", linestyle="none", label="diverged")
     for set_scale, points in ((ax.set_xscale, x), (ax.set_yscale, y)):
@@ -231,13 +231,10 @@ def _is_logarithmic(points: np.ndarray) -> bool:
     return bool(np.all(points > 0) and points.max() >= 10 * points.min())
 
 
-def _ascending(points: np.ndarray) -> list[float]:
-    return sorted(set(points.tolist()))
-
-
-def _at_edge(places: Sequence[int], sizes: Sequence[int]) -> str:
-    """What to say where the best point has no neighbour on one side: a better one may be beyond."""
-    return ", at the edge: try wider" if any(i in (0, n - 1) for i, n in zip(places, sizes) if n > 2) else ""
+def _at_edge(*along: tuple[Any, Any]) -> str:
+    """What to say where the best point is the first or last along an axis: a better one may be beyond."""
+    is_there = any(value in (min(points), max(points)) for value, points in along if len({*points}) > 2)
+    return ", at the edge: try wider" if is_there else ""
 
 
 def _add_bar(ax: "Axes", drawn: Any, score: np.ndarray, name: str, limits: Limits) -> None:
@@ -268,8 +265,8 @@ def _add_legend_below(ax: "Axes") -> None:
 
 
 def _mark_best(ax: "Axes", x: Any, y: Any, at_edge: str) -> None:
-    style = {"marker": "*", "markersize": 15, "color": "white", "markeredgecolor": "black", "linestyle": "none"}
-    ax.plot(x, y, label=f"best{at_edge}", **style)
+    label = f"best{at_edge}"
+    ax.plot(x, y, marker="*", markersize=15, color="white", markeredgecolor="black", linestyle="none", label=label)
 
 
 def _heat_map(
@@ -282,7 +279,7 @@ def _heat_map(
         ax.plot(diverged[:, 1], diverged[:, 0], "x", color="0.4", linestyle="none", label="diverged")
     if len(diverged) < best.size:
         row, column = np.unravel_index(np.nanargmin(best), best.shape)
-        _mark_best(ax, column, row, _at_edge([row, column], best.shape))
+        _mark_best(ax, column, row, _at_edge((values[0][row], values[0]), (values[1][column], values[1])))
     for axis, key, points, most in ((ax.yaxis, names[0], values[0], 9), (ax.xaxis, names[1], values[1], 6)):
         # with room for the numbers, and at both ends
         shown = np.unique(np.round(np.linspace(0, len(points) - 1, min(len(points), most))).astype(int))
