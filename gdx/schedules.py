@@ -11,7 +11,8 @@ changed without compiling, batched and differentiated like any hyperparameter of
 10.0
 
 `gdx.schedule` makes a class of schedules of a function. The result has the same bits whether the numbers are constants,
-arguments or lanes of `vmap`. Steps are computed in the default float dtype: in float32 they are exact up to $2^{24}$.
+arguments or lanes of `vmap`, eagerly and compiled, for one count or an array of them. At every count the slopes in all
+numbers are finite. Steps are computed in the default float dtype: in float32 they are exact up to $2^{24}$.
 """
 
 import functools
