@@ -11,11 +11,16 @@ changed without compiling, batched and differentiated like any hyperparameter of
 10.0
 
 `gdx.schedule` makes a class of schedules of a function. The result has the same bits whether the numbers are constants,
-arguments or lanes of `vmap`. Steps are computed in the default float dtype: in float32 they are exact up to $2^{24}$.
+arguments or lanes of `vmap`, eagerly and compiled, for one count or an array of them. At every count the slopes in all
+numbers are finite. Steps are computed in the default float dtype: in float32 they are exact up to $2^{24}$.
 """
 
 import functools
+import itertools
+import math
 import reprlib
+import types
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, cast
 
@@ -24,7 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdx.fields import Scalar, is_concrete, text
+from gdx.fields import is_concrete, is_number, is_opaque, static, text
+from gdx.numerics import by_itself
 from gdx.values import KEEPERS, Value, kept_calls
 
 __all__ = [
@@ -43,6 +49,7 @@ __all__ = [
 ]
 
 P = ParamSpec("P")
+Number = float | np.ndarray | jax.Array
 
 
 class Schedule(Value):
@@ -56,24 +63,35 @@ class Schedule(Value):
     _keeper = "schedule"
     _has_name = True
 
+    def _check_given(self, given: Mapping[str, Any]) -> None:
+        for name, value in given.items():
+            parameter = type(self).__dataclass_fields__[name].metadata["parameter"]
+            if value is not parameter.default:
+                _check_type(f"{type(self).__name__}: {name}", value, parameter.annotation)
+
+    def _convert(self, name: str, value: Any, source: str = "") -> tuple[Any, bool]:
+        kept, is_child = super()._convert(name, value, source)
+        if is_child or not isinstance(value, tuple | list | dict):
+            return kept, is_child
+        items = jax.tree.map(lambda x: Plain(x) if is_opaque(x) else x, value, is_leaf=lambda x: isinstance(x, Value))
+        return super()._convert(name, items, source)
+
     def validate(self) -> None:
         leaves = jax.tree.leaves(self)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self):
-            if is_concrete(leaf) and not np.all(np.isfinite(leaf)):
-                name = jax.tree_util.keystr(path, simple=True, separator=".")
-                raise ValueError(f"{type(self).__name__}: {name} is {text(leaf)}; expected a finite number")
         if all(map(is_concrete, leaves)) and not any(map(np.ndim, leaves)):
             self._made(lambda number: number)
 
     def __call__(self, count: Any) -> jax.Array:
-        """The value at a step count."""
+        """The value at a step count, or at each of an array of them."""
         count = jnp.asarray(count)
         dtype = jnp.result_type(float)
         # adding 0 * t keeps a constant from being worked on at compile time, which rounds differently
-        made = self._made(lambda number: jnp.asarray(number, dtype) + 0 * count.astype(dtype))
+        zero = jnp.sum(0 * count.astype(dtype))
+        made = self._made(lambda number: jnp.asarray(number, dtype) + zero)
         # it computes with an integer count, which strict promotion would refuse
         with jax.numpy_dtype_promotion("standard"):
-            return jnp.asarray(made(count))
+            value = jnp.asarray(made(count))
+        return value if value.shape else jnp.broadcast_to(value, count.shape)
 
     def _made(self, convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """What the function returns for its fields, numbers converted."""
@@ -89,6 +107,59 @@ class Schedule(Value):
         if not callable(made):
             raise TypeError(f"{type(self).__name__} returned {made!r}; expected a function of the step count")
         return made
+
+
+class Plain(Value):
+    """A plain function in a container, which leaves what is beside it a child of the pytree."""
+
+    function: Callable = static()
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    def __repr__(self) -> str:
+        return text(self.function)
+
+
+def _is_finite(x: Any) -> bool:
+    with np.errstate(over="ignore"):
+        return is_number(x) and not (is_concrete(x) and not np.isfinite(np.asarray(x).astype(jnp.result_type(float))))
+
+
+# what an annotation accepts, and what that is called
+_KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    float: (_is_finite, "a finite number"),
+    int: (_is_finite, "a finite number"),
+    bool: (lambda x: isinstance(x, bool | np.bool_), "True or False"),
+    types.NoneType: (lambda x: x is None, "None"),
+    Callable: (callable, "a function of the step count"),
+    Mapping: (lambda x: isinstance(x, Mapping), "a dict"),
+    Sequence: (lambda x: isinstance(x, Sequence) or getattr(x, "ndim", 0) > 0, "a list"),
+    tuple: (lambda x: isinstance(x, tuple | list) and len(x) == 2, "a pair"),
+}
+
+
+def _check_type(label: str, value: Any, annotation: Any) -> None:
+    """Raises an error if a value is not what a parameter's annotation says; one that says nothing of this takes all."""
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    options = typing.get_args(annotation) if is_union else (annotation,)
+    kinds = {typing.get_origin(option) or option: typing.get_args(option) or (Any, Any) for option in options}
+    if float in kinds:  # an array beside it is of shape ()
+        kinds = {kind: of for kind, of in kinds.items() if kind not in (np.ndarray, jax.Array)}
+    if not kinds.keys() <= _KINDS.keys():
+        return
+    kind = next((kind for kind in kinds if _KINDS[kind][0](value)), None)
+    if kind is None:
+        expected = " or ".join(dict.fromkeys(_KINDS[kind][1] for kind in kinds))
+        error = ValueError if float in kinds and is_number(value) else TypeError
+        raise error(f"{label} is {text(value)}; expected {expected}")
+    if kind in (Mapping, Sequence, tuple):
+        of = kinds[kind]
+        for key in value if kind is Mapping else ():
+            _check_type(f"{label}: a key", key, of[0])
+        items = value.items() if kind is Mapping else enumerate(value)
+        for (key, item), inner in zip(items, of if kind is tuple else itertools.repeat(of[kind is Mapping])):
+            _check_type(f"{label}.{key}", item, inner)
 
 
 @functools.cache
@@ -130,15 +201,30 @@ def schedule(function: Callable[P, Callable[[Any], Any]]) -> Callable[P, Schedul
     return _schedule_class(cast(Any, function))
 
 
-def _check_positive(name: str, steps: Any) -> None:
-    if is_concrete(steps) and not steps > 0:
-        raise ValueError(f"{name} is {float(steps):g}; expected a positive number of steps")
+def _check(label: str, number: Any, is_right: Any, expected: str) -> None:
+    if is_concrete(is_right) and not is_right:
+        raise ValueError(f"{label} is {float(number):g}; expected {expected}")
+
+
+# At the ends of an interval `where` takes the slope of one side, where `maximum` and `clip` take half of it.
+
+
+def _passed(count: Any, begin: Any) -> jax.Array:
+    """The steps since begin, or since 0 if that is later."""
+    # at its default, 0, begin has the slope of what is right of it, but for the count 0, which has passed nothing
+    since = count - jnp.where((begin > 0) | (begin == 0) & (count > 0), begin, 0)
+    return jnp.where(since < 0, 0, since)
 
 
 def _progress(count: Any, begin: Any, steps: Any) -> jax.Array:
     """How far the count is between begin and begin + steps, from 0 to 1; 0 for no steps."""
-    safe = jnp.where(steps > 0, steps, 1)
-    return jnp.where(steps > 0, jnp.clip(count - jnp.maximum(begin, 0), 0, safe) * (1 / safe), 0)
+    passed = _passed(count, begin)
+    return jnp.where(passed < steps, by_itself(passed * (1 / jnp.where(steps > 0, steps, 1))), steps > 0)
+
+
+def _between(start: Any, end: Any, share: Any) -> jax.Array:
+    """This share of the way from start to end. No product is contracted with what comes next: in no program."""
+    return start + by_itself((end - start) * share)
 
 
 def _power(base: Any, exponent: Any) -> jax.Array:
@@ -147,8 +233,23 @@ def _power(base: Any, exponent: Any) -> jax.Array:
     return jnp.where(positive, jnp.where(positive, base, 1) ** exponent, jnp.where(exponent == 0, 1.0, 0.0))
 
 
+def _grown(value: Any, rate: Any, power: Any) -> jax.Array:
+    """`value * rate ** power`, which stops short of where it or its slopes would be infinite."""
+    most = np.log(jnp.finfo(jnp.result_type(float)).max) - 2
+    size = power * jnp.log(jnp.maximum(rate, 1)) + jnp.log((1 + power) * jnp.maximum(jnp.abs(value), 1))
+    return jnp.where(size > most, jnp.sign(value) * np.exp(most), value * jnp.where(size > most, 1, rate) ** power)
+
+
+def _half_cosine(count: Any, steps: Any, exponent: Any) -> jax.Array:
+    return _power(0.5 * (1 + jnp.cos(jnp.pi * _progress(count, 0, steps))), exponent)
+
+
+def _warmed_up(init_value: Any, peak_value: Any, warmup_steps: Any, then: optax.Schedule) -> optax.Schedule:
+    return join_schedules([linear_schedule(init_value, peak_value, warmup_steps), then], [warmup_steps])
+
+
 @schedule
-def constant_schedule(value: Scalar) -> optax.Schedule:
+def constant_schedule(value: Number) -> optax.Schedule:
     r"""$s_t = s$.
 
     >>> import gdx
@@ -160,7 +261,7 @@ def constant_schedule(value: Scalar) -> optax.Schedule:
 
 @schedule
 def linear_schedule(
-    init_value: Scalar, end_value: Scalar, transition_steps: Scalar, transition_begin: Scalar = 0.0
+    init_value: Number, end_value: Number, transition_steps: Number, transition_begin: Number = 0.0
 ) -> optax.Schedule:
     r"""From $a$ to $b$ in $n$ steps, along a line: $s_t = a + (b - a) \, p_t$, with $p_t = (t - t_0) / n$ in [0, 1].
 
@@ -169,16 +270,12 @@ def linear_schedule(
     0.75
     """
 
-    def at(count: Any) -> Any:
-        rest = 1 - _progress(count, transition_begin, transition_steps)
-        return (init_value - end_value) * rest + end_value
-
-    return at
+    return lambda count: _between(end_value, init_value, 1 - _progress(count, transition_begin, transition_steps))
 
 
 @schedule
 def polynomial_schedule(
-    init_value: Scalar, end_value: Scalar, power: Scalar, transition_steps: Scalar, transition_begin: Scalar = 0.0
+    init_value: Number, end_value: Number, power: Number, transition_steps: Number, transition_begin: Number = 0.0
 ) -> optax.Schedule:
     r"""From $a$ to $b$ in $n$ steps: $s_t = b + (a - b) (1 - p_t)^k$, with $p_t = (t - t_0) / n$ in [0, 1].
 
@@ -187,25 +284,23 @@ def polynomial_schedule(
     0.25
     """
 
-    def at(count: Any) -> Any:
-        rest = 1 - _progress(count, transition_begin, transition_steps)
-        return (init_value - end_value) * _power(rest, power) + end_value
-
-    return at
+    rest = lambda count: 1 - _progress(count, transition_begin, transition_steps)  # noqa: E731
+    return lambda count: _between(end_value, init_value, _power(rest(count), power))
 
 
 @schedule
 def exponential_decay(
-    init_value: Scalar,
-    transition_steps: Scalar,
-    decay_rate: Scalar,
-    transition_begin: Scalar = 0.0,
+    init_value: Number,
+    transition_steps: Number,
+    decay_rate: Number,
+    transition_begin: Number = 0.0,
     staircase: bool = False,
-    end_value: Scalar | None = None,
+    end_value: Number | None = None,
 ) -> optax.Schedule:
     r"""By a factor $r$ every $n$ steps: $s_t = a \, r^{(t - t_0) / n}$, rounded down to whole powers as a staircase.
 
     `end_value` bounds it, from below for $r < 1$, else from above. With no steps, or $r = 0$, it is constant.
+    Growth without end stops near the largest number that there is.
 
     >>> import gdx
     >>> float(gdx.schedules.exponential_decay(1.0, transition_steps=10, decay_rate=0.25)(5))
@@ -213,21 +308,20 @@ def exponential_decay(
     """
 
     def at(count: Any) -> Any:
-        passed = jnp.maximum(count - jnp.maximum(transition_begin, 0), 0)
-        acts = (transition_steps > 0) & (decay_rate != 0)
-        power = passed * (1 / jnp.where(transition_steps > 0, transition_steps, 1))
-        power = jnp.floor(power) if staircase else power
-        value = init_value * jnp.where(acts, decay_rate, 1) ** power
+        passed, acts = _passed(count, transition_begin), (transition_steps > 0) & (decay_rate != 0)
+        rate, steps = jnp.where(acts, decay_rate, 1), jnp.where(acts, transition_steps, 1)
+        # a quotient by way of 1 / steps may be just below a whole number
+        value = _grown(init_value, rate, jnp.floor_divide(passed, steps) if staircase else passed * (1 / steps))
         if end_value is not None:
-            value = jnp.where(decay_rate < 1, jnp.maximum(value, end_value), jnp.minimum(value, end_value))
-        return jnp.where(acts, value, init_value)
+            value = jnp.where(acts & ((value < end_value) == (rate < 1)), end_value, value)
+        return value
 
     return at
 
 
 @schedule
 def cosine_decay_schedule(
-    init_value: Scalar, decay_steps: Scalar, alpha: Scalar = 0.0, exponent: Scalar = 1.0
+    init_value: Number, decay_steps: Number, alpha: Number = 0.0, exponent: Number = 1.0
 ) -> optax.Schedule:
     r"""Half a cosine from $a$ to $\alpha a$ in $n$ steps, then constant:
 
@@ -240,17 +334,12 @@ def cosine_decay_schedule(
     >>> f"{gdx.schedules.cosine_decay_schedule(1.0, decay_steps=10)(5):.3f}"
     '0.500'
     """
-    _check_positive("cosine_decay_schedule: decay_steps", decay_steps)
-
-    def at(count: Any) -> Any:
-        cosine = 0.5 * (1 + jnp.cos(jnp.pi * _progress(count, 0, decay_steps)))
-        return init_value * ((1 - alpha) * _power(cosine, exponent) + alpha)
-
-    return at
+    _check("cosine_decay_schedule: decay_steps", decay_steps, decay_steps > 0, "a positive number of steps")
+    return lambda count: init_value * _between(alpha, 1, _half_cosine(count, decay_steps, exponent))
 
 
 @schedule
-def warmup_constant_schedule(init_value: Scalar, peak_value: Scalar, warmup_steps: Scalar) -> optax.Schedule:
+def warmup_constant_schedule(init_value: Number, peak_value: Number, warmup_steps: Number) -> optax.Schedule:
     r"""Along a line to the peak, where it stays.
 
     >>> import gdx
@@ -262,12 +351,12 @@ def warmup_constant_schedule(init_value: Scalar, peak_value: Scalar, warmup_step
 
 @schedule
 def warmup_cosine_decay_schedule(
-    init_value: Scalar,
-    peak_value: Scalar,
-    warmup_steps: Scalar,
-    decay_steps: Scalar,
-    end_value: Scalar = 0.0,
-    exponent: Scalar = 1.0,
+    init_value: Number,
+    peak_value: Number,
+    warmup_steps: Number,
+    decay_steps: Number,
+    end_value: Number = 0.0,
+    exponent: Number = 1.0,
 ) -> optax.Schedule:
     r"""Along a line to the peak, then half a cosine to the end; `decay_steps` counts both.
 
@@ -276,23 +365,26 @@ def warmup_cosine_decay_schedule(
     >>> [f"{rate(count):.2f}" for count in (5, 10, 15, 20)]
     ['0.50', '1.00', '0.50', '0.00']
     """
-    _check_positive("warmup_cosine_decay_schedule: decay_steps - warmup_steps", decay_steps - warmup_steps)
-    safe = jnp.where(peak_value != 0, peak_value, 1)
-    alpha = jnp.where(peak_value != 0, end_value / safe, 0)
-    down = cosine_decay_schedule(peak_value, decay_steps - warmup_steps, alpha, exponent)
-    return join_schedules([linear_schedule(init_value, peak_value, warmup_steps), down], [warmup_steps])
+    steps = decay_steps - warmup_steps
+    _check("warmup_cosine_decay_schedule: decay_steps - warmup_steps", steps, steps > 0, "a positive number of steps")
+
+    def down(count: Any) -> Any:
+        end = jnp.where(peak_value == 0, 0, end_value)  # as in optax, where it is a share of the peak
+        return _between(end, peak_value, _half_cosine(count, steps, exponent))
+
+    return _warmed_up(init_value, peak_value, warmup_steps, down)
 
 
 @schedule
 def warmup_exponential_decay_schedule(
-    init_value: Scalar,
-    peak_value: Scalar,
-    warmup_steps: Scalar,
-    transition_steps: Scalar,
-    decay_rate: Scalar,
-    transition_begin: Scalar = 0.0,
+    init_value: Number,
+    peak_value: Number,
+    warmup_steps: Number,
+    transition_steps: Number,
+    decay_rate: Number,
+    transition_begin: Number = 0.0,
     staircase: bool = False,
-    end_value: Scalar | None = None,
+    end_value: Number | None = None,
 ) -> optax.Schedule:
     r"""Along a line to the peak, then as `exponential_decay`.
 
@@ -302,18 +394,18 @@ def warmup_exponential_decay_schedule(
     (0.5, 0.5)
     """
     down = exponential_decay(peak_value, transition_steps, decay_rate, transition_begin, staircase, end_value)
-    return join_schedules([linear_schedule(init_value, peak_value, warmup_steps), down], [warmup_steps])
+    return _warmed_up(init_value, peak_value, warmup_steps, down)
 
 
 @schedule
 def warmup_stable_decay_schedule(
-    init_value: Scalar,
-    peak_value: Scalar,
-    warmup_steps: Scalar,
-    stable_steps: Scalar,
-    decay_steps: Scalar,
-    end_value: Scalar = 0.0,
-    exponent: Scalar = 1.0,
+    init_value: Number,
+    peak_value: Number,
+    warmup_steps: Number,
+    stable_steps: Number,
+    decay_steps: Number,
+    end_value: Number = 0.0,
+    exponent: Number = 1.0,
 ) -> optax.Schedule:
     r"""Along a line to the peak, there for a while, then down in the last steps: $b + (a - b) (1 - p_t^k)$.
 
@@ -327,17 +419,15 @@ def warmup_stable_decay_schedule(
     (0.5, 1.0, 0.5)
     """
 
-    def at(count: Any) -> Any:
-        up = init_value + (peak_value - init_value) * _progress(count, 0, warmup_steps)
-        down = _power(_progress(count - warmup_steps - stable_steps, 0, decay_steps), exponent)
-        return jnp.where(count < warmup_steps, up, peak_value - (peak_value - end_value) * down)
+    def down(count: Any) -> Any:
+        return _between(peak_value, end_value, _power(_progress(count, stable_steps, decay_steps), exponent))
 
-    return at
+    return _warmed_up(init_value, peak_value, warmup_steps, down)
 
 
 @schedule
 def piecewise_constant_schedule(
-    init_value: Scalar, boundaries_and_scales: Mapping[int, float] | Sequence[tuple[float, float]] | None = None
+    init_value: Number, boundaries_and_scales: Mapping[int, float] | Sequence[tuple[float, float]] | None = None
 ) -> optax.Schedule:
     r"""Scaled at each boundary: $s_t = a \prod_{b_i \le t} f_i$.
 
@@ -351,16 +441,9 @@ def piecewise_constant_schedule(
     pairs = boundaries_and_scales or ()
     pairs = list(pairs.items()) if isinstance(pairs, Mapping) else pairs
     for _, scale in pairs:
-        if is_concrete(scale) and not scale >= 0:
-            raise ValueError(f"piecewise_constant_schedule: a scale is {float(scale):g}; expected a number >= 0")
+        _check("piecewise_constant_schedule: a scale", scale, scale >= 0, "a number >= 0")
 
-    def at(count: Any) -> Any:
-        value = init_value
-        for boundary, scale in pairs:
-            value = value * jnp.where(count < boundary, 1, scale)
-        return value
-
-    return at
+    return lambda count: math.prod((jnp.where(count < at, 1, scale) for at, scale in pairs), start=init_value)
 
 
 @schedule
@@ -384,9 +467,12 @@ def join_schedules(schedules: Sequence[optax.Schedule], boundaries: Sequence[flo
         )
 
     def at(count: Any) -> Any:
-        value = schedules[0](count)
-        for boundary, part in zip(boundaries, schedules[1:]):
-            value = jnp.where(count < boundary, value, part(count - boundary))
+        now, value = jnp.int32(0), jnp.zeros(())
+        for i, boundary in enumerate(boundaries, 1):
+            now = jnp.where(count < boundary, now, i)
+        for i, (begin, part) in enumerate(zip([0, *boundaries], schedules)):
+            # not called with counts that are not its own, for which it may have no value
+            value = jnp.where(now == i, part(jnp.where(now == i, count - begin, 0)), value)
         return value
 
     return at

@@ -1,6 +1,7 @@
 """Schedules as values: optax's values, bits that do not depend on how a number arrives, slopes, and refusals."""
 
 import pickle
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,11 @@ import gdx
 from gdx import schedules
 from gdx.compat import enable_x64
 from tests.contract.table import assert_same_bits
+
+
+def root(count):
+    return (1 + count) ** 0.5
+
 
 WARMUP = {"init_value": 0.0, "peak_value": 0.1, "warmup_steps": 10}
 # each name with settings, edges among them; the first is the usual case
@@ -26,12 +32,16 @@ CASES = {
         {"init_value": 1.0, "end_value": 0.1, "power": 1.7, "transition_steps": 30},
         {"init_value": 1.0, "end_value": 0.1, "power": 0.5, "transition_steps": 30, "transition_begin": 4},
         {"init_value": 1.0, "end_value": 0.1, "power": 0.0, "transition_steps": 30},
+        {"init_value": 1.0, "end_value": 0.0, "power": 0.1, "transition_steps": 41},
         {"init_value": 1.0, "end_value": 0.1, "power": 2.0, "transition_steps": 0},
     ],
     "exponential_decay": [
         {"init_value": 1.0, "transition_steps": 7, "decay_rate": 0.5, "end_value": 0.01},
         {"init_value": 1.0, "transition_steps": 7, "decay_rate": 0.5, "staircase": True, "transition_begin": 3},
+        {"init_value": 1.0, "transition_steps": 41, "decay_rate": 0.5, "staircase": True},
         {"init_value": 0.1, "transition_steps": 7, "decay_rate": 1.5, "end_value": 2.0},
+        {"init_value": 1.0, "transition_steps": 5, "decay_rate": 1.5, "staircase": True},
+        {"init_value": 0.0, "transition_steps": 5, "decay_rate": 1.5},
         {"init_value": 0.1, "transition_steps": 7, "decay_rate": 0.0},
         {"init_value": 0.1, "transition_steps": 0, "decay_rate": 0.5},
     ],
@@ -45,7 +55,10 @@ CASES = {
         {**WARMUP, "peak_value": 0.0, "decay_steps": 19},
     ],
     "warmup_constant_schedule": [WARMUP],
-    "warmup_exponential_decay_schedule": [{**WARMUP, "transition_steps": 9, "decay_rate": 0.7}],
+    "warmup_exponential_decay_schedule": [
+        {**WARMUP, "transition_steps": 9, "decay_rate": 0.7},
+        {**WARMUP, "transition_steps": 5, "decay_rate": 1.5, "end_value": 2.0},
+    ],
     "piecewise_constant_schedule": [
         {"init_value": 1.0, "boundaries_and_scales": {5: 0.1, 20: 0.5}},
         {"init_value": 1.0},
@@ -57,20 +70,24 @@ CASES = {
                 schedules.cosine_decay_schedule(init_value=0.1, decay_steps=25),
             ],
             "boundaries": [20],
-        }
+        },
+        {"schedules": [schedules.linear_schedule(0.0, 1.0, 5), root, root], "boundaries": [5, 9]},
     ],
 }
 ALL = [(name, settings) for name, cases in CASES.items() for settings in cases]
 every = pytest.mark.parametrize(("name", "settings"), ALL, ids=[f"{name}-{i}" for i, (name, _) in enumerate(ALL)])
 OWN = {"init_value": 0.0, "peak_value": 1.0, "warmup_steps": 5, "stable_steps": 20, "decay_steps": 10, "end_value": 0.1}
+OWNS = [("warmup_stable_decay_schedule", OWN), ("warmup_stable_decay_schedule", {**OWN, "exponent": 0.5})]
+all_twelve = pytest.mark.parametrize(("name", "settings"), ALL + OWNS)
 COUNTS = jnp.arange(50)
+FAR = jnp.array([1000, 1100, 10**4, 2**24, 2**31 - 1])
 along = jax.jit(lambda rate, counts: jax.lax.map(rate, counts))
 
 
-def of_optax(name, settings):
+def of_optax(name, settings, counts=COUNTS):
     with jax.numpy_dtype_promotion("standard"):
         rate = getattr(optax, name)(**settings)
-        return np.array([rate(jnp.int32(count)) for count in range(50)])
+        return np.array([rate(jnp.int32(count)) for count in counts])
 
 
 def test_every_schedule_of_the_module_is_held_to_one_of_optax_or_a_formula():
@@ -105,29 +122,63 @@ def test_same_bits_as_constants_arguments_and_lanes(name, settings):
 
 
 @every
+def test_has_optax_values_far_on_and_is_finite_where_they_are_not(name, settings):
+    found, expected = along(getattr(schedules, name)(**settings), FAR), of_optax(name, settings, FAR)
+    is_large = ~(np.abs(expected) < 1e36)
+    np.testing.assert_allclose(found[~is_large], expected[~is_large], rtol=1e-5, atol=1e-7)
+    assert np.all(np.isfinite(found)) and np.all(found[expected > 1e36] > 1e36)
+
+
+@all_twelve
+@pytest.mark.parametrize("dtype", ["int32", "float16"])
+def test_same_bits_for_many_counts_as_for_one(name, settings, dtype):
+    rate, counts = getattr(schedules, name)(**settings), COUNTS[::5].astype(dtype)
+    expected = jnp.stack([rate(count) for count in counts])
+    for call in (rate, jax.jit(rate), jax.vmap(rate), lambda counts, rate=rate: along(rate, counts)):
+        assert_same_bits(call(counts), expected)
+    assert_same_bits(jax.jit(rate)(counts.reshape(5, 1, 2)), expected.reshape(5, 1, 2))
+    assert rate(counts[:0]).shape == (0,) and rate(counts.reshape(5, 2)).shape == (5, 2)
+
+
+@every
 def test_is_a_value(name, settings):
     make = getattr(schedules, name)
     rate, again = make(**settings), make(**settings)
     assert rate == again and hash(rate) == hash(again) and repr(rate) == repr(again)
-    assert eval(repr(rate), vars(schedules)) == rate
+    if "<" not in repr(rate):  # a plain function has no text that evaluates to it
+        assert eval(repr(rate), vars(schedules)) == rate
     assert jax.tree.map(lambda x: x, rate) == rate == pickle.loads(pickle.dumps(rate)) == jax.jit(lambda r: r)(rate)
     halved = jax.tree.map(lambda number: number / 2, rate)
     assert halved != rate and gdx.sgd(halved) != gdx.sgd(rate)
 
 
-@every
+@all_twelve
 def test_slopes_are_finite_in_every_number_and_nothing_is_nan_on_the_way(name, settings):
     rate = jax.tree.map(jnp.float32, getattr(schedules, name)(**settings))
-
-    def total(rate):
-        return jnp.sum(jax.lax.map(rate, COUNTS))
-
+    lanes = jax.tree.map(lambda x: jnp.stack([x, x]), rate)
+    slope = jax.grad(lambda rate, count: rate(count))
+    counts = jnp.concatenate([COUNTS, FAR])
     with jax.debug_nans(True):
-        slopes = jax.jit(jax.grad(total))(rate)
-        lanes = jax.tree.map(lambda x: jnp.stack([x, x]), rate)
-        jax.vmap(jax.grad(total))(lanes)
-        jax.jit(rate)(3), jax.vmap(lambda rate: rate(3))(lanes)
+        slopes = [jax.jit(lambda rate: jax.lax.map(lambda count: slope(rate, count), counts))(rate)]
+        slopes += [jax.jit(jax.grad(lambda rate: jnp.sum(jnp.tanh(jax.lax.map(rate, counts)))))(rate)]
+        for count in (0, 2**31 - 1):
+            slopes += [slope(rate, count), jax.vmap(slope, (0, None))(lanes, count)]
+            jax.jit(rate)(count), jax.vmap(lambda rate, count=count: rate(count))(lanes)
     assert all(np.all(np.isfinite(slope)) for slope in jax.tree.leaves(slopes))
+
+
+@all_twelve
+def test_slopes_are_those_of_one_side_at_every_count(name, settings):
+    with enable_x64(True):
+        leaves, structure = jax.tree.flatten(getattr(schedules, name)(**settings))
+        at = jax.jit(lambda numbers: jax.vmap(jax.tree.unflatten(structure, list(numbers)))(jnp.arange(50)))
+        numbers = jnp.asarray(leaves)
+        slopes, here = jax.jit(jax.jacobian(at))(numbers), at(numbers)
+        for i in range(len(numbers)):
+            after, before = ((at(numbers.at[i].add(step)) - here) / step for step in (1e-7, -1e-7))
+            is_one = [np.isclose(slopes[:, i], side, rtol=1e-4, atol=1e-5) for side in (after, before)]
+            jumps = ~(np.abs(after) < 1e4) & ~(np.abs(before) < 1e4)  # at the edge of what a number can be
+            assert np.all(is_one[0] | is_one[1] | jumps), (i, slopes[:, i], after, before)
 
 
 def test_slopes_in_every_number_are_right():
@@ -202,8 +253,56 @@ def test_schedules_within_a_schedule():
     tx = gdx.sgd(schedules.join_schedules([warmup(), schedules.constant_schedule(0.5)], [5]))
     assert tx.hyperparams["peak_value"] == 0.1
     assert tx.replace(value=0.25).learning_rate(9) == 0.25
-    plain = schedules.join_schedules([warmup(), lambda count: 0.5], [5])
-    assert float(plain(9)) == 0.5
+
+
+@gdx.schedule
+def total(parts, by=1.0):
+    parts = parts.values() if isinstance(parts, dict) else parts
+    return lambda count: by * sum(part(count) if callable(part) else part for part in parts)
+
+
+def half(count):
+    return 0.5
+
+
+@pytest.mark.parametrize(
+    "rate",
+    [
+        schedules.join_schedules([warmup(), half], [5]),
+        schedules.join_schedules((half, warmup(), half), [1, 5]),
+        total([warmup(), half]),
+        total({"a": half, "b": warmup()}),
+        total([half, schedules.join_schedules([half, warmup()], [1])]),
+    ],
+)
+def test_a_plain_function_takes_no_numbers_away(rate):
+    tx = gdx.sgd(rate)
+    assert tx.hyperparams["peak_value"] == 0.1 and list(tx.hyperparams.values()) == jax.tree.leaves(tx)
+    changed = tx.replace(peak_value=0.2)
+    assert changed.hyperparams["peak_value"] == 0.2 and changed != tx == pickle.loads(pickle.dumps(tx))
+    assert changed.learning_rate(4) > rate(4) and "half" in repr(tx)
+    step = jax.jit(lambda tx, count: tx.learning_rate(count))
+    np.testing.assert_allclose([step(tx, 4), step(changed, 4)], [rate(4), changed.learning_rate(4)])
+    assert step._cache_size() == 1
+    assert gdx.labels(gdx.stack([tx, changed])) == [{"peak_value": 0.1}, {"peak_value": 0.2}]
+
+
+def test_numbers_beside_a_plain_function():
+    rate = total([0.25, half])
+    assert rate(3) == 0.75 and jax.tree.leaves(rate) == [0.25, 1.0] and rate != total([0.5, half])
+    assert total([half, half])(3) == 1.0 and total([half, half]) == total([half, half]) != total([half, jnp.sqrt])
+
+
+def test_joined_schedules_are_called_in_their_own_time_only():
+    def only(first, last):
+        def at(count):
+            assert first <= count <= last
+            return count * 1.0
+
+        return at
+
+    rate = schedules.join_schedules([only(0, 3), only(0, 2), only(0, 90)], [4, 7])
+    assert [float(rate(count)) for count in (0, 3, 4, 6, 7, 50)] == [0, 3, 0, 2, 0, 43]
 
 
 @pytest.mark.parametrize("way", [jax.jit, jax.grad, lambda f: lambda x: jax.vmap(f)(jnp.stack([x, x]))[0]])
@@ -232,6 +331,35 @@ def test_a_factory_of_ones_own_is_a_class_of_values():
     assert jax.tree.leaves(rate) == [1.0, 0.5]
     assert pickle.loads(pickle.dumps(rate)) == rate and repr(rate) == "decayed(peak=1.0, every=3)"
     assert gdx.schedule(decayed) is decayed
+
+
+def test_a_factory_of_ones_own_takes_anything_where_nothing_is_annotated():
+    made = gdx.schedule(lambda anything, other=None: lambda count: 0.5)
+    for value in ("a", None, True, np.nan, warmup(), half, [0.1, half], {"a": 1}, jnp.ones(3), sum, object()):
+        assert made(value)(3) == 0.5 and made(1.0, value)(3) == 0.5
+
+
+@gdx.schedule
+def annotated(
+    inner: optax.Schedule,
+    either: gdx.Scalar,
+    table: jax.Array,
+    steps: int = 3,
+    odd: "float" = None,  # noqa: RUF013
+):
+    return lambda count: inner(count) + (either(count) if callable(either) else either) + table[count]
+
+
+def test_a_factory_of_ones_own_takes_what_its_annotations_say():
+    for either in (0.5, half, schedules.constant_schedule(0.5), jnp.float32(0.5)):
+        assert annotated(schedules.constant_schedule(1.0), either, jnp.arange(3.0))(2) == 3.5
+    assert annotated(half, 0.5, jnp.arange(3.0), odd=None)(1) == 2
+    for wrong, words in (
+        ({"inner": 0.1}, r"inner is 0\.1; expected a function"),
+        ({"either": "a"}, r"either is 'a'; "),
+    ):
+        with pytest.raises(TypeError, match=rf"annotated: {words}"):
+            annotated(**{"inner": half, "either": 0.5, "table": jnp.arange(3.0), **wrong})
 
 
 def test_a_factory_of_optax_keeps_its_steps_as_constants():
@@ -288,3 +416,67 @@ def test_refuses(case):
     make, error, words = REFUSED[case]
     with pytest.raises(error, match=words):
         make()
+
+
+WRONG = [
+    "a",
+    None,
+    True,
+    np.True_,
+    np.nan,
+    np.inf,
+    1e39,
+    1j,
+    jnp.ones(2),
+    [0.1],
+    half,
+    schedules.constant_schedule(1.0),
+]
+NUMBERS = [
+    (name, settings, parameter)
+    for name, (settings, *_) in (*CASES.items(), ("warmup_stable_decay_schedule", [OWN]))
+    for parameter, value in settings.items()
+    if isinstance(value, int | float)
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "parameter"), NUMBERS)
+def test_refuses_what_is_no_number_in_the_call_that_makes_it(name, settings, parameter):
+    make = getattr(schedules, name)
+    for wrong in WRONG:
+        if wrong is None and parameter == "end_value" and "exponential" in name:
+            continue
+        for refused in (
+            lambda x: make(**{**settings, parameter: x}),
+            lambda x: make(**settings).replace(**{parameter: x}),
+        ):
+            with pytest.raises((TypeError, ValueError), match=rf"^{name}: {parameter} is .*; expected a finite number"):
+                refused(wrong)
+    for number in (np.float32(25), jnp.bfloat16(25), np.array(25), 25):
+        make(**{**settings, parameter: number})
+
+
+OTHERS = {
+    "schedules.0 is 0.1; expected a function of the step count": lambda: schedules.join_schedules([0.1, 0.2], [5]),
+    "schedules.1 is None; expected a function of the step count": lambda: schedules.join_schedules([half, None], [5]),
+    "schedules is join_schedules(": lambda: schedules.join_schedules(schedules.join_schedules([half], []), []),
+    "boundaries is 5; expected a list": lambda: schedules.join_schedules([half, half], 5),
+    "boundaries.0 is 'a'; expected a finite number": lambda: schedules.join_schedules([half, half], ["a"]),
+    "boundaries.1 is nan; expected a finite number": lambda: schedules.join_schedules([half] * 3, [1, np.nan]),
+    "boundaries_and_scales is 3; expected a dict or a list or None": lambda: PIECES(1.0, 3),
+    "boundaries_and_scales.5 is 'a'; expected a finite number": lambda: PIECES(1.0, {5: "a"}),
+    "boundaries_and_scales: a key is 'a'; expected a finite number": lambda: PIECES(1.0, {"a": 0.5}),
+    "boundaries_and_scales.0 is (5, 0.1, 3); expected a pair": lambda: PIECES(1.0, [(5, 0.1, 3)]),
+    "boundaries_and_scales.0.1 is <half>; expected a finite number": lambda: PIECES(1.0, [(5, half)]),
+    "staircase is 1; expected True or False": lambda: schedules.exponential_decay(1.0, 5, 0.5, staircase=1),
+    "end_value is 'a'; expected a finite number or None": lambda: schedules.exponential_decay(
+        1.0, 5, 0.5, end_value="a"
+    ),
+}
+PIECES = schedules.piecewise_constant_schedule
+
+
+@pytest.mark.parametrize("words", OTHERS)
+def test_refuses_what_an_annotation_does_not_say(words):
+    with pytest.raises((TypeError, ValueError), match=rf"^\w+: {re.escape(words)}"):
+        OTHERS[words]()
