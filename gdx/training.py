@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdx.fields import is_number, to_integer
 from gdx.placement import sharding_of
 from gdx.population import labels, members_of, stack
 from gdx.transform import Transform
@@ -67,8 +66,6 @@ def train(
       remat: whether the derivative through it keeps memory for $\sqrt{K}$ steps rather than for $K$.
 
     Raises:
-      TypeError: loss is no function or returns something else than a real scalar; tx is no transform; batches is a
-        list.
       ValueError: the leaves of batches do not have one leading axis in common.
 
     >>> import gdx, jax, jax.numpy as jnp
@@ -78,10 +75,10 @@ def train(
     >>> bool(jax.grad(final)(gdx.sgd(0.1)).learning_rate < 0)
     True
     """
-    _check_call("train", loss, tx, batches)
     start = jax.tree.map(jnp.asarray, params)
     carry = (start, tx.init(start) if state is None else state)
     scan = _rematerialised_scan if remat else jax.lax.scan
+    _steps_of(batches)
     (params, state), losses = scan(training_step(loss, tx), carry, batches)
     return Trained(jax.tree.map(_as_placed, params, start), state, losses)
 
@@ -123,15 +120,7 @@ class Sweep(NamedTuple):
 
         Args:
           score: of shape (members,), such as `sweep.final["loss"]`.
-
-        Raises:
-          ValueError: score has another shape.
         """
-        if np.shape(score) != np.shape(self.diverged):
-            raise ValueError(
-                f"ranking: score has shape {np.shape(score)}; expected {np.shape(self.diverged)}, one number for each "
-                f"member, as in sweep.losses[:, -1]"
-            )
         score = np.where(self.diverged, np.nan, np.asarray(score, float))
         return [int(i) for i in np.argsort(score, stable=True) if np.isfinite(score[i])]
 
@@ -164,8 +153,7 @@ def sweep(
         at work, the least loss and how many have diverged.
 
     Raises:
-      TypeError: loss, evaluate or progress has no hash; optimizers is none of gdx's, or chunk_size no integer; as
-        `gdx.train`.
+      TypeError: loss, evaluate or progress has no hash.
       ValueError: optimizers is no batch, chunk_size is less than 1, or the leaves of batches do not
         have one leading axis in common.
 
@@ -176,14 +164,11 @@ def sweep(
     >>> result.diverged.tolist(), result.ranking(result.losses[:, -1])
     ([False, False, True], [1, 0])
     """
-    _check_call("sweep", loss, optimizers, batches)
-    if not isinstance(optimizers, Transform):
-        raise TypeError(
-            f"sweep: optimizers is {reprlib.repr(optimizers)}; expected a batch of gdx's, as in "
-            f"gdx.grid(gdx.adamw, learning_rate=[1e-3, 1e-2]); gdx.value(optax.lion) takes optax's there"
-        )
     members = members_of(optimizers)
-    chunk = members if chunk_size is None else min(to_integer("sweep: chunk_size", chunk_size, minimum=1), members)
+    chunk = members if chunk_size is None else min(chunk_size, members)
+    if chunk < 1:
+        raise ValueError(f"sweep: chunk_size is {chunk_size}; expected at least 1, or None for all members at once")
+    _steps_of(batches)
     for name, function in (("loss", loss), ("evaluate", evaluate), ("progress", progress)):
         try:
             hash(function)
@@ -291,15 +276,14 @@ def range_test(
 
     Args:
       loss, params, batches, chunk_size, progress: as in `gdx.sweep`; a few dozen steps do.
-      tx: the optimizer, whose `learning_rate` is replaced. Of several learning rates the largest is meant, and the
-        others keep their ratios to it.
+      tx: the optimizer, whose `learning_rate` is replaced.
       low, high: the smallest and the largest rate; the others lie between them at equal ratios.
       points: how many rates are tried, at least 2.
 
     Raises:
-      TypeError: tx is none of gdx's; low or high is no number, points no integer; as `gdx.train`.
-      ValueError: tx has no hyperparameter called learning_rate; not 0 < low < high; points is less than 2; no rate
-        ends below the loss that it started from.
+      TypeError: tx is none of gdx's.
+      ValueError: tx has no hyperparameter called learning_rate, or not one alone; not 0 < low < high;
+        points is less than 2; no rate ends below the loss that it started from.
 
     Source: Smith, Cyclical Learning Rates for Training Neural Networks (2017), section 3.3.
 
@@ -309,16 +293,14 @@ def range_test(
     >>> 0.24 < found.suggested < 0.26, 0.45 < found.edge < 0.55
     (True, True)
     """
-    _check_call("range_test", loss, tx, batches)
     if not isinstance(tx, Transform):
         raise TypeError(f"range_test: tx is {reprlib.repr(tx)}; expected one of gdx's optimizers, such as gdx.sgd(0.1)")
-    if not (is_number(low) and is_number(high) and 0 < low < high < math.inf):
-        raise ValueError(f"range_test: low is {low!r} and high is {high!r}; expected numbers, 0 < low < high")
-    rates = np.geomspace(low, high, to_integer("range_test: points", points, minimum=2))
-    named = {name: x for name, x in tx.hyperparams.items() if name.endswith(".learning_rate") and is_number(x)}
-    largest = max(named.values(), default=0)
-    ratios = {name: x / largest for name, x in named.items()} if largest else {"learning_rate": 1.0}
-    batch = stack(tx.replace(**{name: ratio * rate for name, ratio in ratios.items()}) for rate in rates)
+    if not 0 < low < high < math.inf:
+        raise ValueError(f"range_test: low is {low} and high is {high}; expected 0 < low < high")
+    if points < 2:
+        raise ValueError(f"range_test: points is {points}; expected at least 2")
+    rates = np.geomspace(low, high, points)
+    batch = stack(tx.replace(learning_rate=rate) for rate in rates)
     result = sweep(loss, batch, params, batches, evaluate=_nothing, chunk_size=chunk_size, progress=progress)
     history = np.asarray(result.losses, float)
     start = float(history[0, 0])
@@ -342,24 +324,6 @@ def _nothing(params: Any) -> tuple:
     return ()
 
 
-def _check_call(name: str, loss: Any, tx: Any, batches: Any) -> None:
-    """Raises where an argument is not of its kind, or stands in the place of another."""
-    usage = f"{name}(loss, {'optimizers' if name == 'sweep' else 'tx'}, params, batches)"
-    if not callable(loss) or (isinstance(loss, type) and issubclass(loss, optax.GradientTransformation)):
-        raise TypeError(
-            f"{name}: loss is {reprlib.repr(loss)}; expected a function of the parameters and a batch, as in {usage}"
-        )
-    if isinstance(tx, type) or not (hasattr(tx, "init") and hasattr(tx, "update")):
-        mend = f"; call it, as in {tx.__name__}(...)" if isinstance(tx, type) else f", as in {usage}"
-        raise TypeError(f"{name}: {reprlib.repr(tx)} is no optimizer; expected one such as gdx.sgd(0.1){mend}")
-    if isinstance(batches, list):
-        raise TypeError(
-            f"{name}: batches is a list of {len(batches)}; expected arrays with a leading axis of steps. Make them of "
-            f"the batches: jax.tree.map(lambda *x: jnp.stack(x), *batches)"
-        )
-    _steps_of(batches)
-
-
 def _steps_of(batches: Any) -> int:
     return leading_axis("batches:", batches, "steps", least=1)
 
@@ -368,23 +332,9 @@ def training_step(loss: Loss, tx: optax.GradientTransformation) -> Callable[[Any
     """One training step, as `jax.lax.scan` takes it: the carry is the parameters and the state."""
     tx = optax.with_extra_args_support(tx)
 
-    def scalar(params: Any, batch: Any) -> jax.Array:
-        value = loss(params, batch)
-        if not (
-            jax.tree_util.all_leaves([value])
-            and np.shape(value) == ()
-            and jnp.issubdtype(jnp.result_type(value), np.floating)
-        ):
-            kinds = jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(np.shape(x))}", value)
-            raise TypeError(
-                f"the loss returned {kinds}; expected a real scalar: of several losses their mean, as in "
-                f"jnp.mean(losses), of a loss and something else the loss alone"
-            )
-        return value
-
     def step(carry: Any, batch: Any) -> Any:
         params, state = carry
-        value, gradients = jax.value_and_grad(scalar)(params, batch)
+        value, gradients = jax.value_and_grad(loss)(params, batch)
         # what some of optax's ask for: reduce_on_plateau, polyak_sgd, lbfgs
         asked = {"value": value, "grad": gradients, "value_fn": lambda params: loss(params, batch)}
         updates, state = tx.update(gradients, state, params, **asked)

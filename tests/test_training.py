@@ -271,17 +271,14 @@ REFUSED = {
     "a scalar": (lambda: gdx.train(loss, gdx.sgd(0.1), START, jnp.ones(())), r"the root has shape \(\)"),
     "no steps": (lambda: gdx.sweep(loss, GRID, START, EXAMPLES[:0]), r"the root has shape \(0, 16\)"),
     "a single optimizer": (lambda: gdx.sweep(loss, gdx.sgd(0.1), START, EXAMPLES), r"expected a batch"),
-    "no chunk": (
-        lambda: gdx.sweep(loss, GRID, START, EXAMPLES, chunk_size=0),
-        r"chunk_size is 0; expected an integer >= 1",
-    ),
+    "no chunk": (lambda: gdx.sweep(loss, GRID, START, EXAMPLES, chunk_size=0), r"chunk_size is 0; expected at least 1"),
     "a range upside down": (
         lambda: gdx.range_test(bowl, gdx.sgd(0.1), START, EXAMPLES, low=1, high=0.1),
-        r"low is 1 and high is 0\.1; expected numbers, 0 < low < high",
+        r"low is 1 and high is 0\.1; expected 0 < low < high",
     ),
     "one point": (
         lambda: gdx.range_test(bowl, gdx.sgd(0.1), START, EXAMPLES, points=1),
-        r"points is 1; expected an integer >= 2",
+        r"points is 1; expected at least 2",
     ),
     "no rate to replace": (
         lambda: gdx.range_test(bowl, gdx.scale_by_adam(), jnp.ones(2), EXAMPLES),
@@ -313,82 +310,6 @@ def test_refuses(case):
         run()
 
 
-@pytest.mark.parametrize(
-    ("returned", "kinds"),
-    [
-        (lambda x: (x, 1.0), r"\('float32\[\]', 'float32\[\]'\)"),
-        (lambda x: x[None], r"float32\[1\]"),
-        (lambda x: {"loss": x}, r"\{'loss': 'float32\[\]'\}"),
-        (lambda x: 1, r"int32\[\]"),
-        (lambda x: jax.lax.complex(x, x), r"complex64\[\]"),
-        (lambda x: None, "None"),
-    ],
-)
-@pytest.mark.parametrize("way", ["train", "sweep", "range_test"])
-def test_a_loss_that_is_no_scalar_is_refused(way, returned, kinds):
-    with pytest.raises(TypeError, match=rf"the loss returned {kinds}; expected a real scalar"):
-        WAYS[way](lambda params, batch: returned(loss(params, batch)), GRID if way == "sweep" else gdx.sgd(0.1))
-
-
-WAYS = {
-    way: lambda loss, tx, batches=EXAMPLES, way=way: getattr(gdx, way)(loss, tx, START, batches)
-    for way in ("train", "sweep", "range_test")
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_refuses_arguments_in_each_others_places(way):
-    tx = GRID if way == "sweep" else gdx.sgd(0.1)
-    run = WAYS[way]
-    for wrong in (gdx.sgd(0.1), gdx.sgd, 1.0, None):
-        with pytest.raises(
-            TypeError, match=rf"{way}: loss is .*; expected a function .*, as in {way}\(loss, .*batches"
-        ):
-            run(wrong, tx)
-    for wrong, words in ((gdx.sgd, r"call it, as in sgd\("), (optax.adam, "as in"), (loss, "as in"), (None, "as in")):
-        with pytest.raises(TypeError, match=rf"{way}: .* is no optimizer; expected one such as gdx\.sgd.*{words}"):
-            run(loss, wrong)
-    with pytest.raises(TypeError, match=rf"{way}: batches is a list of 23; .*jax\.tree\.map.*jnp\.stack"):
-        run(loss, tx, list(EXAMPLES))
-    if way != "train":
-        with pytest.raises(TypeError, match=rf"{way}: .*; expected .* of gdx's"):
-            run(loss, optax.sgd(0.1))
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "words"),
-    [
-        ({"low": "x"}, ValueError, r"low is 'x' and high is 10\.0; expected numbers, 0 < low < high"),
-        ({"high": None}, ValueError, r"high is None; expected numbers"),
-        ({"points": "x"}, TypeError, r"points is 'x'; expected an integer"),
-        ({"points": 2.5}, TypeError, r"points is 2\.5; expected an integer"),
-        ({"chunk_size": "x"}, TypeError, r"chunk_size is 'x'; expected an integer"),
-    ],
-)
-def test_a_range_that_is_none(settings, error, words):
-    with pytest.raises(error, match=words):
-        gdx.range_test(loss, gdx.sgd(0.1), START, EXAMPLES, **settings)
-
-
-def test_a_score_of_another_shape():
-    found = gdx.sweep(loss, GRID, START, EXAMPLES)
-    for score in (found.losses, found.losses[:-1, 0], 1.0):
-        with pytest.raises(
-            ValueError, match=r"ranking: score has shape .*; expected \(\d+,\), one number for each member"
-        ):
-            found.ranking(score)
-
-
-def test_the_range_of_several_learning_rates():
-    """The largest takes each rate, the others keep their ratio to it."""
-    masked = gdx.value(optax.masked)
-
-    def rates(a, b):
-        return gdx.chain(masked(gdx.sgd(a), {"a": True, "b": False}), masked(gdx.sgd(b), {"a": False, "b": True}))
-
-    bowls = lambda p, batch: jnp.sum(p["a"] ** 2) + jnp.sum(p["b"] ** 2)  # noqa: E731
-    start = {"a": jnp.ones(3), "b": jnp.ones(2)}
-    found = gdx.range_test(bowls, rates(0.1, 0.025), start, jnp.zeros((20, 1)), low=0.1, high=1.0, points=4)
-    for rate, last in zip(found.learning_rates, found.losses):
-        losses = gdx.train(bowls, rates(rate, rate / 4), start, jnp.zeros((20, 1))).losses
-        np.testing.assert_allclose(np.mean(losses[-2:]), last, rtol=1e-4)
+def test_a_loss_that_is_no_scalar_is_refused_by_jax():
+    with pytest.raises(TypeError, match="scalar-output"):
+        gdx.train(lambda p, batch: p["a"], gdx.sgd(0.1), START, EXAMPLES)

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import operator
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -52,12 +52,12 @@ class Checkpoints:
     processes: the others might never come.
 
     Args:
-      directory: where they are, a path of the file system, seen by all processes; made with the first one.
+      directory: where they are, seen by all processes; made with the first one.
       keep: how many of the newest stay.
 
     Raises:
       TypeError: keep is no integer.
-      ValueError: keep is less than 1, or directory an address such as gs://bucket/run.
+      ValueError: keep is less than 1.
       MissingExtra: Orbax is not installed.
 
     >>> import gdx, jax.numpy as jnp, tempfile
@@ -76,12 +76,7 @@ class Checkpoints:
         self.keep = _integer("Checkpoints: keep", keep, 1)
         with needs("checkpoint"):
             import orbax.checkpoint  # noqa: F401 - missing now rather than at the first save
-        if "://" in str(directory):
-            raise ValueError(
-                f"Checkpoints: directory is {str(directory)!r}; expected a path of the file system, such as that under "
-                f"which the bucket is mounted"
-            )
-        self.directory = Path(directory).expanduser().absolute()
+        self.directory = Path(directory).absolute()
         self._is_closed = False
 
     @property
@@ -92,12 +87,7 @@ class Checkpoints:
         # Orbax's list has the step that is being written, but not what others wrote, nor all after a failed write
         if not self._manager.is_saving_in_progress():
             self._manager.reload()
-        return sorted(step for step in self._manager.all_steps() if not self._is_empty(step))
-
-    def _is_empty(self, step: int) -> bool:
-        """Whether there is a folder for a step with nothing in it, which Orbax takes for a checkpoint."""
-        folder = self.directory / str(step)
-        return folder.is_dir() and not any(folder.iterdir())
+        return sorted(self._manager.all_steps())
 
     def save(self, step: int, tx: optax.GradientTransformation, params: Any, state: Any, *, extra: Any = None) -> None:
         """Starts to write a checkpoint, and returns as soon as the arrays may be donated.
@@ -110,9 +100,9 @@ class Checkpoints:
           extra: what else the run needs to go on, as JSON has it: numbers, texts, lists and dictionaries.
 
         Raises:
-          CheckpointError: there is a checkpoint of this step or a later one, or it could not be written.
+          CheckpointError: there is a checkpoint of this step or a later one.
           TypeError: step is no integer, tx no optimizer, or extra is not JSON.
-          ValueError: step is negative, two leaves have the same path, or `close` was called.
+          ValueError: step is negative, or `close` was called.
         """
         import orbax.checkpoint as ocp
 
@@ -129,20 +119,13 @@ class Checkpoints:
                 f"save: the step is {step}, but {self.directory} has a checkpoint of step {newest}; "
                 f"restore that one and go on from there, or give another directory"
             )
-        for other in self._manager.all_steps():
-            if other >= step:
-                raise CheckpointError(
-                    f"save: {self.directory / str(other)} is an empty folder with the name of a later checkpoint, "
-                    f"beside which Orbax saves none; remove it"
-                )
         arrays = {path: manifest.plain(leaf) for path, leaf in manifest.leaves(params, state).items()}
         content = manifest.manifest(step, tx, params, state, extra, {path: checksum(x) for path, x in arrays.items()})
         keys = _keys(arrays)
         # Orbax takes no array without elements, and no tree without arrays
         data = {keys[path]: _global(x) for path, x in arrays.items() if x.size} or {"none": np.zeros(1)}
         items = ocp.args.Composite(arrays=ocp.args.PyTreeSave(data), manifest=ocp.args.JsonSave(content))
-        with self._writing():
-            self._manager.save(step, args=items)
+        self._manager.save(step, args=items)
 
     def restore(
         self,
@@ -186,32 +169,15 @@ class Checkpoints:
         return Restored(step, params, state, content["extra"])
 
     def wait(self) -> None:
-        """Returns when all is written.
-
-        Raises:
-          CheckpointError: something went wrong on the way, such as a full disk.
-        """
+        """Returns when all is written; raises what went wrong on the way."""
         if "_manager" in vars(self):
-            with self._writing():
-                self._manager.wait_until_finished()
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """One kind of error, whatever Orbax and the system call it."""
-        try:
-            yield
-        except Exception as error:
-            raise CheckpointError(
-                f"save: a checkpoint in {self.directory} could not be written; the ones before are intact. "
-                f"{type(error).__name__}: {error}"
-            ) from error
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, and ends the threads that write: after it, one can restore but not save. Again, it does nothing."""
         self._is_closed = True
         if "_manager" in vars(self):
-            with self._writing():
-                self._manager.close()
+            self._manager.close()
 
     def __enter__(self) -> Self:
         return self

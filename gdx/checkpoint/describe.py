@@ -9,17 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from gdx.compose import chain
-from gdx.fields import is_concrete, text
+from gdx.fields import in_default_dtype, is_concrete, is_key, text
 from gdx.schedules import Schedule
 from gdx.sharding import shard_state
 from gdx.transform import Foreign, Transform
 
-# what Python shows of an object without a text of its own: another one in every process
-ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 # where schedules are looked at
 COUNTS = (0, *(digit * 10**power for power in range(7) for digit in (1, 2, 5)))
 
@@ -125,9 +122,9 @@ def _hyperparameter(value: Any) -> str:
         return type(value).__name__
     if callable(value):
         return f"{text(value)} with values {_values(value)}"
-    if value is None or not is_concrete(value):
+    if value is None or is_key(value) or not is_concrete(value):
         return text(value)
-    numbers = np.asarray(value).astype(jnp.result_type(float))
+    numbers = in_default_dtype(value)
     return " ".join(str(float(str(number))) for number in numbers.ravel())
 
 
@@ -139,4 +136,4 @@ def _values(function: Callable[[Any], Any]) -> str:
 
 
 def _without_addresses(shown: str) -> str:
-    return ADDRESS.sub("", shown)
+    return re.sub(r" at 0x[0-9a-f]+", "", shown)

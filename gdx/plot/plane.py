@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdx.plot.style import axes_or_new, finite_length, line_styles, run_label
+from gdx.plot.style import add_legend, axes_or_new, finite_length, line_styles, run_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +32,7 @@ def paths(
       ax: the axes to draw on; None for new ones.
       limits: ((left, right), (bottom, top)) of the picture; None for what holds every path that has not diverged.
       minimum: the point to mark as the minimum; None for no mark.
-      legend: whether to name the runs; start and minimum are named anyway.
+      legend: whether to add the legend.
 
     Returns:
       The axes.
@@ -41,7 +41,7 @@ def paths(
     >>> bowl = lambda x: x[0] ** 2 + 10 * x[1] ** 2
     >>> ax = gdx.plot.paths(bowl, {"sgd": [[4.0, 2.0], [3.0, -1.0], [2.0, 0.5]]}, minimum=(0.0, 0.0))
     >>> [text.get_text() for text in ax.get_legend().get_texts()]
-    ['sgd', 'start', 'minimum']
+    ['sgd', 'minimum']
     """
     ax = axes_or_new(ax)
     walks = {name: np.asarray(points, float).reshape(-1, 2) for name, points in paths.items()}
@@ -60,19 +60,15 @@ def paths(
         style["linewidth"] = 2.8 - 1.3 * index / max(len(walks) - 1, 1)
         (line,) = ax.plot(*points.T, label=run_label(name, name in diverged), **style)
         ax.plot(*points[-1:].T, marker="o", markersize=5, color=line.get_color())
-        (start,) = ax.plot(*points[:1].T, marker="s", markersize=5, color="black", linestyle="none", zorder=3)
-    if walks:
-        start.set_label("start")
+        ax.plot(*points[:1].T, marker="s", markersize=5, color="black", zorder=3)
     if minimum is not None:
         ax.plot(*minimum, marker="*", markersize=13, color="black", linestyle="none", label="minimum", zorder=3)
     ax.set_xlim(left, right)
     ax.set_ylim(bottom, top)
     ax.set_xlabel("x")
     ax.set_ylabel("y")
-    handles, names = ax.get_legend_handles_labels()
-    shown = [(h, name) for h, name in zip(handles, names) if legend or name in ("start", "minimum")]
-    if shown:
-        ax.legend(*zip(*shown), handlelength=3.5)
+    if legend:
+        add_legend(ax)
     return ax
 
 

@@ -1,6 +1,5 @@
 """Pictures of runs: loss curves, sweeps of hyperparameters, range tests of the learning rate."""
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -81,8 +80,7 @@ def sweep(
     """Draws the score of each point of a sweep: a curve over one hyperparameter, a heat map over two.
 
     Of more hyperparameters the first two are shown, with the least score over the others. The
-    least score of all is marked, also as one at the edge of what was tried, and so is every point without a finite
-    score ("diverged"). A figure without a layout engine gets the constrained one, which leaves room for the legend.
+    least score of all is marked, and so is every point without a finite one ("diverged").
 
     Args:
       labels: the hyperparameters of each point, as `gdx.labels` gives them.
@@ -90,14 +88,12 @@ def sweep(
       ax: the axes to draw on; None for new ones.
       name: what the score is.
       limits: (low, high), the ends of its colours or axis, logarithmic where they span more than a decade; colours
-        draw scores beyond them like the ends. None for the least and the largest score, without a tenth of them where
-        these would take more than half of the colours.
+        draw scores beyond them like the ends. None for the least and the largest score.
 
     Returns:
       The axes.
 
     Raises:
-      TypeError: labels is no sequence, such as axes in its place.
       ValueError: the points differ in no hyperparameter, there is not one score for each, or low is not below high.
 
     >>> import gdx
@@ -106,8 +102,6 @@ def sweep(
     >>> ax.get_xlabel(), [text.get_text() for text in ax.get_legend().get_texts()]
     ('learning rate', ['best: 0.2', 'diverged'])
     """
-    if not isinstance(labels, Sequence):
-        raise TypeError(f"plot.sweep: labels is {labels!r}; expected a list, as in plot.sweep(labels, score, ax)")
     if not labels or not labels[0]:
         raise ValueError("plot.sweep: the points differ in no hyperparameter; expected labels such as gdx.labels gives")
     score = np.asarray(score, float)
@@ -116,9 +110,6 @@ def sweep(
     if limits is not None and not limits[0] < limits[1]:
         raise ValueError(f"plot.sweep: limits is {limits}; expected (low, high) with low < high")
     ax = axes_or_new(ax)
-    if ax.figure.get_layout_engine() is None:
-        with contextlib.suppress(RuntimeError):  # a colour bar that was made without one
-            ax.figure.set_layout_engine("constrained")
     names = list(labels[0])[:2]
     values = [sorted({point[key] for point in labels}) for key in names]
     best = np.full([len(v) for v in values], np.nan)
@@ -188,7 +179,7 @@ def _curve(
             markersize=15,
             color=COLOURS[1],
             linestyle="none",
-            label=f"best: {distinct(values[0])[at]}{_at_edge([at], best.shape)}",
+            label=f"best: {distinct(values[0])[at]}",
         )
     if diverged.any():
         # along the upper edge: there is no loss to draw them at
@@ -215,8 +206,7 @@ def _scatter(
         drawn = ax.scatter(x[finite], y[finite], c=score[finite], s=40, cmap="viridis_r")
         _add_bar(ax, drawn, score[finite], name, limits)
         best = int(np.nanargmin(np.where(finite, score, np.nan)))
-        places = [points.index(value[best]) for points, value in zip(map(_ascending, (x, y)), (x, y))]
-        _mark_best(ax, x[best], y[best], _at_edge(places, [len(_ascending(points)) for points in (x, y)]))
+        _mark_best(ax, x[best], y[best])
     if not finite.all():
         ax.plot(x[~finite], y[~finite], "x", color="0.4", linestyle="none", label="diverged")
     for set_scale, points in ((ax.set_xscale, x), (ax.set_yscale, y)):
@@ -231,27 +221,11 @@ def _is_logarithmic(points: np.ndarray) -> bool:
     return bool(np.all(points > 0) and points.max() >= 10 * points.min())
 
 
-def _ascending(points: np.ndarray) -> list[float]:
-    return sorted(set(points.tolist()))
-
-
-def _at_edge(places: Sequence[int], sizes: Sequence[int]) -> str:
-    """What to say where the best point has no neighbour on one side: a better one may be beyond."""
-    return ", at the edge: try wider" if any(i in (0, n - 1) for i, n in zip(places, sizes) if n > 2) else ""
-
-
 def _add_bar(ax: "Axes", drawn: Any, score: np.ndarray, name: str, limits: Limits) -> None:
     """The colour bar of what was drawn, and its scale, logarithmic where scores or limits span decades."""
-    finite = score[np.isfinite(score)]
-    logarithmic = spans_decades(finite if limits is None else np.asarray(limits))
+    logarithmic = spans_decades(score if limits is None else np.asarray(limits))
     if logarithmic:
         drawn.set_norm("log")
-    if limits is None and len(finite):
-        scaled = np.log(finite) if logarithmic else finite
-        # a few bad points would leave all others one colour
-        least, most, largest = np.quantile(scaled, [0, 0.9, 1])
-        if least < most and largest - least > 2 * (most - least):
-            limits = tuple(np.exp([least, most]) if logarithmic else (least, most))
     extend = "neither"
     if limits is not None:
         drawn.set_clim(*limits)
@@ -267,9 +241,8 @@ def _add_legend_below(ax: "Axes") -> None:
         ax.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2, frameon=False)
 
 
-def _mark_best(ax: "Axes", x: Any, y: Any, at_edge: str) -> None:
-    style = {"marker": "*", "markersize": 15, "color": "white", "markeredgecolor": "black", "linestyle": "none"}
-    ax.plot(x, y, label=f"best{at_edge}", **style)
+def _mark_best(ax: "Axes", x: Any, y: Any) -> None:
+    ax.plot(x, y, marker="*", markersize=15, color="white", markeredgecolor="black", linestyle="none", label="best")
 
 
 def _heat_map(
@@ -282,10 +255,9 @@ def _heat_map(
         ax.plot(diverged[:, 1], diverged[:, 0], "x", color="0.4", linestyle="none", label="diverged")
     if len(diverged) < best.size:
         row, column = np.unravel_index(np.nanargmin(best), best.shape)
-        _mark_best(ax, column, row, _at_edge([row, column], best.shape))
+        _mark_best(ax, column, row)
     for axis, key, points, most in ((ax.yaxis, names[0], values[0], 9), (ax.xaxis, names[1], values[1], 6)):
-        # with room for the numbers, and at both ends
-        shown = np.unique(np.round(np.linspace(0, len(points) - 1, min(len(points), most))).astype(int))
+        shown = range(0, len(points), -(-len(points) // most))  # at equal distances, with room for the numbers
         axis.set_ticks(shown, distinct([points[i] for i in shown]))
         axis.set_label_text(words(key))
     _add_legend_below(ax)

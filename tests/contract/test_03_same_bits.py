@@ -15,28 +15,17 @@ import gdx
 from tests.contract.table import Row, assert_same_bits, every_case, every_row, gradients, one_step, scan
 
 STEPS = 200
-# of parameters and their gradients, beside those of the table
-LOW = (("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float32"))
-
-
-def trees(row: Row) -> tuple[dict, dict]:
-    """Parameters and all gradients, some of them in half precision."""
-    params, all_gradients = row.tree(), gradients(STEPS)
-    for p, g in LOW:
-        params[f"{p} {g}"] = row.tree(seed=2)["w"].astype(p)
-        all_gradients[f"{p} {g}"] = gradients(STEPS, seed=3)["w"].astype(g)
-    return params, all_gradients
 
 
 def by_argument(row: Row, settings: dict):
     """The reference: the optimizer is an argument of the compiled program."""
-    return jax.jit(scan)(row.make(**settings), *trees(row))
+    return jax.jit(scan)(row.make(**settings), row.tree(), gradients(STEPS))
 
 
 @every_case
 def test_a_constant_in_a_closure(row, settings):
     tx = row.make(**settings)
-    assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(*trees(row)), by_argument(row, settings))
+    assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(row.tree(), gradients(STEPS)), by_argument(row, settings))
 
 
 @every_case
@@ -45,26 +34,26 @@ def test_a_schedule_returning_that_value(row, settings):
         pytest.skip("not each of its numbers can be a schedule")
     schedules = {name: (lambda count, value=value: value) for name, value in row.numbers(settings).items()}
     tx = row.make(**{**settings, **schedules})
-    assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(*trees(row)), by_argument(row, settings))
+    assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(row.tree(), gradients(STEPS)), by_argument(row, settings))
 
 
 @every_case
 def test_optax_inject_hyperparams(row, settings):
     tx = row.injected(settings)
-    assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(*trees(row)), by_argument(row, settings))
+    assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(row.tree(), gradients(STEPS)), by_argument(row, settings))
 
 
 @every_case
 def test_inside_optax_chain(row, settings):
     tx = optax.chain(optax.identity(), row.make(**settings), optax.identity())
-    assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(*trees(row)), by_argument(row, settings))
+    assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(row.tree(), gradients(STEPS)), by_argument(row, settings))
 
 
 @every_case
 def test_a_call_per_step(row, settings):
     """A jitted step in a Python loop instead of a scan."""
     step = jax.jit(one_step)
-    tx, (params, all_gradients) = row.make(**settings), trees(row)
+    tx, params, all_gradients = row.make(**settings), row.tree(), gradients(STEPS)
     state = tx.init(params)
     for i in range(STEPS):
         params, state = step(tx, params, state, jax.tree.map(lambda g: g[i], all_gradients))  # noqa: B023
@@ -80,13 +69,15 @@ def batch_of(row: Row, settings: dict):
 @every_case
 def test_lax_map(row, settings):
     batch = batch_of(row, settings)
-    found = jax.jit(lambda batch, p, g: jax.lax.map(lambda tx: scan(tx, p, g), batch))(batch, *trees(row))
+    found = jax.jit(lambda batch, p, g: jax.lax.map(lambda tx: scan(tx, p, g), batch))(
+        batch, row.tree(), gradients(STEPS)
+    )
     assert_same_bits(jax.tree.map(lambda x: x[0], found), by_argument(row, settings))
 
 
 @every_case
 def test_lanes_of_vmap(row, settings):
-    batch, (params, g) = batch_of(row, settings), trees(row)
+    batch, params, g = batch_of(row, settings), row.tree(), gradients(STEPS)
     found = jax.jit(jax.vmap(scan, (0, None, None)))(batch, params, g)
     single = jax.jit(scan)
     for lane in range(3):
@@ -105,7 +96,7 @@ def test_any_value(row, data):
         for name in row.numbers(row.settings[0])
     }
     tx = row.make(**settings)
-    assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(*trees(row)), by_argument(row, settings))
+    assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(row.tree(), gradients(STEPS)), by_argument(row, settings))
 
 
 @pytest.mark.parametrize(
