@@ -92,6 +92,7 @@ def to_scalar(
     if is_concrete(value):
         with np.errstate(over="ignore"):
             rounded = float(np.asarray(value).astype(jnp.result_type(float)))
+        minimum = max(minimum, np.finfo(float).min)  # -inf is no number either
         in_range = minimum <= float(value) < below
         if not (in_range and minimum <= rounded < below and bool(rounded) == bool(value)):
             in_float32 = f" ({rounded!r} in {jnp.result_type(float)})" if in_range else ""
@@ -145,6 +146,11 @@ def _interval(minimum: float, below: float) -> str:
     return f" >= {minimum:g}" if minimum > -np.inf else ""
 
 
+def is_key(value: Any) -> bool:
+    """Whether it is a random key, or an array of keys."""
+    return isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+
+
 def is_concrete(value: Any) -> bool:
     """Whether the value of an array can be read here: it is no tracer, and this process holds it."""
     return not isinstance(value, jax.core.Tracer) and getattr(value, "is_fully_addressable", True)
@@ -178,9 +184,9 @@ class Static:
         return hash(self._compared())
 
 
-def _in_default_dtype(number: Any) -> np.ndarray:
-    """A number as it enters a program."""
-    array = np.asarray(number)
+def in_default_dtype(number: Any) -> np.ndarray:
+    """A number as it enters a program; a random key as its data."""
+    array = np.asarray(jax.random.key_data(number) if is_key(number) else number)
     return array.astype(jnp.result_type(float)) if jnp.issubdtype(array.dtype, np.floating) else array
 
 
@@ -190,26 +196,28 @@ def same(a: Any, b: Any) -> bool:
         return True
     if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
         return False
-    if isinstance(a, _NUMBERS) and isinstance(b, _NUMBERS):
-        return np.shape(a) == np.shape(b) and bool(np.all(_in_default_dtype(a) == _in_default_dtype(b)))
-    return bool(a == b)
+    return bool(key_of(a) == key_of(b))
 
 
 def key_of(leaf: Any) -> Any:
     """A key that is equal for leaves that are the `same`."""
-    if isinstance(leaf, _NUMBERS) and not isinstance(leaf, jax.core.Tracer):
-        array = _in_default_dtype(leaf)
-        return array.item() if array.ndim == 0 else tuple(array.ravel().tolist())
-    return leaf
+    if isinstance(leaf, bool) or not isinstance(leaf, _NUMBERS) or isinstance(leaf, jax.core.Tracer):
+        return type(leaf), leaf  # True == 1
+    array = in_default_dtype(leaf)
+    if array.ndim == 0:
+        return array.item()
+    return is_key(leaf) and str(jax.typeof(leaf).dtype), array.shape, *array.ravel().tolist()
 
 
 def text(value: Any) -> str:
     """A field's value as Python text that evaluates to it, where it has one."""
     if isinstance(value, jax.core.Tracer) or (isinstance(value, jax.Array | np.ndarray) and value.ndim > 0):
         return f"<{value.dtype}[{','.join(map(str, value.shape))}]>"
+    if is_key(value):
+        return f"<{value.dtype}{in_default_dtype(value).tolist()}>"
     if isinstance(value, jax.Array | np.ndarray | np.floating) and jnp.issubdtype(value.dtype, np.floating):
         # the shortest digits that tell it apart in the dtype in which it enters a program
-        return repr(float(str(_in_default_dtype(value))))
+        return repr(float(str(in_default_dtype(value))))
     if isinstance(value, np.dtype):
         return repr(value.name)
     if isinstance(value, jax.sharding.Mesh):  # one can be called, as a decorator

@@ -36,7 +36,7 @@ from gdx import values
 from gdx.checks import check_gradients, check_params, check_state, check_state_like
 from gdx.fields import hyperparameter, static, text
 from gdx.numerics import compute_dtype
-from gdx.values import KEEPERS, Value, kept_calls
+from gdx.values import KEEPERS, Value, is_float, kept_calls, takes_arrays
 
 P = ParamSpec("P")
 
@@ -54,12 +54,12 @@ class CountedState(NamedTuple):
 
 
 class _Shown:
-    """What a transform holds as a tuple, for `"%s" % tx`, which looks no further."""
+    """What a transform holds as a tuple, for `"%s" % tx` and `"%r" % tx`, which look no further."""
 
     tx: Any = None
 
-    def __str__(self) -> str:
-        return str(self.tx)
+    def __repr__(self) -> str:
+        return repr(self.tx)
 
 
 class _NoAttribute:
@@ -359,13 +359,13 @@ class Call(Transform):
     def _arguments_in(self, dtype: np.dtype) -> dict[str, Any]:
         """What the function is called with, numbers in this dtype."""
         for name, value in self._hyperparameters():
-            if not callable(value):
+            # integers and keys may have a shape
+            if is_float(value) and not takes_arrays(self._metadata(name).get("parameter")):
                 self._check_single(name, value)
 
         def converted(x: Any) -> Any:
-            is_float = isinstance(x, np.floating | jax.Array) and jnp.issubdtype(x.dtype, np.floating)
             # of numpy's where nothing traces it
-            return x.astype(dtype) if is_float and x.dtype != dtype else x
+            return x.astype(dtype) if hasattr(x, "dtype") and is_float(x) and x.dtype != dtype else x
 
         return self._arguments_with(converted)
 
@@ -446,7 +446,9 @@ def value(function: Callable[P, Any]) -> Callable[P, Transform]:
     own, and `value` then serves as a decorator. The fields of the class are the function's parameters. Numbers,
     schedules that are values, transforms and containers of these are children of the pytree: they can be changed
     without compiling, batched and differentiated. Everything else is part of the structure. Whether an argument is a
-    number follows from the parameter: its default or annotation is a float, or the argument is one.
+    number follows from the parameter: its default or annotation is a float, or the argument is one. A number is finite
+    and has no shape. Arrays that have one are children where the parameter's annotation is `jax.Array`, or its default
+    is such an array; so are random keys and arrays of integers anywhere.
 
     `init` and `update` call the function again with what the numbers are by then. So it has to take them as JAX
     arrays: one that compares them in Python (`if momentum > 0`) can be closed over, but not be an argument of a
@@ -457,7 +459,9 @@ def value(function: Callable[P, Any]) -> Callable[P, Transform]:
         their function is the same object, so define it once.
 
     Raises:
-      TypeError: it takes `*args` or `**kwargs`, or returns something else.
+      TypeError: it takes `*args` or `**kwargs`, or calls a parameter as values call something of theirs (`replace`),
+        or returns something else; or, in a call, an argument is no number where the parameter takes one.
+      ValueError: in a call, a number is not finite, or has a shape.
 
     >>> import gdx, jax, jax.numpy as jnp, optax
     >>> lion = gdx.value(optax.lion)

@@ -9,7 +9,9 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import pickle
 import re
+import reprlib
 import sys
 import types
 import typing
@@ -21,7 +23,19 @@ from typing import Any, Self, dataclass_transform
 import jax
 import numpy as np
 
-from gdx.fields import Static, hyperparameter, is_number, is_opaque, key_of, same, static, text, to_number
+from gdx.fields import (
+    Static,
+    hyperparameter,
+    is_key,
+    is_number,
+    is_opaque,
+    key_of,
+    same,
+    static,
+    text,
+    to_number,
+    to_scalar,
+)
 
 
 @dataclass_transform(
@@ -45,9 +59,17 @@ class Value:
 
     def __post_init__(self) -> None:
         given = self._given()
-        self._check_given(given)
-        self._set({name: self._convert(name, value) for name, value in given.items()})
+        try:
+            self._check_given(given)
+        except Exception as error:
+            if not any(f": {name} " in str(error) for name in given):
+                self._converted(given)  # what it tripped over may be an argument, which this names
+            raise
+        self._set(self._converted(given))
         self.validate()
+
+    def _converted(self, given: Mapping[str, Any]) -> dict[str, tuple[Any, bool]]:
+        return {name: self._convert(name, value) for name, value in given.items()}
 
     def _given(self) -> dict[str, Any]:
         """The fields by name."""
@@ -75,13 +97,18 @@ class Value:
         rest = tuple((name, Static(value)) for name, (value, is_child) in converted.items() if not is_child)
         vars(self)["_structure"] = Structure(children, rest)
 
-    def _convert(self, name: str, value: Any, source: str = "") -> tuple[Any, bool]:
+    def _metadata(self, name: str) -> Mapping[str, Any]:
+        """What is known of a field."""
+        return type(self).__dataclass_fields__[name].metadata  # type: ignore[attr-defined]
+
+    def _convert(self, name: str, value: Any, source: str = "", is_batch: bool = False) -> tuple[Any, bool]:
         """A field's value in its canonical form, and whether it is a child of the pytree."""
-        metadata = type(self).__dataclass_fields__[name].metadata  # type: ignore[attr-defined]
+        label = f"{type(self).__name__}: {name}{source}"
+        value, metadata = _copied(label, value), self._metadata(name)
         convert = metadata.get("convert")
         if convert is None:
-            return guessed(value, metadata.get("parameter"))
-        value = convert(f"{type(self).__name__}: {name}{source}", value)
+            return guessed(label, value, metadata.get("parameter"), is_batch)
+        value = convert(label, value)
         return value, not (metadata.get("static") or is_opaque(value))
 
     def validate(self) -> None:
@@ -123,9 +150,7 @@ class Value:
         default, _ = self._convert(field.name, default)
         (leaves, structure), (others, other_structure) = jax.tree.flatten(value), jax.tree.flatten(default)
         is_alike: bool = structure == other_structure  # type: ignore[operator]
-        return is_alike and all(
-            same(a, b) if is_number(a) and is_number(b) else Static(a) == Static(b) for a, b in zip(leaves, others)
-        )
+        return is_alike and all(map(same, leaves, others))
 
     # Copying. A value cannot change, so that a copy needs no copies of what it holds, such as devices.
 
@@ -138,7 +163,10 @@ class Value:
     def __reduce__(self) -> Any:
         fields: Any = dataclasses.fields(self)  # type: ignore[arg-type]
         given = {field.name: getattr(self, field.name) for field in fields if not self._is_default(field)}
-        return _restored, (*_origin(type(self)), given, vars(self)["_structure"].children)
+        children = vars(self)["_structure"].children
+        for name in {*given} & {*children}:
+            given[name] = jax.tree.map(lambda x: _Key(x) if is_key(x) else x, given[name], is_leaf=_is_whole)
+        return _restored, (*_origin(type(self)), given, children)
 
     # Names.
 
@@ -159,13 +187,14 @@ class Value:
     def replace(self, **changes: Any) -> Self:
         """The same value with some fields changed, named as in `hyperparams`.
 
-        Fields that are no numbers can be replaced too. Qualified names are passed as
+        Fields that are no numbers can be replaced too, and containers as a whole. Qualified names are passed as
         `tx.replace(**{"scale_by_adam.b1": 0.8})`.
 
         Raises:
           ValueError: a name is unknown, or several values have a field of that name.
         """
         names = self._names()
+        names = {**names, **_by_name(self._walk(containers=True)), **names}
         for name in changes:
             if name not in names:
                 choices = [known for known in names if known.endswith(f".{name}")]
@@ -179,12 +208,13 @@ class Value:
         """The same value with others at these paths: all put in their places before any is checked."""
         given = self._given()
         children = vars(self)["_structure"].children
+        is_batch = any(map(np.ndim, jax.tree.leaves(self)))
         converted = {name: (value, name in children) for name, value in given.items()}
         for name in dict.fromkeys(path[0] for path, _ in changes):
             given[name] = _with(given[name], [(path[1:], value) for path, value in changes if path[0] == name], self)
-            converted[name] = self._convert(name, given[name])
+            converted[name] = self._convert(name, given[name], is_batch=is_batch)
         changed = type(self).__new__(type(self))
-        if not any(map(np.ndim, jax.tree.leaves(self))):  # else this is a batch
+        if not is_batch:
             changed._check_given(given)
         changed._set(converted)
         changed.validate()
@@ -197,31 +227,27 @@ class Value:
 
     def _names(self) -> "dict[str, Named]":
         """What has a name, by the shortest dotted one that tells it apart."""
-        found = list(self._walk())
-        suffixes = Counter(".".join(each.labels[i:]) for each in found for i in range(len(each.labels)))
-
-        def name(labels: tuple[str, ...]) -> str:
-            dotted = [".".join(labels[i:]) for i in reversed(range(len(labels)))]
-            return next((suffix for suffix in dotted if suffixes[suffix] == 1), dotted[-1])
-
-        return {name(each.labels): each for each in found}
+        return _by_name(self._walk())
 
     # which function makes classes like it of functions, if it is made of one
     _keeper = ""
     # whether, in the values that hold it, it has a name of its own beside those of its fields
     _has_name = False
 
-    def _walk(self) -> "Iterator[Named]":
+    def _walk(self, containers: bool = False) -> "Iterator[Named]":
+        """What has a name, and containers if asked for."""
         children = vars(self)["_structure"].children
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            for labels, path, item in _items(field.name, value) if field.name in children else [((), (), value)]:
+            value, is_child = getattr(self, field.name), field.name in children
+            if containers and is_child and isinstance(value, tuple | list | dict):
+                yield Named((field.name,), (field.name,), False, value)
+            for labels, path, item in _items(field.name, value) if is_child else [((field.name,), (), value)]:
                 if not isinstance(item, Value) or item._has_name:
-                    yield Named(labels or (field.name,), (field.name, *path), self._is_static(field), item)
-                if isinstance(item, Value) and field.name in children:
-                    for inner in item._walk():
+                    yield Named(labels, (field.name, *path), self._is_static(field), item)
+                if isinstance(item, Value) and is_child:
+                    for inner in item._walk(containers):
                         path_there = (field.name, *path, *inner.path)
-                        yield inner._replace(labels=(*(labels or (field.name,)), *inner.labels), path=path_there)
+                        yield inner._replace(labels=(*labels, *inner.labels), path=path_there)
 
     def _is_static(self, field: dataclasses.Field) -> bool:
         """Whether a field is neither a number nor anything in the place of one."""
@@ -238,6 +264,18 @@ class Named(typing.NamedTuple):
     path: tuple
     is_static: bool
     value: Any
+
+
+def _by_name(walk: Iterable[Named]) -> dict[str, Named]:
+    """Each by the shortest dotted name that tells it apart."""
+    found = list(walk)
+    suffixes = Counter(".".join(each.labels[i:]) for each in found for i in range(len(each.labels)))
+
+    def name(labels: tuple[str, ...]) -> str:
+        dotted = [".".join(labels[i:]) for i in reversed(range(len(labels)))]
+        return next((suffix for suffix in dotted if suffixes[suffix] == 1), dotted[-1])
+
+    return {name(each.labels): each for each in found}
 
 
 class Structure:
@@ -294,26 +332,56 @@ def _unflatten(cls: Any, structure: Structure, children: Any) -> Any:
     return value
 
 
-def guessed(value: Any, parameter: inspect.Parameter | None) -> tuple[Any, bool]:
+def guessed(label: str, value: Any, parameter: inspect.Parameter | None, is_batch: bool = False) -> tuple[Any, bool]:
     """What an argument is kept as, and whether it is a child, where nothing was declared.
 
-    Numbers are floats, and integers where the parameter's default or annotation is a float; an integer anywhere else
-    decides the program, as a switch does.
+    Numbers are floats, and integers where the parameter takes floats; an integer anywhere else decides the program, as
+    a switch does. Where a parameter takes floats, a truth value, a text or what is not finite is refused, unless its
+    annotation names such things. Arrays are children, those of floats with a shape only where it takes arrays.
     """
     if _is_whole(value):
         return as_child(value), True
     if isinstance(value, str | type) and parameter is not None and np.dtype in typing.get_args(parameter.annotation):
         return _to_dtype(value), False
-    if value is None or is_opaque(value) or isinstance(value, str | bool | np.bool_):
+    if value is None or is_opaque(value):
         return value, False
-    if is_number(value) and (_is_float(value) or takes_floats(parameter)):
-        return to_number(value), True
-    if isinstance(value, jax.Array | np.ndarray) or (callable(value) and takes_floats(parameter)):
-        return value, True  # what can be called here is a schedule that JAX takes apart, such as a Partial
-    items = jax.tree.leaves(value, is_leaf=_is_whole)
-    if isinstance(value, tuple | list | dict) and items and all(guessed(x, parameter)[1] for x in items):
-        return jax.tree.map(lambda x: guessed(x, parameter)[0], value, is_leaf=_is_whole), True
-    return value, False
+    if isinstance(value, tuple | list | dict):
+        leaves, structure = jax.tree_util.tree_flatten_with_path(value, is_leaf=_is_whole)
+        names = [f"{label}.{jax.tree_util.keystr(path, simple=True, separator='.')}" for path, _ in leaves]
+        items = [guessed(name, item, parameter, is_batch) for name, (_, item) in zip(names, leaves)]
+        if items and all(is_child for _, is_child in items):
+            return jax.tree.unflatten(structure, [item for item, _ in items]), True
+        return value, False
+    is_array = isinstance(value, jax.Array | np.ndarray)
+    if is_array and value.ndim and is_float(value) and not (is_batch or takes_arrays(parameter)):
+        raise ValueError(
+            f"{label} has shape {np.shape(value)}; expected a number. Build a batch of optimizers with gdx.stack or "
+            f"gdx.grid, and annotate what may have a shape, in a function of your own, as jax.Array"
+        )
+    wants_float = takes_floats(parameter)
+    if is_number(value) and (is_float(value) or wants_float):
+        default = getattr(parameter, "default", None)
+        is_default = isinstance(value, float) and isinstance(default, float) and value == default
+        return to_number(value) if is_default else to_scalar(label, value), True
+    is_simple = isinstance(value, str | bool | complex | np.generic)
+    if is_simple and wants_float and parameter is not None and type(value) not in _kinds(parameter):
+        to_scalar(label, value)  # which says what is expected
+    # what can be called here is a schedule that JAX takes apart, such as a Partial
+    return value, is_array or (callable(value) and wants_float)
+
+
+def _copied(label: str, value: Any) -> Any:
+    """The same, its containers and numpy's arrays copied: others may change theirs."""
+    if value is None or isinstance(value, int | float | str):  # most are
+        return value
+    try:
+        return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, value, is_leaf=_is_whole)
+    except ValueError as error:
+        keys = f" with the keys {reprlib.repr([*value])}" if isinstance(value, dict) else ""
+        raise ValueError(
+            f"{label} is a {type(value).__name__}{keys} that JAX cannot take apart; expected keys that can be sorted, "
+            f"such as names ({error})"
+        ) from error
 
 
 def _to_dtype(value: Any) -> Any:
@@ -334,24 +402,57 @@ is_transform: Callable[[Any], bool] = lambda x: False  # noqa: E731
 as_child: Callable[[Any], Any] = lambda x: x  # noqa: E731
 
 
-def _is_float(value: Any) -> bool:
+def is_float(value: Any) -> bool:
+    """Whether it is a real number that is no integer, or an array of them."""
     return jax.dtypes.issubdtype(getattr(value, "dtype", type(value)), np.floating)
 
 
 def takes_floats(parameter: inspect.Parameter | None) -> bool:
-    """Whether a parameter's default or annotation is a float."""
+    """Whether a parameter's default is a float, or its annotation has one, or an array and no integer.
+
+    Not where integers and None are in the annotation and the default is None: an integer is then a seed, or a choice.
+    """
     if parameter is None or isinstance(parameter.default, float):
         return True
-    return not isinstance(parameter.default, int) and _has_float(parameter.annotation)
-
-
-def _has_float(annotation: Any) -> bool:
-    """Whether a type is a float or an array, or a union or container of one; not a function of one."""
-    if isinstance(annotation, str):
-        return re.search(r"\b(float|ScalarOrSchedule|ArrayLike)\b", annotation) is not None
-    if typing.get_origin(annotation) is Callable:
+    kinds = _kinds(parameter)
+    if isinstance(parameter.default, int) or (parameter.default is None and int in kinds):
         return False
-    return annotation in (float, jax.Array) or any(map(_has_float, typing.get_args(annotation)))
+    return float in kinds or (jax.Array in kinds and int not in kinds)
+
+
+def takes_arrays(parameter: inspect.Parameter | None) -> bool:
+    """Whether a parameter's annotation is an array, and no number, or its default has a shape."""
+    if parameter is None or isinstance(parameter.default, tuple | list):
+        return True
+    if isinstance(parameter.default, jax.Array | np.ndarray) and parameter.default.ndim:
+        return True
+    kinds = _kinds(parameter)
+    return float not in kinds and (jax.Array in kinds or np.ndarray in kinds)
+
+
+def _kinds(parameter: inspect.Parameter) -> list[Any]:
+    """The types in a parameter's annotation, and its default's."""
+    kinds = [*_types_in(parameter.annotation), type(parameter.default)]
+    # the booleans among jax.typing.ArrayLike are not meant
+    is_number = complex in kinds and all(kind in _ARRAY_LIKE for kind in kinds)
+    return [kind for kind in kinds if not (is_number and kind in (bool, np.bool_))]
+
+
+_ARRAY_LIKE = [*typing.get_args(jax.typing.ArrayLike), type(None), type]
+_BY_WORD: dict[str, Any] = {kind.__name__: kind for kind in (float, int, bool, str, jax.Array)}
+_BY_WORD |= {"ArrayLike": jax.typing.ArrayLike, "ScalarOrSchedule": float}
+
+
+def _types_in(annotation: Any) -> list[Any]:
+    """A type, or those of what is in a union or container; not those in a function of them."""
+    origin, inside = typing.get_origin(annotation), typing.get_args(annotation)
+    if isinstance(annotation, str):
+        inside = tuple(_BY_WORD[word] for word in re.findall(r"\w+", annotation) if word in _BY_WORD)
+    elif origin is typing.Literal or not inside:
+        return [*map(type, inside)] or [annotation]
+    elif isinstance(origin, type) and issubclass(origin, Mapping):
+        inside = inside[1:]
+    return [] if origin is Callable else [kind for part in inside for kind in _types_in(part)]
 
 
 def _items(name: str, value: Any) -> Iterator[tuple[tuple[str, ...], tuple, Any]]:
@@ -397,15 +498,22 @@ def _default(field: dataclasses.Field) -> Any:
 # Functions whose calls are kept.
 
 
-def kept_calls(function: Callable, base: type) -> Any:
-    """A subclass of `base` whose fields are the parameters of a function, `_function[0]`."""
+def kept_calls(function: Callable, base: Any) -> Any:
+    """A subclass of `base` whose fields are the parameters of a function: `_function[0]` takes them by keyword."""
     name, module = _name_of(function), _module_of(function)
     fields: dict[str, Any] = {}
-    for parameter in _parameters(function):
+    label = f"{base._keeper}: {name}"
+    parameters = _parameters(function, label)
+    for parameter in parameters:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise TypeError(
-                f"value: {name} takes {parameter}, of which no fields can be made; wrap it in a function that names "
-                f"its parameters, or chain transforms with gdx.chain"
+                f"{label} takes {parameter}, of which no fields can be made; wrap it in a function that "
+                f"names its parameters, or chain transforms with gdx.chain"
+            )
+        if parameter.name.startswith("_") or parameter.name in ("self", "cls") or hasattr(base, parameter.name):
+            raise TypeError(
+                f"{label} has a parameter {parameter.name!r}, a name that values have for something "
+                f"else; wrap it in a function that calls it otherwise"
             )
         default = parameter.default
         given: dict[str, Any] = {}
@@ -421,7 +529,8 @@ def kept_calls(function: Callable, base: type) -> Any:
         "__doc__": inspect.getdoc(function),
         "__module__": module,
         "__qualname__": getattr(function, "__qualname__", name),
-        "_function": (function,),  # bound to nothing, and no method in doctest's eyes
+        # bound to nothing, and no method in doctest's eyes
+        "_function": (_by_keyword(function, parameters), function),
         **fields,
     }
     cls: Any = types.new_class(name, (base,), exec_body=lambda namespace: namespace.update(body))
@@ -429,14 +538,23 @@ def kept_calls(function: Callable, base: type) -> Any:
     return cls
 
 
-def _parameters(function: Callable) -> list[inspect.Parameter]:
+def _parameters(function: Callable, label: str) -> list[inspect.Parameter]:
     """Those of a function, with annotations as types where they can be found."""
-    parameters = inspect.signature(function).parameters.values()
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{label} has no signature; wrap it in a function that names its parameters") from error
     try:
         hints = typing.get_type_hints(function)
     except Exception:  # a partial, or names that only a type checker knows
         hints = {}
     return [p.replace(annotation=hints.get(p.name, p.annotation)) for p in parameters]
+
+
+def _by_keyword(function: Callable, parameters: Sequence[inspect.Parameter]) -> Callable:
+    """The function, taking by keyword also what it takes by position only."""
+    names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_ONLY]
+    return (lambda **given: function(*[given.pop(name) for name in names], **given)) if names else function
 
 
 def _name_of(function: Any) -> str:
@@ -459,15 +577,33 @@ def _origin(cls: Any) -> tuple[Any, str]:
         found = getattr(found, part, None)
     if found is cls or not cls._keeper:
         return cls, ""
-    function = cls._function[0]
-    if isinstance(function, functools.partial) and found is function:
-        return (cls.__module__, cls.__qualname__), cls._keeper  # a copy of a partial is another object
-    return function, cls._keeper
+    function = cls._function[-1]
+    if isinstance(function, types.FunctionType | types.BuiltinFunctionType | type):
+        return function, cls._keeper
+    # a copy of any other callable is another object
+    if found != function:
+        raise pickle.PicklingError(
+            f"{cls.__name__}: its function, {reprlib.repr(function)}, is not found as {cls.__qualname__} in the module "
+            f"{cls.__module__}, so that a pickle would be of another optimizer; pickle the value of a function that is "
+            f"defined (def) at the top level of a module"
+        )
+    return (cls.__module__, cls.__qualname__), cls._keeper
+
+
+class _Key:
+    """A random key, in a pickle."""
+
+    def __init__(self, key: jax.Array):
+        self.key = key
+
+    def __reduce__(self) -> Any:
+        wrap = functools.partial(jax.random.wrap_key_data, impl=str(jax.random.key_impl(self.key)))
+        return wrap, (jax.random.key_data(self.key),)
 
 
 def _restored(origin: Any, keeper: str, given: Mapping[str, Any], children: tuple[str, ...]) -> Any:
     if isinstance(origin, tuple):
-        origin = getattr(importlib.import_module(origin[0]), origin[1])
+        origin = functools.reduce(getattr, origin[1].split("."), importlib.import_module(origin[0]))
     cls = origin if not keeper else KEEPERS[keeper](origin)
     value = cls.__new__(cls)
     value._set(

@@ -1,8 +1,10 @@
 """gdx.value: any optimizer, link or wrapper of optax as a value."""
 
+import collections
 import functools
 import inspect
 import pickle
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -283,3 +285,354 @@ def test_refuses(case):
     make, error, words = REFUSED[case]
     with pytest.raises(error, match=words):
         make()
+
+
+# What is kept of arguments.
+
+
+@pytest.mark.parametrize("kind", [lambda x: x, dict, collections.OrderedDict, lambda x: [x, {"c": True}]])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda mask: gdx.adamw(1e-3, mask=mask),
+        lambda mask: gdx.add_decoupled_weight_decay(mask=mask),
+        lambda mask: gdx.value(optax.adamw)(1e-3, mask=mask),
+        lambda mask: gdx.value(optax.masked)(LION, mask),
+        lambda mask: gdx.chain(gdx.value(optax.freeze)(mask)),
+    ],
+)
+def test_a_container_changed_from_outside_changes_no_value(make, kind):
+    given = {"w": True, "b": False}
+    mask = kind(given)
+    tx, twin = make(mask), make(kind({"w": True, "b": False}))
+    before = hash(tx), repr(tx)
+    given["w"] = False
+    next(iter([mask] if isinstance(mask, dict) else mask))["b"] = True
+    assert tx == twin and (hash(tx), repr(tx)) == before
+
+
+def test_numbers_and_arrays_changed_from_outside_change_no_value():
+    boundaries, weights, transforms = [5.0], np.ones(3), {"a": LION, "z": gdx.sgd(0.1)}
+    values = [
+        gdx.schedules.join_schedules([gdx.schedules.constant_schedule(0.5)] * 2, boundaries),
+        weighted(weights),
+        weighted([weights]),
+        gdx.value(optax.partition)(transforms, {"w": "a", "b": "z"}),
+    ]
+    before = [pickle.loads(pickle.dumps(tx)) for tx in values]
+    boundaries[0], weights[0] = 7.0, 3.0
+    transforms["a"] = gdx.sgd(1.0)
+    assert values == before
+
+
+@gdx.value
+def weighted(weights=jnp.ones(3), rate: float = 0.1):  # noqa: B008
+    return optax.stateless(lambda updates, params: jax.tree.map(lambda g: -rate * jnp.sum(weights[0]) * g, updates))
+
+
+@gdx.value
+def preconditioned(diagonal: jax.Array, rate: float = 0.1):
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(lambda g: -rate * jnp.broadcast_to(diagonal, g.shape) * g, updates)
+    )
+
+
+DIAGONALS = [jnp.ones(3), np.arange(3.0), jnp.arange(6.0).reshape(2, 3), np.float16([1, 2, 3]), 2.0, jnp.float32(2.0)]
+
+
+@pytest.mark.parametrize("diagonal", DIAGONALS, ids=str)
+def test_what_is_declared_as_an_array_may_have_a_shape(diagonal):
+    tx = preconditioned(diagonal)
+    assert tx == pickle.loads(pickle.dumps(tx)) == jax.jit(lambda tx: tx)(tx) == preconditioned(jnp.asarray(diagonal))
+    assert hash(tx) == hash(preconditioned(diagonal)) and tx != tx.replace(diagonal=3 * diagonal + 1)
+    assert repr(tx).startswith("preconditioned(diagonal=") and describe(tx)["rate"] == "0.1"
+    assert describe(tx)["diagonal"] != describe(tx.replace(diagonal=3 * diagonal + 1))["diagonal"]
+    g = jnp.ones((2, 3))
+    updates, _ = jax.jit(lambda tx: tx.update(g, tx.init(g)))(tx)
+    np.testing.assert_allclose(updates, -0.1 * np.broadcast_to(np.float32(diagonal), (2, 3)), rtol=1e-6)
+    assert_same_bits(tx.update(g, tx.init(g))[0], updates)
+    slopes = jax.grad(lambda tx: jnp.sum(tx.update(g, tx.init(g))[0]))(jax.tree.map(jnp.float32, tx))
+    assert np.shape(slopes.diagonal) == np.shape(diagonal)
+
+
+def test_a_default_may_have_a_shape():
+    tx = weighted()
+    assert repr(tx) == "weighted()" and repr(weighted(jnp.zeros(3))) == "weighted(weights=<float32[3]>)"
+    assert tx == weighted(np.ones(3)) == pickle.loads(pickle.dumps(tx)) != weighted(2 * np.ones(3))
+    assert hash(tx) == hash(weighted(np.ones(3)))
+    tx.update(PARAMS, tx.init(PARAMS))
+
+
+@gdx.value
+def seeded(key: jax.Array | int | None = None, rate: float = 0.1):
+    return optax.chain(optax.add_noise(rate, 0.5, jax.random.key(0) if key is None else key), optax.sgd(rate))
+
+
+SEEDED = {
+    "add_noise": lambda key: gdx.value(optax.add_noise)(0.1, 0.5, key=key),
+    "noisy_sgd": lambda key: gdx.value(optax.noisy_sgd)(0.1, key=key),
+    "of one's own": seeded,
+}
+
+
+@pytest.mark.parametrize("name", SEEDED)
+def test_a_seed_stays_an_integer(name):
+    tx = SEEDED[name](3)
+    assert type(tx.key) is int and "key=3" in repr(tx) and "key" not in tx.hyperparams
+    assert tx == pickle.loads(pickle.dumps(tx)) != SEEDED[name](4)
+    assert_same_bits(run(tx), run(SEEDED[name](jax.random.key(3))))
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+@pytest.mark.parametrize("name", SEEDED)
+def test_a_random_key_is_a_child(name, impl):
+    make = SEEDED[name]
+    tx, twin, other = (make(jax.random.key(seed, impl=impl)) for seed in (3, 3, 4))
+    assert tx == twin and hash(tx) == hash(twin) and repr(tx) == repr(twin)
+    assert tx != other and hash(tx) != hash(other) and repr(tx) != repr(other)
+    assert tx != make(jax.random.key(3, impl={"rbg": "threefry2x32"}.get(impl, "rbg")))
+    assert (
+        pickle.loads(pickle.dumps(tx))
+        == tx
+        == jax.jit(lambda tx: tx)(tx)
+        == tx.replace(key=jax.random.key(3, impl=impl))
+    )
+    assert describe(tx) == describe(twin) != describe(other)
+    assert any(leaf is tx.key for leaf in jax.tree.leaves(tx))
+    compiled = jax.jit(lambda tx: run(tx))
+    assert_same_bits(compiled(tx), compiled(twin))
+    assert np.any(compiled(tx)["b"] != compiled(other)["b"])
+    assert compiled._cache_size() == 1
+    batch = gdx.stack([tx, other])
+    assert gdx.unstack(batch) == [tx, other] and "key" in repr(batch)
+
+
+@gdx.value
+def with_a_raw_key(key: jax.Array, rate: float = 0.1):
+    return seeded(jax.random.wrap_key_data(key), rate)
+
+
+def test_a_raw_key_is_a_child():
+    tx = with_a_raw_key(jax.random.PRNGKey(3))
+    assert tx == with_a_raw_key(jax.random.PRNGKey(3)) != with_a_raw_key(jax.random.PRNGKey(4))
+    assert tx == pickle.loads(pickle.dumps(tx)) and describe(tx)["key"] != describe(with_a_raw_key(tx.key + 1))["key"]
+    assert_same_bits(run(tx), run(seeded(jax.random.key(3))))
+
+
+def test_integers_of_a_description_stay_integers():
+    dims = optax.contrib.MuonDimensionNumbers((0,), (1,))
+    tx = gdx.value(optax.contrib.muon)(0.1, muon_weight_dimension_numbers=dims)
+    assert tx.muon_weight_dimension_numbers == dims and type(tx.muon_weight_dimension_numbers.output_axis[0]) is int
+
+
+# What is refused in the call.
+
+NUMBERS = [
+    (path, p.name)
+    for path in [*NAMES, "optax.clip_by_global_norm", "optax.scale", "optax.add_decayed_weights", "optax.trace"]
+    for p in inspect.signature(of(path)).parameters.values()
+    if isinstance(p.default, float) or p.name in ("learning_rate", "max_norm", "step_size", "decay")
+]
+WRONG = {
+    "True": (True, TypeError, "True"),
+    "numpy's True": (np.True_, TypeError, "np.True_"),
+    "text": ("a", TypeError, "'a'"),
+    "nan": (float("nan"), ValueError, "nan"),
+    "infinity": (np.float32("inf"), ValueError, "inf"),
+    "minus infinity": (-np.inf, ValueError, "-inf"),
+    "an array": (jnp.ones(3), ValueError, r"\(3,\); expected a number.*gdx\.stack.*jax\.Array"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_no_number_is_refused_in_the_call(wrong):
+    value, error, words = WRONG[wrong]
+    for path, parameter in NUMBERS:
+        required = {"learning_rate": 0.1} if "learning_rate" in inspect.signature(of(path)).parameters else {}
+        for make in (gdx.value(of(path)), lambda **given: gdx.value(of(path))(**required).replace(**given)):  # noqa: B023
+            if make is gdx.value(of(path)) or required:
+                name = path.split(".")[-1]
+                with pytest.raises(error, match=rf"^{name}: {parameter} (is|has shape) {words}"):
+                    make(**{**(required if make is gdx.value(of(path)) else {}), parameter: value})
+
+
+def test_a_number_in_a_container_is_named():
+    with pytest.raises(ValueError, match=r"^prodigy: betas\.1 is nan; expected a finite number"):
+        gdx.value(optax.contrib.prodigy)(betas=(0.9, float("nan")))
+
+
+@gdx.value
+def lenient(
+    rate: float | str = "auto",
+    nesterov: bool | float = 0.5,
+    choice: Literal["a", "b"] | float = 1.0,
+    most: float = float("inf"),
+    anything=None,
+):
+    return optax.sgd(0.1)
+
+
+def test_what_an_annotation_names_is_taken():
+    tx = lenient("a", nesterov=True, choice="b", anything="c")
+    assert (tx.rate, tx.nesterov, tx.choice, tx.anything) == ("a", True, "b", "c")
+    assert repr(tx) == "lenient(rate='a', nesterov=True, choice='b', anything='c')"
+    assert tx == tx.replace(most=float("inf")) == pickle.loads(pickle.dumps(tx)) == lenient("a", True, "b", np.inf, "c")
+    assert lenient(1, nesterov=1).hyperparams == {"rate": 1.0, "nesterov": 1.0, "choice": 1.0, "most": np.inf}
+    assert gdx.value(optax.freeze)({"w": True, "b": False}).mask == {"w": True, "b": False}
+    assert gdx.value(optax.contrib.dog)(init_step=("distance", 0.5)).init_step == ("distance", 0.5)
+    with pytest.raises(ValueError, match=r"lenient: most is -inf"):
+        lenient(most=-np.inf)
+
+
+# Functions.
+
+
+def by_position(rate, momentum=0.5, /, decay: float = 0.0, *, nesterov=False):
+    return optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, momentum, nesterov))
+
+
+def by_keyword(rate, momentum, decay: float):
+    return by_position(rate, momentum, decay)
+
+
+def test_parameters_by_position_only():
+    make = gdx.value(by_position)
+    tx = make(0.1, 0.25, decay=0.5)
+    assert tx == make(0.1, 0.25, 0.5) == pickle.loads(pickle.dumps(tx)) and tx.replace(momentum=0.5) == make(
+        0.1, decay=0.5
+    )
+    assert repr(tx) == "by_position(rate=0.1, momentum=0.25, decay=0.5)"
+    assert_same_bits(jax.jit(run)(tx), jax.jit(run)(gdx.value(by_keyword)(0.1, 0.25, 0.5)))
+    rate = gdx.schedule(lambda value, steps, /: lambda count: value * jnp.where(count < steps, 1, 0))(0.5, 3.0)
+    assert float(rate(1)) == 0.5 and float(rate.replace(steps=1.0)(1)) == 0.0
+
+
+OF_SGD = [*inspect.signature(optax.sgd).parameters]
+OF_VALUES = ["self", "cls", "_made", *(name for name in dir(gdx.value(optax.sgd)) if not name.startswith("_"))]
+
+
+@pytest.mark.parametrize("name", sorted({*OF_VALUES} - {"count", "index", *OF_SGD}))
+@pytest.mark.parametrize("kind", ["value", "schedule"])
+def test_parameters_called_as_something_of_values(name, kind):
+    function = eval(f"lambda rate, {name}=0.5: optax.sgd(rate)")
+    if kind == "schedule" and name not in ("self", "cls", "_made", "replace", "validate", "hyperparams"):
+        pytest.skip("schedules have nothing of that name")
+    with pytest.raises(TypeError, match=rf"{kind}: lambda_ has a parameter '{name}'.*calls it otherwise"):
+        getattr(gdx, kind)(function)
+
+
+@pytest.mark.parametrize("name", ["count", "index"])
+def test_parameters_called_as_something_of_tuples(name):
+    tx = gdx.value(eval(f"lambda rate, {name}=0.5: __import__('optax').sgd(rate)"))(0.1)
+    assert tx.replace(**{name: 0.25}).hyperparams[name] == 0.25
+
+
+@pytest.mark.parametrize("make", [gdx.value, gdx.schedule])
+@pytest.mark.parametrize("function", [dict, max, type, str])
+def test_what_has_no_signature_is_refused(make, function):
+    with pytest.raises(
+        TypeError, match=rf"^{make.__name__}: \w+ (has no signature|takes \*|has a parameter).*; wrap it in a function"
+    ):
+        make(function)(a=1)
+
+
+class Maker:
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, rate: float):
+        return optax.sgd(self.scale * rate)
+
+    def make(self, rate: float):
+        return self(rate)
+
+    @classmethod
+    def of_class(cls, rate: float):
+        return optax.sgd(rate)
+
+
+at_top_level = functools.partial(by_position, decay=0.5)
+maker = Maker(2.0)
+PICKLED = {"a partial": at_top_level, "an object": maker, "of a class": Maker.of_class, "of optax": optax.nadamw}
+NOT_PICKLED = {
+    "a partial": functools.partial(by_position, decay=0.5),
+    "a partial of optax": functools.partial(optax.lion, b1=0.5),
+    "a method": maker.make,
+    "an object": Maker(3.0),
+}
+
+
+@pytest.mark.parametrize("name", PICKLED)
+def test_a_pickle_is_equal(name):
+    tx = gdx.value(PICKLED[name])(0.1)
+    assert pickle.loads(pickle.dumps(tx)) == tx
+
+
+@pytest.mark.parametrize("name", NOT_PICKLED)
+def test_a_pickle_that_would_be_unequal_is_refused(name):
+    tx = gdx.value(NOT_PICKLED[name])(0.1)
+    with pytest.raises(pickle.PicklingError, match=r"its function, .* is not found as .*; pickle .* the top level"):
+        pickle.dumps(tx)
+
+
+def test_keys_that_cannot_be_sorted_are_named():
+    with pytest.raises(
+        ValueError, match=r"^partition: transforms is a dict with the keys \[None, 'a'\].*can be sorted"
+    ):
+        gdx.value(optax.partition)({None: LION, "a": LION}, {"w": None, "b": "a"})
+    with pytest.raises(ValueError, match=r"^adamw: mask is a dict with the keys \['w', 1\].*can be sorted"):
+        gdx.adamw(0.1, mask={"w": True, 1: False})
+
+
+WHOLE = {
+    "join": (
+        gdx.schedules.join_schedules([gdx.schedules.constant_schedule(0.5)] * 2, [3]),
+        {"boundaries": [5]},
+        gdx.schedules.join_schedules([gdx.schedules.constant_schedule(0.5)] * 2, [5]),
+    ),
+    "both at once": (
+        gdx.schedules.join_schedules([gdx.schedules.constant_schedule(0.5)] * 2, [3]),
+        {"boundaries": [], "schedules": [gdx.schedules.constant_schedule(0.25)]},
+        gdx.schedules.join_schedules([gdx.schedules.constant_schedule(0.25)], []),
+    ),
+    "inside": (
+        gdx.chain(gdx.adam(gdx.schedules.piecewise_constant_schedule(1.0, {4: 0.5}))),
+        {"boundaries_and_scales": {4: 0.25, 9: 0.5}},
+        gdx.chain(gdx.adam(gdx.schedules.piecewise_constant_schedule(1.0, {4: 0.25, 9: 0.5}))),
+    ),
+    "transforms": (
+        WRAPPED["partition"][0],
+        {"transforms": {"a": gdx.sgd(0.5), "z": LION}, "param_labels": {"w": "z", "b": "a"}},
+        gdx.value(optax.partition)({"a": gdx.sgd(0.5), "z": LION}, {"w": "z", "b": "a"}),
+    ),
+    "a chain": (CLIPPED, {"transforms": (LION,)}, gdx.chain(LION)),
+    "numbers": (
+        gdx.value(optax.contrib.prodigy)(),
+        {"betas": (0.5, 0.75)},
+        gdx.value(optax.contrib.prodigy)(betas=(0.5, 0.75)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_container_is_replaced_whole(name):
+    before, changes, after = WHOLE[name]
+    assert before != after == before.replace(**changes) and hash(after) == hash(before.replace(**changes))
+
+
+def test_names_of_numbers_go_before_those_of_containers():
+    tx = gdx.chain(gdx.value(optax.contrib.prodigy)(), lenient(), betas_alone(0.5))
+    assert tx.hyperparams["betas"] == 0.5
+    assert tx.replace(betas=0.25) == gdx.chain(gdx.value(optax.contrib.prodigy)(), lenient(), betas_alone(0.25))
+    assert tx.replace(**{"prodigy.betas": (0.5, 0.75)}).hyperparams["betas.1"] == 0.75
+
+
+@gdx.value
+def betas_alone(betas: float):
+    return optax.sgd(betas)
+
+
+@pytest.mark.parametrize("way", ["%s", "%r", "%a", "{}", "{!r}", "{!a}"])
+@pytest.mark.parametrize("tx", [LION, CLIPPED, gdx.scale_by_adam()], ids=repr)
+def test_is_shown_as_its_call(tx, way):
+    assert (way % tx if "%" in way else way.format(tx)) == repr(tx)
