@@ -30,6 +30,7 @@ CASES = {
     ],
     "polynomial_schedule": [
         {"init_value": 1.0, "end_value": 0.1, "power": 1.7, "transition_steps": 30},
+        {"init_value": 1.0, "end_value": 0.1, "power": 3.0, "transition_steps": 30},
         {"init_value": 1.0, "end_value": 0.1, "power": 0.5, "transition_steps": 30, "transition_begin": 4},
         {"init_value": 1.0, "end_value": 0.1, "power": 0.0, "transition_steps": 30},
         {"init_value": 1.0, "end_value": 0.0, "power": 0.1, "transition_steps": 41},
