@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from gdx.compose import chain
-from gdx.fields import is_concrete, text
+from gdx.fields import is_concrete, is_key, text
 from gdx.schedules import Schedule
 from gdx.sharding import shard_state
 from gdx.transform import Foreign, Transform
@@ -125,7 +125,7 @@ def _hyperparameter(value: Any) -> str:
         return type(value).__name__
     if callable(value):
         return f"{text(value)} with values {_values(value)}"
-    if value is None or not is_concrete(value):
+    if value is None or is_key(value) or not is_concrete(value):
         return text(value)
     numbers = np.asarray(value).astype(jnp.result_type(float))
     return " ".join(str(float(str(number))) for number in numbers.ravel())
