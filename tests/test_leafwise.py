@@ -9,7 +9,6 @@ import optax
 import pytest
 
 import gdx
-from gdx.leafwise import moment_like
 
 
 class Trail(NamedTuple):
@@ -25,7 +24,7 @@ class add_last(gdx.Leafwise):
     seen: ClassVar[list] = []
 
     def start(self, p):
-        return (moment_like(p),)
+        return (gdx.storage.moment_like(p),)
 
     def shared(self, count):
         return count
