@@ -6,7 +6,7 @@ is one device's part.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -54,9 +54,6 @@ def types_of(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.typeof(x).sharding, tree)
 
 
-# Where types cannot say how arrays are split.
-
-
 def untyped(function: Callable[..., Any], mesh: Mesh | AbstractMesh, out: Any) -> Callable[..., Any]:
     """The function with all axes automatic inside, for operations that explicit types allow no sharding for.
 
@@ -89,17 +86,17 @@ def typed_sharding(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
     return NamedSharding(mesh.abstract_mesh, PartitionSpec(*seen))  # jax 0.7 takes types of no other mesh
 
 
-def all_automatic(mesh: Mesh) -> Mesh:
-    """The mesh as it is inside an `untyped` function."""
-    return mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+def constrained(mesh: Mesh, tree: Any, specs: Sequence[PartitionSpec]) -> Any:
+    """Arrays split as these specs say, for the compiler to see to inside an `untyped` function."""
+    mesh = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    leaves, structure = jax.tree.flatten(tree)
+    placed = [jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec)) for x, spec in zip(leaves, specs)]
+    return jax.tree.unflatten(structure, placed)
 
 
 def explicit_first(mesh: Mesh | AbstractMesh, names: Iterable[str]) -> tuple[str, ...]:
     """Axes of one dimension in their order: what is in an array's type is divided before what the compiler divides."""
     return tuple(sorted(names, key=lambda name: name not in mesh.explicit_axes))
-
-
-# What does not show, or is not whole.
 
 
 def hidden_axes(mesh: Mesh | AbstractMesh) -> set[str]:

@@ -84,6 +84,20 @@ def test_a_chain_respects_an_overridden_step():
         np.testing.assert_array_equal(updates, expected)
 
 
+def test_a_masked_state_is_optaxs_with_moments_and_a_schedule_too():
+    class masked(gdx.scale_by_momentum):
+        is_masked = True
+
+    tx, g = masked(lambda count: 0.5), jnp.ones(2)
+    state = tx.init(g)
+    assert state == optax.MaskedState(gdx.CountedState(0, optax.TraceState(state.inner_state.inner_state.trace)))
+    _, after = tx.update(g, tx.update(g, state)[1])
+    assert after.inner_state.count == 2
+    np.testing.assert_array_equal(after.inner_state.inner_state.trace, 1.5)
+    with pytest.raises(TypeError, match=r"the state is a CountedState, expected MaskedState\(inner_state\)"):
+        tx.update(g, state.inner_state)
+
+
 def test_a_step_that_returns_too_little_is_an_error():
     class forgets(add_last):
         def step(self, count, g, p, last):

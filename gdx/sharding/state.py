@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 import reprlib
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from gdx.checks import check_state_like
 from gdx.fields import static
-from gdx.mesh import all_automatic, hidden_axes, is_inside_shard_map, names_of, sharding_of, typed_sharding, untyped
+from gdx.mesh import constrained, hidden_axes, is_inside_shard_map, names_of, sharding_of, typed_sharding, untyped
 from gdx.sharding.placement import Plan, check_devices, plan_of
 from gdx.transform import Transform, to_transform
 from gdx.trees import place
@@ -106,7 +105,7 @@ class shard_state(Transform):
         check_devices("shard_state", "state", state, self.mesh)
 
         def step(tx: Transform, updates: Any, state: Any, params: Any, arrays: dict[str, Any]) -> tuple[Any, Any]:
-            constrain = functools.partial(_constrain, self.mesh)
+            constrain = functools.partial(constrained, self.mesh)
             updates, params = (constrain(tree, plan.moments) for tree in (updates, params))
             updates, state = tx.update(updates, constrain(state, plan.state), params, **arrays, **others)
             return constrain(updates, plan.params), constrain(state, plan.state)
@@ -289,13 +288,6 @@ def _shardings(state: Any, plan: Plan, mesh: Mesh | AbstractMesh) -> Any:
 
 def _init(tx: Transform, params: optax.Params) -> optax.OptState:
     return tx.init(params)
-
-
-def _constrain(mesh: Mesh, tree: Any, specs: Sequence[PartitionSpec]) -> Any:
-    leaves, structure = jax.tree.flatten(tree)
-    mesh = all_automatic(mesh)
-    placed = [jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec)) for x, spec in zip(leaves, specs)]
-    return jax.tree.unflatten(structure, placed)
 
 
 def _check_axis(name: str, mesh: Mesh | AbstractMesh, axis: str) -> None:
