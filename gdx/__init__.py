@@ -10,7 +10,7 @@
 - Theory: `curvature` (spectra, best rates), `noise` (mini-batches, noise scale), `landscape` (slices of the loss)
 - Machines: `sharding` (state over a device mesh), `checkpoint` (saved, and restored onto another mesh)
 - Pictures: `plot`
-- Your own: `Transform`, `Leafwise`, `hyperparameter`, `static`, `Scalar`, `CountedState`
+- Your own: `Transform`, `Leafwise`, `hyperparameter`, `static`, `Scalar`, `CountedState`, `alike`, `uncontracted`
 """
 
 from gdx import checkpoint, curvature, landscape, noise, plot, schedules, sharding, storage
@@ -22,6 +22,7 @@ from gdx.links.decay import add_decoupled_weight_decay
 from gdx.links.descent import gradient_descent, scale_by_learning_rate
 from gdx.links.momentum import momentum, nesterov, scale_by_momentum, sgd
 from gdx.links.rounding import round_stochastically, round_with_compensation, round_with_master
+from gdx.numerics import alike, uncontracted
 from gdx.population import grid, labels, stack, unstack
 from gdx.schedules import schedule
 from gdx.training import RangeTest, Sweep, Trained, range_test, sweep, train
@@ -72,4 +73,6 @@ __all__ = [  # noqa: RUF022
     "static",
     "Scalar",
     "CountedState",
+    "alike",
+    "uncontracted",
 ]

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdx.storage.blocks import is_packed
+from gdx.mesh import unreduced_axes
+from gdx.storage.blocks import is_packed, reassembled
 from gdx.storage.formats import Format, is_encoded
 from gdx.trees import paths
 
@@ -84,6 +85,21 @@ def check_like(tx: Any, updates: optax.Updates, name: str, tree: Any) -> None:
             )
 
 
+def checked_moments(tx: Any, updates: optax.Updates, moments: dict[str, Any]) -> list[list[Any]]:
+    """The leaves of moments by name, in the gradients' order: of one in a storage format the whole of it.
+
+    Raises unless they are shaped like the gradients and held as the transform has it.
+    """
+    structure: Any = jax.tree.structure(updates)
+    trees = list(map(reassembled, moments.values(), tx.formats or [None] * len(moments)))
+    for name, tree in zip(moments, trees):
+        check_like(tx, updates, f"state.{name}", tree)
+    columns = list(map(structure.flatten_up_to, trees))
+    check_complex(tx, updates, columns)
+    check_formats(tx, updates, list(moments), columns)
+    return columns
+
+
 def check_formats(tx: Any, updates: optax.Updates, names: list[str], moments: list[list[Any]]) -> None:
     """Raises where a moment (given as lists of leaves) is not held in the storage format that the transform has."""
     gradients = jax.tree.leaves(updates)
@@ -95,7 +111,7 @@ def check_formats(tx: Any, updates: optax.Updates, names: list[str], moments: li
                     f"{_name(tx)}: state.{name} at {_path(updates, i)} is {_array(leaf)}, which is not how "
                     f"{_format(format)} holds it. Take it there: gdx.storage.convert(state, tx.init(params))"
                 )
-            axes = jax.typeof(gradients[i]).sharding.spec.unreduced if is_packed(leaf) else ()
+            axes = unreduced_axes(gradients[i]) if is_packed(leaf) else ()
             if axes:
                 raise ValueError(
                     f"{_name(tx)}: the gradient at {_path(updates, i)} is a sum that is still to be made over the axes "

@@ -1,29 +1,18 @@
 """Transforms that treat every leaf by itself: the formula for one leaf here, the trees there."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType
 
-from gdx.checks import check_complex, check_formats, check_like, check_state
+from gdx.checks import check_state, checked_moments
 from gdx.numerics import compute_dtype
-from gdx.storage.blocks import Blocks, InBlocks, Packed, is_packed, reassembled
-from gdx.storage.dither import Dither
-from gdx.storage.formats import Format, is_encoded, with_slope_of
+from gdx.storage.stepping import draws, on_its_mesh, stepped
 from gdx.transform import CountedState, Transform
-from gdx.trees import varying_alike
-
-
-class Rounding(NamedTuple):
-    """What a link that rounds parameters is given beside the leaf: the parameter's own dtype, and random bits."""
-
-    dtype: np.dtype
-    dither: Dither | None
 
 
 class Leafwise(Transform):
@@ -40,26 +29,33 @@ class Leafwise(Transform):
     Attributes:
       State: the state's NamedTuple. A field `count` is the number of updates so far; every other
         field is one moment, a tree shaped like the parameters.
+      Counted: the state's NamedTuple where there are no moments, but a schedule to count for: with `count` alone.
       elementwise: whether `accumulate` and `direction` take each number by itself, so that they may be given
         the leaf in another shape: moments in blocks of 8 bits then cost less.
-      rounds: whether this is a link that rounds parameters: `step` then takes `rounding` as a keyword,
-        and its update stays in the dtype it was computed in.
+      rounds: whether this is a link that rounds parameters: `step` then takes `dither` as a keyword, a
+        `gdx.storage.Dither` if the state has a count, and its update stays in the dtype it was computed in.
 
-    Sign descent on a velocity:
+    Sign descent on a velocity, in any storage format, with the same bits in every program:
 
     >>> import gdx, jax.numpy as jnp, optax
     >>> class scale_by_sign(gdx.Leafwise):
     ...     State = optax.TraceState
+    ...     elementwise = True
     ...     momentum: gdx.Scalar = gdx.hyperparameter(default=0.9, minimum=0, below=1)
+    ...     dtype: object = gdx.static(default=None, convert=gdx.storage.to_storage)
+    ...     @property
+    ...     def formats(self):
+    ...         return (self.dtype,)
     ...     def start(self, p):
-    ...         return (jnp.zeros_like(p),)
-    ...     def step(self, shared, g, p, trace):
-    ...         trace = self.momentum * trace + g
-    ...         return jnp.sign(trace), trace
-    >>> tx = scale_by_sign(0.5)
+    ...         return (gdx.storage.moment_like(p, self.dtype),)
+    ...     def accumulate(self, shared, g, p, trace):
+    ...         return (gdx.alike(self.momentum * trace) + gdx.uncontracted(g),)
+    ...     def direction(self, shared, g, p, trace):
+    ...         return jnp.sign(trace)
+    >>> tx = scale_by_sign(0.5, "bfloat16")
     >>> updates, state = tx.update(jnp.array([3.0, -0.5]), tx.init(jnp.zeros(2)))
-    >>> updates.tolist(), state.trace.tolist()
-    ([1.0, -1.0], [3.0, -0.5])
+    >>> updates.tolist(), state.trace
+    ([1.0, -1.0], Array([3, -0.5], dtype=bfloat16))
     """
 
     def __init_subclass__(cls) -> None:
@@ -72,6 +68,7 @@ class Leafwise(Transform):
         super().__init_subclass__()
 
     State: ClassVar[Any] = optax.EmptyState
+    Counted: ClassVar[Any] = optax.ScaleByScheduleState
     elementwise: ClassVar[bool] = False
     rounds: ClassVar[bool] = False
 
@@ -80,11 +77,16 @@ class Leafwise(Transform):
         """The dtype or storage format of each moment; () if all are held as `start` made them."""
         return ()
 
-    def start(self, p: jax.Array) -> tuple[jax.Array, ...]:
+    @property
+    def is_masked(self) -> bool:
+        """Whether the state is in an `optax.MaskedState`, as optax has it where a mask is given."""
+        return False
+
+    def start(self, p: jax.Array) -> tuple[Any, ...]:
         """The moments of one parameter before the first step, in the order of the state's fields."""
         return ()
 
-    def shared(self, count: Any) -> Any:
+    def shared(self, count: jax.Array) -> Any:
         """Scalars that the steps of all leaves need, computed once.
 
         Args:
@@ -92,25 +94,31 @@ class Leafwise(Transform):
         """
         return ()
 
-    def step(self, *args: Any, **kwargs: Any) -> tuple[jax.Array, ...]:
-        """`step(shared, g, p, *moments)`: one leaf's update, followed by its new moments.
+    def step(self, shared: Any, g: jax.Array, p: jax.Array, *moments: Any, **dither: Any) -> tuple[jax.Array, ...]:
+        """One leaf's update, followed by its new moments.
 
         Args:
           shared: what the method of that name returned.
           g: the gradient.
-          p: the parameter; None if update was called without parameters.
+          p: the parameter; None if update was called without parameters, which `acts_on` may refuse.
           *moments: in the order of the state's fields.
+          **dither: random bits, where the link `rounds`.
         """
-        moments = self.accumulate(*args)
-        return self.direction(*args[:3], *moments), *moments
+        moments = self.accumulate(shared, g, p, *moments)
+        return self.direction(shared, g, p, *moments), *moments
 
-    def accumulate(self, *args: Any) -> tuple[jax.Array, ...]:
-        """`accumulate(shared, g, p, *moments)`: the new moments, from what `step` is given."""
+    def accumulate(self, shared: Any, g: jax.Array, p: jax.Array, *moments: Any) -> tuple[jax.Array, ...]:
+        """The new moments, from what `step` is given."""
         raise NotImplementedError(f"{type(self).__name__} defines neither step nor accumulate")
 
-    def direction(self, *args: Any) -> jax.Array:
-        """`direction(shared, g, p, *moments)`: the update, from the new moments."""
+    def direction(self, shared: Any, g: jax.Array, p: jax.Array, *moments: Any) -> jax.Array:
+        """The update, from the new moments."""
         raise NotImplementedError(f"{type(self).__name__} defines neither step nor direction")
+
+    @property
+    def in_two_parts(self) -> bool:
+        """Whether its step is `accumulate` and `direction`."""
+        return type(self).step is Leafwise.step
 
     def acts_on(self, params: optax.Params | None) -> Any:
         """True, or a tree like the parameters that is True where this transform acts; other leaves pass unchanged."""
@@ -118,40 +126,43 @@ class Leafwise(Transform):
 
     # The state: moments, and the step count if it is needed.
 
-    Counted: ClassVar[Any] = optax.ScaleByScheduleState
-
     @property
     def counts(self) -> bool:
         """Whether the state has the step count beside `State`: for a schedule, or to round moments at random."""
         is_random = any(getattr(format, "stochastic", False) for format in self.formats)
         return "count" not in self.State._fields and (is_random or self.has_schedule)
 
-    def _packed(self, count: Any, moments: dict[str, Any]) -> Any:
-        """The state of a count and moments by name."""
+    def _packed(self, count: Any, structure: Any, rows: Iterable[Iterable]) -> Any:
+        """The state of a count and of each leaf's moments."""
+        names = _moments_of(self)
+        columns = _columns(rows, len(names))
+        moments = {name: jax.tree.unflatten(structure, column) for name, column in zip(names, columns)}
         if not self.counts:
-            return self.State(**moments) if count is None else self.State(count=count, **moments)
-        return CountedState(count, self.State(**moments)) if moments else self.Counted(count)
+            state = self.State(**moments) if count is None else self.State(count=count, **moments)
+        else:
+            state = CountedState(count, self.State(**moments)) if moments else self.Counted(count)
+        return optax.MaskedState(state) if self.is_masked else state
 
     def _unpacked(self, state: Any) -> tuple[Any, Any]:
         """Count and moments of a state."""
-        if not self.counts:
-            check_state(self, state, self.State)
-            return (state.count if "count" in self.State._fields else None), state
-        kind = CountedState if _moments_of(self) else self.Counted
+        if self.is_masked:
+            check_state(self, state, optax.MaskedState)
+            state = state.inner_state
+        kind, count = self.State, None
+        if self.counts and _moments_of(self):
+            check_state(self, state, CountedState)
+            count, state = state
+        elif self.counts:
+            kind = self.Counted
         check_state(self, state, kind)
-        if kind is CountedState:
-            check_state(self, state.inner_state, self.State)
-        return state.count, state.inner_state if kind is CountedState else state
+        return (state.count if "count" in kind._fields else count), state
 
     def _init(self, params: optax.Params) -> Any:
         leaves, structure = jax.tree.flatten(params)
         if leaves:
             self.acts_on(params)
-        names = _moments_of(self)
         count = jnp.zeros([], jnp.int32) if self.counts or "count" in self.State._fields else None
-        at = self.at(count)
-        moments = (jax.tree.unflatten(structure, m) for m in _columns(map(at.start, leaves), len(names)))
-        return self._packed(count, dict(zip(names, moments)))
+        return self._packed(count, structure, map(self.at(count).start, leaves))
 
     def _update(self, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> tuple[Any, Any]:
         updates, (state,) = update_leaves((self,), (state,), updates, params)
@@ -165,216 +176,69 @@ class Leafwise(Transform):
 
 
 def update_leaves(
-    links: tuple[Leafwise, ...], states: tuple, updates: optax.Updates, params: optax.Params | None
-) -> tuple[optax.Updates, tuple]:
+    links: tuple[Leafwise, ...], states: tuple[Any, ...], updates: optax.Updates, params: optax.Params | None
+) -> tuple[optax.Updates, tuple[Any, ...]]:
     """Applies leafwise links one after the other, in one call per leaf."""
     gradients, structure = jax.tree.flatten(updates)
     size = len(gradients)
-    acting, counts, moments, at = [], [], [], []
+    at, counts, moments, acting = [], [], [], []
     for link, state in zip(links, states):
         count, kept = link._unpacked(state)
         at.append(link.at(count))
-        names = _moments_of(link)
-        trees = {name: reassembled(getattr(kept, name), f) for name, f in zip(names, _formats_of(link))}
-        for name, moment in trees.items():
-            check_like(link, updates, f"state.{name}", moment)
-        columns = [leaves_like(structure, moment) for moment in trees.values()]
-        check_complex(link, updates, columns)
-        check_formats(link, updates, list(trees), columns)
+        columns = checked_moments(link, updates, {name: getattr(kept, name) for name in _moments_of(link)})
         mask = link.acts_on(params) if gradients else True
         acting.append([mask] * size if isinstance(mask, bool) else jax.tree.leaves(mask))
         counts.append(None if count is None else optax.safe_increment(count))
         moments.append(_columns(columns, size))
-    draws = any(link.rounds or any(isinstance(f, Format) for f in link.formats) for link in links)
+    is_random = any(map(draws, links))
 
     @functools.cache
-    def scalars(dtypes: tuple[np.dtype, ...]) -> tuple[Callable, list[jax.Array]]:
-        """The step of one leaf, and what it is given besides the leaf."""
-        real = tuple(jnp.finfo(dtype).dtype for dtype in dtypes)
-        numbers, structure = jax.tree.flatten((*_scalars(tuple(at), counts, dtypes=real), counts if draws else None))
-        return _stepper(structure), numbers
-
-    def step(index: int, acts: tuple[bool, ...], g: Any, p: Any, moments: tuple) -> tuple:
-        jitted, numbers = scalars(_dtypes(g, p, moments))
-        return jitted(acts, numbers, g, p, moments, np.uint32(index) if draws else None)
+    def stepper(dtypes: tuple[np.dtype, ...]) -> Callable[..., tuple[Any, ...]]:
+        """The step of one leaf through links that compute in these dtypes."""
+        given = _scalars(tuple(at), counts, dtypes=dtypes)
+        numbers, structure = jax.tree.flatten((*given, counts if is_random else [None] * len(links)))
+        return functools.partial(_stepper(structure), numbers)
 
     parameters = [None] * size if params is None else jax.tree.leaves(params)
-    stepped = list(map(step, range(size), zip(*acting), gradients, parameters, zip(*moments)))
-
-    new_updates, new_moments = _columns(stepped, 2)
-    new_states = []
-    for link, count, rows in zip(links, counts, _columns(new_moments, len(links))):
-        names = _moments_of(link)
-        trees = {name: jax.tree.unflatten(structure, m) for name, m in zip(names, _columns(rows, len(names)))}
-        new_states.append(link._packed(count, trees))
+    indices = map(np.uint32, range(size)) if is_random else [None] * size
+    leaves = zip(zip(*acting), gradients, parameters, zip(*moments), indices)
+    rows = (stepper(_dtypes(g, p, kept))(acts, g, p, kept, index) for acts, g, p, kept, index in leaves)
+    new_updates, *new_moments = _columns(rows, 1 + len(links))
+    new_states = (link._packed(count, structure, kept) for link, count, kept in zip(links, counts, new_moments))
     return jax.tree.unflatten(structure, new_updates), tuple(new_states)
 
 
-def _dtypes(g: Any, p: Any, moments: tuple) -> tuple[np.dtype, ...]:
+def _dtypes(g: Any, p: Any, moments: tuple[Any, ...]) -> tuple[np.dtype, ...]:
     """In which each link computes: of what comes into it, whichever links share the call."""
-    dtypes, dtype = [], compute_dtype(g)
+    dtypes = [compute_dtype(g)]
     for kept in moments:
-        dtype = compute_dtype(*jax.tree.leaves((p, kept)), np.zeros((), dtype))
-        dtypes.append(dtype)
-    return tuple(dtypes)
+        dtypes.append(compute_dtype(*jax.tree.leaves((p, kept)), np.zeros((), dtypes[-1])))
+    return tuple(dtypes[1:])
 
 
 @functools.partial(jax.jit, static_argnames="dtypes")
-def _scalars(links: tuple[Leafwise, ...], counts: list, *, dtypes: tuple[np.dtype, ...]) -> tuple:
+def _scalars(links: tuple[Leafwise, ...], counts: list[Any], *, dtypes: tuple[np.dtype, ...]) -> tuple[list, list]:
     """Links with their hyperparameters in the dtypes they compute in, and what their leaves share."""
-    cast = [jax.tree.map(lambda x: x.astype(d), pair) for *pair, d in zip(links, counts, dtypes)]  # noqa: B023
+    cast = [jax.tree.map(lambda x: x.astype(jnp.finfo(d).dtype), pair) for *pair, d in zip(links, counts, dtypes)]  # noqa: B023
     return [link for link, _ in cast], [link.shared(count) for link, count in cast]
 
 
 @functools.lru_cache(maxsize=256)
-def _stepper(structure: Any) -> Callable:
+def _stepper(structure: Any) -> Callable[..., tuple[Any, ...]]:
     """The jitted step of one leaf through links of this structure: each shape and dtype is traced once."""
 
-    def step(acting: tuple, numbers: list, g: Any, p: Any, moments: tuple, index: Any) -> tuple:
-        links, shared, counts = jax.tree.unflatten(structure, numbers)
-        dtypes = _dtypes(g, p, moments)
-        formats = [list(map(_format_of, _formats_of(link), kept)) for link, kept in zip(links, moments)]
-        u, new_moments = g, []
-        for i, (link, common, acts, kept, few) in enumerate(zip(links, shared, acting, moments, formats)):
+    @functools.partial(jax.jit, static_argnums=1)
+    @on_its_mesh
+    def step(numbers: list, acting: tuple[bool, ...], g: Any, p: Any, moments: tuple, index: Any) -> tuple[Any, ...]:
+        links = zip(*jax.tree.unflatten(structure, numbers), acting, moments, _dtypes(g, p, moments))
+        u, new = g, []
+        for link, shared, count, acts, kept, dtype in links:
             if acts:
-                dither = None if counts is None or counts[i] is None else Dither(counts[i].astype(jnp.uint32), index)
-                u, *kept = _step_in_blocks(link, common, u, p, kept, few, dtypes[i], dither)
-            new_moments.append(tuple(kept))
-        return u, tuple(new_moments)
+                u, *kept = stepped(link, shared, u, p, kept, dtype, count, index)
+            new.append(tuple(kept))
+        return u, *new
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def placed(acting: tuple, numbers: list, g: Any, p: Any, moments: tuple, index: Any) -> tuple:
-        one_step = functools.partial(step, acting)
-        if any(map(is_packed, jax.tree.leaves(moments, is_leaf=is_packed))):
-            g, p, moments = varying_alike((g, p, moments))
-            shardings = jax.tree.map(lambda x: jax.typeof(x).sharding, (g, moments))
-            if AxisType.Explicit in shardings[0].mesh.axis_types:
-                # blocks may end inside the part of a device, which types cannot say
-                one_step = jax.sharding.auto_axes(one_step, out_sharding=shardings)
-        return one_step(numbers, g, p, moments, index)
-
-    return placed
-
-
-def _formats_of(link: Leafwise) -> tuple[Any, ...]:
-    """The dtype or storage format of each moment, None where it is held as `start` made it."""
-    return link.formats or (None,) * len(_moments_of(link))
-
-
-def _format_of(format: Any, moment: Any) -> Format | None:
-    """The storage format in which a moment is held; None for an array of its own dtype."""
-    return format if is_encoded(format, moment) else None
-
-
-def _step_in_blocks(
-    link: Leafwise, shared: Any, g: Any, p: Any, moments: Sequence, formats: list, dtype: np.dtype, dither: Any
-) -> Iterable[Any]:
-    """The step of one link, during which all arrays are seen as blocks, if there are whole ones and it allows that."""
-    layouts = {f.layout(g.shape) for f in formats if isinstance(f, Blocks)}
-    layout = layouts.pop() if len(layouts) == 1 and link.elementwise else None
-    if layout is None or layout.missing:
-        return _step_one(link, shared, g, p, moments, formats, dtype, dither)
-    in_blocks = [InBlocks(f, layout.axis) if isinstance(f, Blocks) else f for f in formats]
-
-    def whole() -> list[Any]:
-        return list(_step_one(link, shared, g, p, moments, formats, dtype, dither))
-
-    def blocks() -> list[Any]:
-        # or the compiler goes back to the whole array, and writes out each scale once for each number
-        split_g, split_p, split_moments = jax.lax.optimization_barrier(_each(layout.split, (g, p, moments)))
-        stepped = _step_one(link, shared, split_g, split_p, split_moments, in_blocks, dtype, dither)
-        return _each(layout.join, list(stepped))
-
-    return jax.lax.platform_dependent(cpu=whole, default=blocks)  # on CPUs it takes twice as long in blocks
-
-
-def _each(function: Callable[[Any], Any], tree: Any) -> Any:
-    """The function of each array or packed array of a tree."""
-    return jax.tree.map(function, tree, is_leaf=is_packed)
-
-
-def _step_one(
-    link: Leafwise,
-    shared: Any,
-    g: Any,
-    p: Any,
-    moments: Sequence,
-    formats: Sequence[Format | None],
-    dtype: np.dtype,
-    dither: Any,
-) -> Iterable[Any]:
-    def cast(x: Any) -> Any:
-        return None if x is None else x.astype(dtype if jnp.iscomplexobj(x) else jnp.finfo(dtype).dtype)
-
-    def decode(stored: Sequence) -> list[Any]:
-        return [cast(x if format is None else format.decode(x)) for format, x in zip(formats, stored)]
-
-    def encode(new: Sequence) -> list[Any]:
-        return [
-            x.astype(old.dtype) if format is None else format.encode(x, dither and dither._replace(field=field))
-            for field, (x, old, format) in enumerate(zip(new, moments, formats, strict=True))
-        ]
-
-    # only a real hyperparameter and a complex leaf of its precision are left to promote
-    with jax.numpy_dtype_promotion("standard"):
-        is_few = [format is not None or x.dtype.itemsize < 4 for format, x in zip(formats, moments)]
-        if type(link).step is Leafwise.step and any(is_few):
-
-            def accumulate() -> tuple[jax.Array, ...]:
-                return link.accumulate(shared, cast(g), cast(p), *decode(moments))
-
-            stored = _once(lambda: encode(accumulate()), list(moments), dither)
-            u = link.direction(shared, cast(g), cast(p), *map(with_slope_of, accumulate(), decode(stored)))
-        else:
-            rounding = {"rounding": Rounding(p.dtype, dither)} if link.rounds else {}
-            u, *new = link.step(shared, cast(g), cast(p), *decode(moments), **rounding)
-            stored = encode(new)
-            if link.rounds and stored:
-                # else what rounding keeps is worked out after the parameters have been overwritten, from a copy
-                u, *stored = _once(lambda: [u, *stored], [], dither)
-    return [u, *stored]
-
-
-def _once(renew: Callable[[], list[Any]], old: list[Any], dither: Dither | None) -> list[Any]:
-    """`renew()`, on CPUs worked out once: XLA would do it again there, for each element that reads the result."""
-
-    def fenced() -> list[Any]:
-        packed = [moment for moment in old if isinstance(moment, Packed)]
-        if not packed:
-            return jax.lax.optimization_barrier(renew())
-        # around block scales it ignores the barrier, at 6 times the time; a condition, always true, it heeds
-        if dither is None:
-            true = jax.lax.bitcast_convert_type(packed[0].scales[(0,) * packed[0].ndim], jnp.int32) != -1
-        else:  # every device has the count, but only one of a mesh that scale
-            true = dither.step != np.uint32(0xFFFFFFFF)
-        return jax.lax.cond(true, renew, lambda: old)
-
-    return jax.lax.platform_dependent(cpu=fenced, default=renew)
-
-
-def moment_like(p: jax.Array, dtype: Any = None, *, real: bool = False) -> Any:
-    """Zeros shaped and sharded like a parameter.
-
-    Args:
-      p: the parameter.
-      dtype: the moment's dtype or storage format; None for the parameter's dtype, but at least
-        float32. Where a complex parameter needs a complex moment, the complex dtype of that
-        precision; a format then holds none.
-      real: whether the moment is real also where the parameter is complex.
-    """
-    if isinstance(dtype, Format):
-        moment = moment_like(p, real=real)
-        return dtype.zeros(moment) if jnp.isrealobj(moment) and dtype.fits(moment.shape) else moment
-    if dtype is None:
-        dtype = jnp.finfo(compute_dtype(p)).dtype
-    if jnp.iscomplexobj(p) and not real:
-        dtype = np.promote_types(dtype, np.complex64)
-    return jnp.zeros_like(p, dtype=dtype)
-
-
-def leaves_like(structure: Any, moment: Any) -> list[Any]:
-    """The leaves of a tree of moments, of which one in a storage format may be a node of its own."""
-    return structure.flatten_up_to(moment)
+    return step
 
 
 def _moments_of(link: Leafwise) -> list[str]:

@@ -13,8 +13,13 @@ def uncontracted(product: jax.Array) -> jax.Array:
     """A product that is rounded by itself, never as part of a fused multiply-add.
 
     In a sum of two products a compiler may fuse either, and chooses by the program around them:
-    with this around one of them, a step has the same bits in every program. A product that
-    overflows to infinity becomes NaN, to be seen.
+    with this around one of them, and `alike` around the other, a step has the same bits in every program. A product
+    that overflows to infinity becomes NaN, to be seen.
+
+    >>> import gdx, jax, jax.numpy as jnp
+    >>> x = jnp.float32(1 + 2**-12)  # its square, 1 + 2^-11 + 2^-24, is rounded to 1 + 2^-11
+    >>> float(jax.jit(lambda x: gdx.uncontracted(x * x) - 1)(x) * 2**11)
+    1.0
     """
     if jax.config.jax_disable_jit:  # nothing is fused then, and jax_debug_nans would stop at the constant
         return product
@@ -26,6 +31,12 @@ def alike(product: jax.Array) -> jax.Array:
     """A product whose sum is contracted in every program, where the compiler does so, or else in none.
 
     For the product that `uncontracted` leaves free, and for one that a later program adds to something.
+
+    >>> import gdx, jax, jax.numpy as jnp
+    >>> step = lambda rate, p: p - gdx.alike(rate * p)
+    >>> rate, p = jnp.float32(0.1), jnp.linspace(0.0, 1.0, 1000, dtype="float32")
+    >>> bool(jnp.all(jax.jit(step)(rate, p) == jax.jit(lambda p: step(rate, p))(p)))
+    True
     """
     return product if contracts_all() else by_itself(product)
 

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from gdx.fields import is_number, to_integer
-from gdx.placement import sharding_of
+from gdx.mesh import sharding_of, types_of, untyped
 from gdx.population import labels, members_of, stack
 from gdx.transform import Transform
 from gdx.trees import leading_axis
@@ -207,10 +207,9 @@ def _sweep(
 ) -> tuple[jax.Array, Any]:
     optimizers, params = jax.tree.map(jnp.asarray, (optimizers, params))
     train_all = functools.partial(_train_all, loss, evaluate, progress, size)
-    along = jax.typeof(jax.tree.leaves(optimizers)[0]).sharding
-    if along.mesh.explicit_axes:  # vmap cannot carry the axis of members through a scan that is typed with it
-        train_all = jax.sharding.auto_axes(train_all, out_sharding=along)
-    return train_all(optimizers, params, batches)
+    along = types_of(jax.tree.leaves(optimizers)[0])
+    # vmap cannot carry the axis of members through a scan that is typed with it
+    return untyped(train_all, along.mesh, along)(optimizers, params, batches)
 
 
 def _train_all(

@@ -1,12 +1,10 @@
-"""Trees of arrays: where a leaf is, in words, the leading axis that all leaves share, and what differs by device."""
+"""Trees of arrays: where a leaf is, in words, and the leading axis that all leaves share."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
-
-from gdx.compat import to_varying, varying_axes
 
 
 def place(path: tuple) -> str:
@@ -42,14 +40,3 @@ def leading_axis(label: str, tree: Any, axis: str, *, least: int = 0, mend: str 
             f"{mend}"
         )
     return lengths.pop()[0]
-
-
-def varying_alike(tree: Any) -> Any:
-    """Arrays inside `jax.shard_map`, all with the type of those that differ between devices, as branches need."""
-    axes = frozenset[str]().union(*map(varying_axes, jax.tree.leaves(tree)))
-
-    def cast(x: jax.Array) -> jax.Array:
-        missing = axes - varying_axes(x)
-        return to_varying(x, missing) if missing else x
-
-    return jax.tree.map(cast, tree)

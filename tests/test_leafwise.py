@@ -9,7 +9,6 @@ import optax
 import pytest
 
 import gdx
-from gdx.leafwise import moment_like
 
 
 class Trail(NamedTuple):
@@ -25,7 +24,7 @@ class add_last(gdx.Leafwise):
     seen: ClassVar[list] = []
 
     def start(self, p):
-        return (moment_like(p),)
+        return (gdx.storage.moment_like(p),)
 
     def shared(self, count):
         return count
@@ -83,6 +82,20 @@ def test_a_chain_respects_an_overridden_step():
         chained = gdx.chain(tx, gdx.scale_by_learning_rate(1.0))
         updates, _ = chained.update(g, chained.init(g))
         np.testing.assert_array_equal(updates, expected)
+
+
+def test_a_masked_state_is_optaxs_with_moments_and_a_schedule_too():
+    class masked(gdx.scale_by_momentum):
+        is_masked = True
+
+    tx, g = masked(lambda count: 0.5), jnp.ones(2)
+    state = tx.init(g)
+    assert state == optax.MaskedState(gdx.CountedState(0, optax.TraceState(state.inner_state.inner_state.trace)))
+    _, after = tx.update(g, tx.update(g, state)[1])
+    assert after.inner_state.count == 2
+    np.testing.assert_array_equal(after.inner_state.inner_state.trace, 1.5)
+    with pytest.raises(TypeError, match=r"the state is a CountedState, expected MaskedState\(inner_state\)"):
+        tx.update(g, state.inner_state)
 
 
 def test_a_step_that_returns_too_little_is_an_error():

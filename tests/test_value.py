@@ -440,7 +440,7 @@ WRONG = {
     "nan": (float("nan"), ValueError, "nan"),
     "infinity": (np.float32("inf"), ValueError, "inf"),
     "minus infinity": (-np.inf, ValueError, "-inf"),
-    "an array": (jnp.ones(3), ValueError, r"\(3,\); expected a number.*gdx\.stack.*jax\.Array"),
+    "an array": (jnp.ones(3), ValueError, r"\(3,\); expected a finite number.*gdx\.stack.*jax\.Array"),
 }
 
 

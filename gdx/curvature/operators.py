@@ -17,6 +17,7 @@ import numpy as np
 from gdx.checks import check_params
 from gdx.compat import has_no_derivative
 from gdx.fields import is_concrete
+from gdx.mesh import on_any_mesh
 from gdx.numerics import accurate
 from gdx.storage.blocks import is_packed
 from gdx.training import Loss
@@ -299,25 +300,6 @@ def adam_preconditioned(operator: Operator, tx: Transform, state: Any) -> Precon
                 f"0, so that Adam's step divides by 0; expected finite gradients and eps > 0: tx.replace(eps=1e-8)"
             )
     return Preconditioned(operator, scales)
-
-
-def on_any_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of two trees of arrays that takes explicitly sharded ones; its results are then on every device."""
-
-    @functools.wraps(function)
-    def automatic(operator: Any, arrays: Any, *options: Any) -> Any:
-        def run(operator: Any, arrays: Any) -> Any:
-            return function(operator, arrays, *options)
-
-        for leaf in jax.tree.leaves((operator, arrays)):
-            mesh = jax.typeof(leaf).sharding.mesh
-            if mesh.explicit_axes:
-                # one array of differently sharded leaves has no sharding of its own
-                everywhere = jax.NamedSharding(mesh, jax.P())
-                return jax.sharding.auto_axes(run, out_sharding=everywhere)(operator, arrays)
-        return run(operator, arrays)
-
-    return automatic
 
 
 def _is_adam(state: Any) -> bool:

@@ -11,9 +11,10 @@ import numpy as np
 
 from gdx.checks import check_params
 from gdx.curvature.krylov import from_vector, lanczos, measured, near, on_vectors, to_vector
-from gdx.curvature.operators import Operator, on_any_mesh
+from gdx.curvature.operators import Operator
 from gdx.extra import needs
 from gdx.fields import is_concrete, to_integer
+from gdx.mesh import on_any_mesh
 
 Progress = Callable[[float], None]
 """Called after each product with the fraction of the largest number of products that is done, in (0, 1]."""

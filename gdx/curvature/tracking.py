@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from gdx.checks import check_params
 from gdx.curvature.krylov import from_vector, lanczos, on_vectors, to_vector
-from gdx.curvature.operators import Operator, check_vector, on_any_mesh
+from gdx.curvature.operators import Operator, check_vector
 from gdx.fields import to_integer
+from gdx.mesh import on_any_mesh
 
 
 class SharpnessState(NamedTuple):

@@ -11,11 +11,11 @@ import optax
 
 from gdx.compose import chain
 from gdx.fields import Scalar, hyperparameter, is_concrete, static, text, to_bool, to_scalar
-from gdx.leafwise import Leafwise, moment_like
+from gdx.leafwise import Leafwise
 from gdx.links.decay import add_decoupled_weight_decay
 from gdx.links.descent import scale_by_learning_rate
 from gdx.numerics import alike, uncontracted
-from gdx.storage.formats import Format, to_storage
+from gdx.storage.formats import Format, moment_like, to_storage
 from gdx.transform import Transform, value
 
 to_second_moment = functools.partial(to_storage, second_moment=True)

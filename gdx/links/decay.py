@@ -7,7 +7,7 @@ import jax
 import optax
 from optax.transforms._adding import WeightDecaySchedule  # has no public name
 
-from gdx.checks import check_state, require_params
+from gdx.checks import require_params
 from gdx.fields import Scalar, hyperparameter, static
 from gdx.leafwise import Leafwise
 from gdx.numerics import alike
@@ -45,8 +45,14 @@ class add_decoupled_weight_decay(Leafwise):
     ([0.5, 0.5], [0.0])
     """
 
+    Counted: ClassVar = WeightDecaySchedule
+
     weight_decay: Scalar = hyperparameter(default=1e-4, minimum=0)
     mask: Any | Callable[[Any], Any] = static(default=None)
+
+    @property
+    def is_masked(self) -> bool:
+        return self.mask is not None
 
     def acts_on(self, params: optax.Params | None) -> Any:
         require_params(self, params)
@@ -65,18 +71,6 @@ class add_decoupled_weight_decay(Leafwise):
                 f"{type(self).__name__}: the mask has leaves at {_listed(mask)}, the parameters at {_listed(params)}; "
                 f"expected one boolean for each parameter or for a whole subtree, or a function of the parameters"
             ) from error
-
-    Counted: ClassVar = WeightDecaySchedule
-
-    def _packed(self, count: Any, moments: dict[str, Any]) -> Any:
-        state = super()._packed(count, moments)
-        return state if self.mask is None else optax.MaskedState(state)
-
-    def _unpacked(self, state: Any) -> tuple[Any, Any]:
-        if self.mask is None:
-            return super()._unpacked(state)
-        check_state(self, state, optax.MaskedState)
-        return super()._unpacked(state.inner_state)
 
     def step(self, shared: tuple, g: jax.Array, p: jax.Array) -> tuple[jax.Array]:
         return (g + alike(self.weight_decay * p),)

@@ -8,10 +8,10 @@ import optax
 
 from gdx.compose import chain
 from gdx.fields import Scalar, hyperparameter, static, to_bool
-from gdx.leafwise import Leafwise, moment_like
+from gdx.leafwise import Leafwise
 from gdx.links.descent import scale_by_learning_rate
 from gdx.numerics import alike, uncontracted
-from gdx.storage.formats import Format, to_storage
+from gdx.storage.formats import Format, moment_like, to_storage
 from gdx.transform import Transform, value
 
 identity = value(optax.identity)

@@ -1,6 +1,6 @@
 """Links that end a chain, so that adding its update to bfloat16 parameters rounds them well."""
 
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import optax
 
 from gdx.checks import require_params
 from gdx.fields import static, to_integer
-from gdx.leafwise import Leafwise, Rounding
+from gdx.leafwise import Leafwise
 from gdx.storage.dither import Dither
 from gdx.storage.formats import rounded_at_random
 
@@ -78,9 +78,9 @@ class round_stochastically(_Rounding):
 
     seed: int = static(default=0, convert=to_integer)
 
-    def step(self, shared: tuple, g: jax.Array, p: jax.Array, *, rounding: Rounding) -> tuple[jax.Array]:
+    def step(self, shared: tuple, g: jax.Array, p: jax.Array, *, dither: Dither) -> tuple[jax.Array]:
         # the first two fields are those of moments, whose rounding is not to be correlated with this one
-        bits = cast(Dither, rounding.dither)._replace(field=2).bits(p.shape, self.seed)
+        bits = dither._replace(field=2).bits(p.shape, self.seed)
         return (rounded_at_random((p + g).astype(jnp.float32), bits).astype(p.dtype) - p,)
 
 
@@ -116,7 +116,7 @@ class round_with_compensation(_Rounding):
         return (jnp.zeros_like(p, jnp.bfloat16 if jnp.isrealobj(p) else None),)
 
     def step(
-        self, shared: tuple, g: jax.Array, p: jax.Array, compensation: jax.Array, *, rounding: Rounding
+        self, shared: tuple, g: jax.Array, p: jax.Array, compensation: jax.Array, *, dither: Dither | None
     ) -> tuple[jax.Array, jax.Array]:
         s = g + compensation
         moved = _to_bfloat16(p + s) - p
@@ -153,7 +153,7 @@ class round_with_master(_Rounding):
         return (jnp.asarray(p, np.promote_types(jnp.result_type(p), np.float32), copy=True),)
 
     def step(
-        self, shared: tuple, g: jax.Array, p: jax.Array, master: jax.Array, *, rounding: Rounding
+        self, shared: tuple, g: jax.Array, p: jax.Array, master: jax.Array, *, dither: Dither | None
     ) -> tuple[jax.Array, jax.Array]:
         master = master + g
         return _to_bfloat16(master) - p, master

@@ -8,13 +8,12 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gdx.fields import to_integer
+from gdx.mesh import sharding_of_shorter, varying_alike
 from gdx.numerics import uncontracted
 from gdx.storage.dither import Dither
 from gdx.storage.formats import Format
-from gdx.trees import varying_alike
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -136,7 +135,7 @@ class Blocks(Format):
     def zeros(self, like: jax.Array) -> Packed:
         shape = list(like.shape)
         shape[self.axis] = -(-shape[self.axis] // self.block)
-        scales = jnp.zeros(shape, jnp.float32, device=_sharding(like, tuple(shape), self.axis))
+        scales = jnp.zeros(shape, jnp.float32, device=sharding_of_shorter(like, tuple(shape), self.axis))
         codes, scales = varying_alike((jnp.zeros_like(like, self.code_dtype), scales))
         return Packed(codes, scales, self)
 
@@ -251,27 +250,6 @@ def _largest(x: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:
     """The largest magnitude along these axes, NaN if there is one."""
     # integers in the order of the magnitudes, NaN last: the maximum of floats is slow on CPUs
     return jax.lax.bitcast_convert_type(jnp.max(jax.lax.bitcast_convert_type(abs(x), jnp.int32), axes), jnp.float32)
-
-
-def _sharding(like: Any, shape: tuple[int, ...], axis: int) -> Any:
-    """That of an array, for one that is shorter along an axis: where it cannot be divided alike, it is not."""
-    if isinstance(like, jax.core.Tracer):
-        sharding = jax.typeof(like).sharding
-        if AxisType.Explicit not in sharding.mesh.axis_types:
-            return None  # what is automatic does not show in a type
-    else:
-        sharding = getattr(like, "sharding", None)
-    if not isinstance(sharding, NamedSharding):
-        # an array that could be on any device leaves its scales as free as itself
-        return sharding if isinstance(sharding, SingleDeviceSharding) and like.committed else None
-    spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
-    fitted = NamedSharding(sharding.mesh, PartitionSpec(*spec))
-    try:
-        fitted.shard_shape(shape)
-    except ValueError:
-        spec[axis] = None
-        fitted = NamedSharding(sharding.mesh, PartitionSpec(*spec))
-    return fitted
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdx.fields import to_integer
+from gdx.numerics import compute_dtype
 from gdx.storage.dither import Dither
 
 
@@ -82,6 +83,13 @@ def to_storage(label: str, value: Any, *, second_moment: bool = False) -> np.dty
       label: what errors start with.
       value: a floating-point dtype, a format, or None.
       second_moment: whether the moment is never negative, and divided by its root.
+
+    Raises:
+      TypeError, ValueError: it is none of these, or would lose what the moment is for.
+
+    >>> import gdx
+    >>> gdx.storage.to_storage("trace", "bfloat16"), gdx.storage.to_storage("trace", gdx.storage.SignedFourthRoot8())
+    (dtype(bfloat16), storage.SignedFourthRoot8())
     """
     if value is None:
         return None
@@ -112,6 +120,32 @@ def is_encoded(format: Any, moment: Any) -> bool:
     """Whether a moment is what this format, a dtype or None makes of such an array."""
     real = not jnp.issubdtype(moment.dtype, jnp.complexfloating)
     return isinstance(format, Format) and real and format.fits(moment.shape)
+
+
+def moment_like(p: jax.Array, dtype: Any = None, *, real: bool = False) -> Any:
+    """Zeros shaped and sharded like a parameter.
+
+    Args:
+      p: the parameter.
+      dtype: the moment's dtype or storage format; None for the parameter's dtype, but at least
+        float32. Where a complex parameter needs a complex moment, the complex dtype of that
+        precision; a format then holds none.
+      real: whether the moment is real also where the parameter is complex.
+
+    >>> import gdx, jax.numpy as jnp
+    >>> gdx.storage.moment_like(jnp.ones(3, "bfloat16")).dtype
+    dtype('float32')
+    >>> gdx.storage.moment_like(jnp.ones((16, 512)), gdx.storage.FourthRoot8())
+    Packed(codes=uint8[16,512], scales=float32[16,2], format=storage.FourthRoot8())
+    """
+    if isinstance(dtype, Format):
+        moment = moment_like(p, real=real)
+        return dtype.zeros(moment) if jnp.isrealobj(moment) and dtype.fits(moment.shape) else moment
+    if dtype is None:
+        dtype = jnp.finfo(compute_dtype(p)).dtype
+    if jnp.iscomplexobj(p) and not real:
+        dtype = np.promote_types(dtype, np.complex64)
+    return jnp.zeros_like(p, dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -1,35 +1,21 @@
-r"""Where state lives on a device mesh: optimizer state split over the data-parallel axis (ZeRO, stage 1).
-
-With $n$ devices along the axis each holds, and updates, one $n$-th of the moments: gradients are
-reduce-scattered to where the moments are, and the updates all-gathered to where the parameters
-are, by the compiler.
-
->>> import gdx, jax, jax.numpy as jnp
->>> mesh = jax.sharding.Mesh(jax.devices(), ("data",))
->>> params = jax.device_put({"w": jnp.ones((64, 3))}, jax.NamedSharding(mesh, jax.P()))
->>> tx = gdx.sharding.shard_state(gdx.adamw(1e-3), mesh)
->>> tuple(tx.init(params)[0].mu["w"].sharding.spec)
-('data',)
-
-Source: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models (2020), section 5.1.
-"""
+"""A transform that keeps its state split over a mesh, and what of a state is split."""
 
 import dataclasses
 import functools
 import math
 import reprlib
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from gdx.checks import check_state_like
 from gdx.fields import static
-from gdx.placement import Plan, check_devices, names_of, plan_of, sharding_of
+from gdx.mesh import constrained, hidden_axes, is_inside_shard_map, names_of, sharding_of, typed_sharding, untyped
+from gdx.sharding.placement import Plan, check_devices, plan_of
 from gdx.transform import Transform, to_transform
 from gdx.trees import place
 
@@ -119,29 +105,23 @@ class shard_state(Transform):
         check_devices("shard_state", "state", state, self.mesh)
 
         def step(tx: Transform, updates: Any, state: Any, params: Any, arrays: dict[str, Any]) -> tuple[Any, Any]:
-            constrain = functools.partial(_constrain, self.mesh)
+            constrain = functools.partial(constrained, self.mesh)
             updates, params = (constrain(tree, plan.moments) for tree in (updates, params))
             updates, state = tx.update(updates, constrain(state, plan.state), params, **arrays, **others)
             return constrain(updates, plan.params), constrain(state, plan.state)
 
         arrays = {name: value for name, value in extra_args.items() if _is_arrays(value)}
         others = {name: value for name, value in extra_args.items() if name not in arrays}
-        if AxisType.Explicit in self.mesh.axis_types:
-            # types would have to agree in every operation of the transform; inside, the compiler sees to it
-            mesh = self.mesh.abstract_mesh  # jax 0.7 takes no other
-            out = [[NamedSharding(mesh, self._typed(spec)) for spec in s] for s in (plan.params, plan.state)]
-            structures = [jax.tree.structure(tree) for tree in (updates, state)]
-            step = jax.sharding.auto_axes(step, out_sharding=tuple(map(jax.tree.unflatten, structures, out)))
-        return step(self.tx, updates, state, params, arrays)
-
-    def _typed(self, spec: PartitionSpec) -> PartitionSpec:
-        """The part of a spec that is in an array's type: along the explicit axes."""
-        explicit = self.mesh.explicit_axes
-        return PartitionSpec(*(tuple(name for name in names_of(entry) if name in explicit) or None for entry in spec))
+        out = tuple(
+            jax.tree.unflatten(jax.tree.structure(tree), [typed_sharding(self.mesh, spec) for spec in specs])
+            for tree, specs in ((updates, plan.params), (state, plan.state))
+        )
+        # types would have to agree in every operation of the transform; inside, the compiler sees to it
+        return untyped(step, self.mesh, out)(self.tx, updates, state, params, arrays)
 
     def _check_outside(self) -> None:
         """Raises inside `jax.shard_map` over the axis."""
-        if self.axis in jax.sharding.get_abstract_mesh().manual_axes:
+        if is_inside_shard_map(self.axis):
             raise ValueError(
                 f"shard_state: inside jax.shard_map over {self.axis!r} an array is one device's part; call it outside"
             )
@@ -150,7 +130,7 @@ class shard_state(Transform):
         """Raises where `update` would, under jit, take parameters for whole that are not."""
         if self.specs is not None:
             return
-        hidden = {name for name in self.mesh.auto_axes if self.mesh.shape[name] > 1}
+        hidden = hidden_axes(self.mesh)
         for path, p in jax.tree_util.tree_leaves_with_path(params):
             sharding = sharding_of(p)
             if sharding is not None and hidden & {name for entry in sharding.spec for name in names_of(entry)}:
@@ -308,13 +288,6 @@ def _shardings(state: Any, plan: Plan, mesh: Mesh | AbstractMesh) -> Any:
 
 def _init(tx: Transform, params: optax.Params) -> optax.OptState:
     return tx.init(params)
-
-
-def _constrain(mesh: Mesh, tree: Any, specs: Sequence[PartitionSpec]) -> Any:
-    leaves, structure = jax.tree.flatten(tree)
-    mesh = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-    placed = [jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec)) for x, spec in zip(leaves, specs)]
-    return jax.tree.unflatten(structure, placed)
 
 
 def _check_axis(name: str, mesh: Mesh | AbstractMesh, axis: str) -> None:

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from gdx.mesh import agree, explicit_first, names_of, sharding_of
 from gdx.storage.blocks import Packed, is_packed
 from gdx.trees import place
 
@@ -107,9 +108,7 @@ def _split(
     if not candidates:
         return own
     dimension = min(candidates)[-1]
-    # in one dimension an explicit axis, which is in the array's type, has to come before automatic ones
-    names = (*names_of(entries[dimension]), axis)
-    entries[dimension] = tuple(sorted(names, key=lambda name: name not in mesh.explicit_axes))
+    entries[dimension] = explicit_first(mesh, (*names_of(entries[dimension]), axis))
     return _trimmed(entries)
 
 
@@ -130,21 +129,8 @@ def _trimmed(entries: Iterable) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
-def names_of(entry: Any) -> tuple[str, ...]:
-    """The axes that one dimension is split along."""
-    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
-        return ()
-    return (entry,) if isinstance(entry, str) else tuple(entry)
-
-
 def _parts(entry: Any, mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[name] for name in names_of(entry))
-
-
-def sharding_of(p: Any) -> NamedSharding | None:
-    """How an array, abstract or not, is spread over a mesh, as far as it shows."""
-    sharding = jax.typeof(p).sharding if isinstance(p, jax.core.Tracer) else getattr(p, "sharding", None)
-    return sharding if isinstance(sharding, NamedSharding) and not sharding.mesh.empty else None
 
 
 def check_devices(name: str, what: str, tree: Any, mesh: Mesh) -> None:
@@ -188,21 +174,10 @@ def _first_difference(where: Any, mesh: Mesh | AbstractMesh) -> str:
     return f", whose device number {at} is {ours}, not {theirs}"
 
 
-def _agree(theirs: Mesh | AbstractMesh, mesh: Mesh | AbstractMesh) -> bool:
-    """Whether arrays on both meshes can be used together, as far as it shows."""
-    if isinstance(theirs, Mesh) and isinstance(mesh, Mesh):
-        return theirs == mesh
-    # nothing runs on an abstract mesh; inside jax.shard_map over other axes those are manual
-    is_typed = isinstance(mesh, AbstractMesh) or all(
-        kind in (expected, AxisType.Manual) for kind, expected in zip(theirs.axis_types, mesh.axis_types)
-    )
-    return theirs.shape_tuple == mesh.shape_tuple and is_typed
-
-
 def _own_spec(name: str, path: tuple, p: Any, mesh: Mesh | AbstractMesh, specs: Any) -> PartitionSpec:
     """How a parameter itself is split: as specs has it, or as it shows."""
     sharding = sharding_of(p)
-    if sharding is not None and not _agree(sharding.mesh, mesh):
+    if sharding is not None and not agree(sharding.mesh, mesh):
         raise _misplaced(name, path, sharding.mesh, mesh)
     if specs is not None:
         spec = _given_spec(name, specs, path, mesh)

@@ -1,0 +1,138 @@
+"""How a step around stored moments is evaluated: decoded, in blocks or whole, and encoded, as fast as XLA allows."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gdx.mesh import types_of, untyped, varying_alike
+from gdx.storage.blocks import Blocks, InBlocks, Packed, is_packed
+from gdx.storage.dither import Dither
+from gdx.storage.formats import Format, is_encoded, with_slope_of
+
+
+class Formula(Protocol):
+    """What is asked of a link, a `gdx.Leafwise`: its formula for one leaf, and what may be done with it."""
+
+    @property
+    def formats(self) -> tuple[Any, ...]: ...
+    @property
+    def elementwise(self) -> bool: ...
+    @property
+    def rounds(self) -> bool: ...
+    @property
+    def in_two_parts(self) -> bool: ...
+
+    step: Callable[..., tuple[jax.Array, ...]]
+    accumulate: Callable[..., tuple[jax.Array, ...]]
+    direction: Callable[..., jax.Array]
+
+
+def draws(link: Formula) -> bool:
+    """Whether its step may need random bits."""
+    return link.rounds or any(isinstance(format, Format) for format in link.formats)
+
+
+def on_its_mesh(step: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """`step(numbers, acting, g, p, moments, index)`, a leaf's update and the moments of each link, wherever that is."""
+
+    def on_mesh(numbers: Any, acting: Any, g: Any, p: Any, moments: Any, index: Any) -> tuple[Any, ...]:
+        def one_step(numbers: Any, g: Any, p: Any, moments: Any, index: Any) -> tuple[Any, ...]:
+            return step(numbers, acting, g, p, moments, index)
+
+        if any(map(is_packed, jax.tree.leaves(moments, is_leaf=is_packed))):
+            g, p, moments = varying_alike((g, p, moments))
+            types = types_of((g, *moments))
+            # blocks may end inside the part of a device, which types cannot say
+            return untyped(one_step, types[0].mesh, types)(numbers, g, p, moments, index)
+        return one_step(numbers, g, p, moments, index)
+
+    return on_mesh
+
+
+def stepped(
+    link: Formula, shared: Any, g: Any, p: Any, moments: Sequence[Any], dtype: np.dtype, count: Any, index: Any
+) -> list[Any]:
+    """A link's update of one leaf and its new moments as they are stored, all computed in this dtype.
+
+    The count of steps and the leaf's index are what random bits are made of; None where there are none.
+    """
+    dither = None if count is None else Dither(count.astype(jnp.uint32), index)
+    formats = [f if is_encoded(f, moment) else None for f, moment in zip(link.formats, moments)]
+    formats = formats or [None] * len(moments)
+    layouts = {f.layout(g.shape) for f in formats if isinstance(f, Blocks)}
+    layout = layouts.pop() if len(layouts) == 1 and link.elementwise else None
+    whole = functools.partial(_step, link, shared, g, p, moments, formats, dtype, dither)
+    if layout is None or layout.missing:
+        return whole()
+
+    def blocks() -> list[Any]:
+        in_blocks = [InBlocks(f, layout.axis) if isinstance(f, Blocks) else f for f in formats]
+        # or the compiler goes back to the whole array, and writes out each scale once for each number
+        b_g, b_p, b_moments = jax.lax.optimization_barrier(_each(layout.split, (g, p, moments)))
+        return _each(layout.join, _step(link, shared, b_g, b_p, b_moments, in_blocks, dtype, dither))
+
+    return jax.lax.platform_dependent(cpu=whole, default=blocks)  # on CPUs it takes twice as long in blocks
+
+
+def _each(function: Callable[[Any], Any], tree: Any) -> Any:
+    """The function of each array or packed array of a tree."""
+    return jax.tree.map(function, tree, is_leaf=is_packed)
+
+
+def _step(
+    link: Formula,
+    shared: Any,
+    g: Any,
+    p: Any,
+    moments: Sequence[Any],
+    formats: Sequence[Any],
+    dtype: np.dtype,
+    dither: Dither | None,
+) -> list[Any]:
+    def cast(x: Any) -> Any:
+        return None if x is None else x.astype(dtype if jnp.iscomplexobj(x) else jnp.finfo(dtype).dtype)
+
+    def decode(stored: Sequence[Any]) -> list[Any]:
+        return [cast(x if format is None else format.decode(x)) for format, x in zip(formats, stored)]
+
+    def encode(new: Sequence[Any]) -> list[Any]:
+        return [
+            x.astype(old.dtype) if format is None else format.encode(x, dither and dither._replace(field=field))
+            for field, (x, old, format) in enumerate(zip(new, moments, formats, strict=True))
+        ]
+
+    def accumulate() -> tuple[jax.Array, ...]:
+        return link.accumulate(shared, cast(g), cast(p), *decode(moments))
+
+    # only a real hyperparameter and a complex leaf of its precision are left to promote
+    with jax.numpy_dtype_promotion("standard"):
+        is_few = any(format is not None or x.dtype.itemsize < 4 for format, x in zip(formats, moments))
+        if is_few and link.in_two_parts:
+            stored = _once(lambda: encode(accumulate()), list(moments), dither)
+            u = link.direction(shared, cast(g), cast(p), *map(with_slope_of, accumulate(), decode(stored)))
+            return [u, *stored]
+        u, *new = link.step(shared, cast(g), cast(p), *decode(moments), **{"dither": dither} if link.rounds else {})
+        stored = encode(new)
+        # else what rounding keeps is worked out after the parameters have been overwritten, from a copy
+        return _once(lambda: [u, *stored], [], dither) if link.rounds and stored else [u, *stored]
+
+
+def _once(renew: Callable[[], list[Any]], old: list[Any], dither: Dither | None) -> list[Any]:
+    """`renew()`, on CPUs worked out once: XLA would do it again there, for each element that reads the result."""
+
+    def fenced() -> list[Any]:
+        packed = [moment for moment in old if isinstance(moment, Packed)]
+        if not packed:
+            return jax.lax.optimization_barrier(renew())
+        # around block scales it ignores the barrier, at 6 times the time; a condition, always true, it heeds
+        if dither is None:
+            true = jax.lax.bitcast_convert_type(packed[0].scales[(0,) * packed[0].ndim], jnp.int32) != -1
+        else:  # every device has the count, but only one of a mesh that scale
+            true = dither.step != np.uint32(0xFFFFFFFF)
+        return jax.lax.cond(true, renew, lambda: old)
+
+    return jax.lax.platform_dependent(cpu=fenced, default=renew)
