@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from gdx.checks import check_state, checked_moments
-from gdx.numerics import compute_dtype
+from gdx.numerics import by_itself, compute_dtype
 from gdx.storage.stepping import draws, on_its_mesh, stepped
 from gdx.transform import CountedState, Transform
 
@@ -234,6 +234,8 @@ def _stepper(structure: Any) -> Callable[..., tuple[Any, ...]]:
         u, new = g, []
         for link, shared, count, acts, kept, dtype in links:
             if acts:
+                # where no moment stands between them, the compiler makes one factor of two numbers that are constants
+                u = by_itself(u) if new and not any(new) else u
                 u, *kept = stepped(link, shared, u, p, kept, dtype, count, index)
             new.append(tuple(kept))
         return u, *new

@@ -355,8 +355,8 @@ def guessed(label: str, value: Any, parameter: inspect.Parameter | None, is_batc
     is_array = isinstance(value, jax.Array | np.ndarray)
     if is_array and value.ndim and is_float(value) and not (is_batch or takes_arrays(parameter)):
         raise ValueError(
-            f"{label} has shape {np.shape(value)}; expected a finite number. Build a batch of optimizers with gdx.stack or "
-            f"gdx.grid, and annotate what may have a shape, in a function of your own, as jax.Array"
+            f"{label} has shape {np.shape(value)}; expected a finite number. Build a batch of optimizers with "
+            f"gdx.stack or gdx.grid, and annotate what may have a shape, in a function of your own, as jax.Array"
         )
     wants_float = takes_floats(parameter)
     if is_number(value) and (is_float(value) or wants_float):

@@ -127,6 +127,16 @@ def test_the_result_does_not_depend_on_how_it_is_put_together(param_dtype, gradi
     assert not different, "\n".join(different)
 
 
+@pytest.mark.parametrize(
+    "link", [gdx.scale_by_adam, gdx.scale_by_momentum, gdx.add_decoupled_weight_decay, gdx.scale_by_learning_rate]
+)
+def test_a_rate_in_front_of_any_link_is_no_part_of_its_numbers(link):
+    """Of two factors that are constants a compiler makes one, whose product is rounded another way."""
+    for rate, number in np.random.default_rng(0).uniform(0.01, 0.99, (6, 2)):
+        tx = gdx.chain(gdx.scale_by_learning_rate(rate), link(number))
+        assert_same_bits(*(trained(tx, "float32", "float32", closed_over) for closed_over in (True, False)))
+
+
 @pytest.mark.parametrize("gradient_dtype", DTYPES)
 def test_a_small_decay_counts_in_any_of_them(gradient_dtype):
     """In bfloat16 a thousandth of the parameter would vanish beside the direction."""

@@ -336,7 +336,7 @@ def test_a_factory_of_ones_own_is_a_class_of_values():
 
 def test_a_factory_of_ones_own_takes_anything_but_nan_where_nothing_is_annotated():
     made = gdx.schedule(lambda anything, other=None: lambda count: 0.5)
-    for value in ("a", None, True, warmup(), half, [0.1, half], {"a": 1}, jnp.ones(3), sum, object()):
+    for value in ("a", None, True, warmup(), half, [0.1, half], {"a": 1}, sum, object()):
         assert made(value)(3) == 0.5 and made(1.0, value)(3) == 0.5
     with pytest.raises(ValueError, match=r"other is nan; expected a finite number"):
         made(1.0, np.nan)
@@ -453,7 +453,8 @@ def test_refuses_what_is_no_number_in_the_call_that_makes_it(name, settings, par
             lambda x: make(**{**settings, parameter: x}),
             lambda x: make(**settings).replace(**{parameter: x}),
         ):
-            with pytest.raises((TypeError, ValueError), match=rf"^{name}: {parameter} (is|has) .*; expected a finite number"):
+            said = rf"^{name}: {parameter} (is|has) .*; expected a finite number"
+            with pytest.raises((TypeError, ValueError), match=said):
                 refused(wrong)
     for number in (np.float32(25), jnp.bfloat16(25), np.array(25), 25):
         make(**{**settings, parameter: number})
