@@ -231,7 +231,7 @@ def _stepper(structure: Any) -> Callable[..., tuple[Any, ...]]:
     @on_its_mesh
     def step(numbers: list, acting: tuple[bool, ...], g: Any, p: Any, moments: tuple, index: Any) -> tuple[Any, ...]:
         links = zip(*jax.tree.unflatten(structure, numbers), acting, moments, _dtypes(g, p, moments))
-        u, new = g, []
+        u, new = g, list[tuple[Any, ...]]()
         for link, shared, count, acts, kept, dtype in links:
             if acts:
                 # where no moment stands between them, the compiler makes one factor of two numbers that are constants

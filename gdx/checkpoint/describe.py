@@ -9,11 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from gdx.compose import chain
-from gdx.fields import is_concrete, is_key, text
+from gdx.fields import in_default_dtype, is_concrete, is_key, text
 from gdx.schedules import Schedule
 from gdx.sharding import shard_state
 from gdx.transform import Foreign, Transform
@@ -127,7 +126,7 @@ def _hyperparameter(value: Any) -> str:
         return f"{text(value)} with values {_values(value)}"
     if value is None or is_key(value) or not is_concrete(value):
         return text(value)
-    numbers = np.asarray(value).astype(jnp.result_type(float))
+    numbers = in_default_dtype(value)
     return " ".join(str(float(str(number))) for number in numbers.ravel())
 
 
