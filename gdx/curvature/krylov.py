@@ -35,49 +35,52 @@ class Krylov(NamedTuple):
 
 
 def lanczos(product: Callable[[jax.Array], jax.Array], start: jax.Array, size: int, key: jax.Array) -> Krylov:
-    """Lanczos with full reorthogonalisation, that goes on from a random vector where the span is exhausted.
+    """Lanczos with full reorthogonalisation; where the span is exhausted it goes on from a random vector.
 
-    Source: Parlett, The Symmetric Eigenvalue Problem (1998), chapters 6.9 (twice is enough) and 13.
+    Source: Parlett, The Symmetric Eigenvalue Problem (1998), chapter 13.
     """
-
-    def apart(x: jax.Array, basis: jax.Array) -> jax.Array:
-        """What of a vector is orthogonal to the basis; of what cancels much, rounding has left some, which goes too."""
-        once = x - dot(dot(basis, x), basis)
-        much = jnp.linalg.norm(once) < 0.7 * jnp.linalg.norm(x)
-        return jax.lax.cond(much, lambda once: once - dot(dot(basis, once), basis), lambda once: once, once)
 
     def turn(carry: tuple, i: jax.Array) -> tuple[tuple, tuple]:
         basis, unit, largest, beside = carry
         image = product(basis[i])
-        unit = jnp.where(i == 0, near(image), unit)  # for squares: in float32 nothing is left of that of 1e-20
+        unit = jnp.where(i == 0, near(image), unit)
         diagonal = dot(basis[i], image / unit)
-        rest = apart(image / unit - diagonal * basis[i] - beside * basis[i - 1], basis)  # row -1 is still 0 at first
+        rest = apart(image / unit - diagonal * basis[i] - beside * basis[i - 1], basis)  # row -1 is 0 at first
         length = jnp.linalg.norm(rest)
         largest = jnp.maximum(largest, jnp.abs(diagonal) + beside + length)
         exhausted = length <= 10 * jnp.finfo(start.dtype).eps * largest
 
-        def another(_: jax.Array) -> jax.Array:
+        def other(_: jax.Array) -> jax.Array:
             return apart(jax.random.normal(jax.random.fold_in(key, i), start.shape, start.dtype), basis)
 
-        rest = jax.lax.cond(exhausted, another, lambda rest: rest, rest)
+        rest = jax.lax.cond(exhausted, other, lambda rest: rest, rest)
         basis = basis.at[i + 1].set(rest / jnp.linalg.norm(rest), mode="drop")
         beside = jnp.where(exhausted, 0, length)
         return (basis, unit, largest, beside), (diagonal, beside)
 
     zero = jnp.zeros((), start.dtype)
     basis = jnp.zeros((size, *start.shape), start.dtype).at[0].set(start / jnp.linalg.norm(start))
-    (basis, unit, *_), found = jax.lax.scan(turn, (basis, zero, zero, zero), jnp.arange(size))
-    diagonal, beside = found
+    (basis, unit, *_), (diagonal, beside) = jax.lax.scan(turn, (basis, zero, zero, zero), jnp.arange(size))
     matrix = jnp.diag(diagonal) + jnp.diag(beside[:-1], 1) + jnp.diag(beside[:-1], -1)
     values, coefficients = jnp.linalg.eigh(matrix)
     return Krylov(values * unit, coefficients, basis, beside[-1] * jnp.abs(coefficients[-1]) * unit)
+
+
+def apart(vector: jax.Array, basis: jax.Array) -> jax.Array:
+    """What of a vector is orthogonal to a basis; if that is little, rounding left some of the rest in it: once more.
+
+    Source: Parlett, chapter 6.9, "twice is enough".
+    """
+    once = vector - dot(dot(basis, vector), basis)
+    is_little = jnp.linalg.norm(once) < 0.7 * jnp.linalg.norm(vector)
+    return jax.lax.cond(is_little, lambda once: once - dot(dot(basis, once), basis), lambda once: once, once)
 
 
 def measured(product: Callable[[jax.Array], jax.Array], vector: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The vector at length 1, its Rayleigh quotient, and how far the two are from an eigenpair."""
     vector = vector / jnp.linalg.norm(vector)
     image = product(vector)
-    value, unit = jnp.vdot(vector, image), near(image)
+    value, unit = dot(vector, image), near(image)
     return vector, value, jnp.linalg.norm((image - value * vector) / unit) * unit
 
 
