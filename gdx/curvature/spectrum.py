@@ -61,7 +61,8 @@ def spectrum_edges(
     r"""The smallest and the largest eigenvalue with their eigenvectors, by restarted Lanczos.
 
     Each round takes `krylov_size` products from a start vector, reorthogonalised in full, and has the extreme
-    eigenpairs $(\lambda, v)$ of the operator in their span. It ends once
+    eigenpairs $(\lambda, v)$ of the operator in their span; where that is exhausted, as by few distinct eigenvalues, it
+    goes on from a random vector. It ends once
 
     $$ \|A v - \lambda v\| \le \text{tolerance} \cdot \max(|\lambda_\min|, |\lambda_\max|) $$
 
@@ -71,10 +72,10 @@ def spectrum_edges(
     an edge only where it is orthogonal to it to within rounding.
 
     A pure function, also under `jax.jit`; outside of it, the program is compiled once for each set of shapes,
-    functions and options, and the result is checked. Memory: about 2 `krylov_size` + 6 vectors like the parameters
-    (before jax 0.10, 3 `krylov_size` + 7), however many rounds, and that of one product. Parameters and data may be
-    sharded over a mesh, but each device holds these vectors whole. Where axes of the mesh are explicit, the loss runs
-    with automatic ones: one that states shardings goes in as
+    functions and options, and the result is checked. Memory: about `krylov_size` + 7 vectors like the parameters,
+    however many rounds, and that of one product. Parameters and data may be sharded over a mesh, but each device holds
+    these vectors whole. Where axes of the mesh are explicit, the loss runs with automatic ones: one that states
+    shardings goes in as
     `jax.sharding.explicit_axes(loss, in_sharding=(specs of params, specs of a batch))`.
 
     Args:
