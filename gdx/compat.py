@@ -50,11 +50,6 @@ def to_varying(x: jax.Array, axes: Collection[str]) -> jax.Array:
     return jax.lax.pvary(x, tuple(axes))  # type: ignore[attr-defined]
 
 
-def copies_loops() -> bool:
-    """Whether XLA holds a second copy of what a loop carries. From jax 0.10 on: False."""
-    return jax.__version_info__ < (0, 10)
-
-
 def contracts_all() -> bool:
     """Whether each sum of a product on a CPU becomes a fused multiply-add. From jax 0.12 on: False.
 

@@ -6,7 +6,6 @@ from importlib.util import find_spec
 
 PACKAGES = {
     "checkpoint": ("orbax.checkpoint",),
-    "curvature": ("matfree",),
     "demo": ("matplotlib", "rich", "sklearn"),
 }
 

@@ -67,7 +67,7 @@ def test_starts_with_the_same_cells(path):
     assert flags == path.stem.startswith("6_") == bool(re.search("jax_platforms", "".join(cells), re.IGNORECASE))
 
 
-# a kernel whose pip says what it is given, and puts gdx and matfree where the environment has its packages
+# a kernel whose pip says what it is given, and puts gdx and Orbax where the environment has its packages
 KERNEL = """
 import os, sys
 from IPython.core.interactiveshell import InteractiveShell
@@ -142,9 +142,9 @@ def test_in_a_checkout(start, environment, elsewhere):
 
 def test_what_a_checkout_misses_is_installed(environment, elsewhere):
     (elsewhere / "gdx").symlink_to(ROOT / "gdx")
-    matfree = (environment.packages / "matfree").readlink()
-    (environment.packages / "matfree").unlink()
-    assert re.match(PIP, found := environment.run(elsewhere, matfree))[1] == str(elsewhere)
+    orbax = (environment.packages / "orbax").readlink()
+    (environment.packages / "orbax").unlink()
+    assert re.match(PIP, found := environment.run(elsewhere, orbax))[1] == str(elsewhere)
     assert f"gdx {elsewhere}" in found
 
 

@@ -1,8 +1,7 @@
 """The curvature of a loss: products with its Hessian, its spectrum, and what that says about learning rates.
 
 An operator, such as `Hessian(loss, params, batches)`, is a symmetric linear map and a value; `spectrum_edges`,
-`spectral_density` and `trace` take any of them. Lanczos and trace estimation are matfree's, which
-comes with `gdx-jax[curvature]`.
+`spectral_density` and `trace` take any of them.
 
 >>> import gdx, jax, jax.numpy as jnp
 >>> valley = lambda theta, batch: 0.5 * (theta[0] ** 2 + 10 * theta[1] ** 2)

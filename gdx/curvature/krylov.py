@@ -1,5 +1,6 @@
-"""Lanczos, on all numbers of a tree in one array: matfree's, made safe for what it divides by."""
+"""Lanczos, on all numbers of a tree in one array."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,83 +9,78 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdx.curvature.operators import Operator
-from gdx.extra import needs
 from gdx.numerics import accurate
+
+dot = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)  # by default a GPU keeps 10 bits of a factor
 
 
 class Krylov(NamedTuple):
-    """What Lanczos found from one start: the operator in the span of the start and its products.
+    """What Lanczos found: the operator in an orthonormal basis of the start, its products, and those of other starts.
 
     Attributes:
       values: of shape (size,): the Ritz values, ascending.
       coefficients: of shape (size, size): their vectors in the basis, in columns.
       basis: of shape (size, n).
-      alive: of shape (size,): False from where the span was exhausted; the basis is of no use there.
       errors: of shape (size,): how far each Ritz pair is from an eigenpair.
     """
 
     values: jax.Array
     coefficients: jax.Array
     basis: jax.Array
-    alive: jax.Array
     errors: jax.Array
 
-    @property
-    def smallest(self) -> jax.Array:
-        """The index of the smallest Ritz value."""
-        return jnp.argmin(jnp.where(self._counts, self.values, jnp.inf))
-
-    @property
-    def largest(self) -> jax.Array:
-        """The index of the largest Ritz value."""
-        return jnp.argmax(jnp.where(self._counts, self.values, -jnp.inf))
-
-    @property
-    def _counts(self) -> jax.Array:
-        return jnp.sum(jnp.where(self.alive[:, None], self.coefficients**2, 0), axis=0) > 0.5
-
-    def vectors(self, indices: jax.Array) -> jax.Array:
-        """The Ritz vectors with these indices, of shape (indices, n), summed up row by row of the basis."""
-
-        def add(total: jax.Array, row: tuple) -> tuple[jax.Array, None]:
-            q, weights, alive = row
-            return total + jnp.where(alive, weights[:, None] * q[None, :], 0), None  # a dead row may be NaN
-
-        zeros = jnp.zeros((len(indices), self.basis.shape[1]), self.basis.dtype)
-        return jax.lax.scan(add, zeros, (self.basis, self.coefficients[:, indices], self.alive))[0]
+    def vectors(self, indices: Any) -> jax.Array:
+        """The Ritz vectors with these indices, of shape (indices, n)."""
+        return dot(self.coefficients[:, indices].T, self.basis)
 
 
-def lanczos(product: Callable[[jax.Array], jax.Array], start: jax.Array, size: int) -> Krylov:
-    """Lanczos with full reorthogonalisation, that stops counting where the span of the start is exhausted."""
-    with needs("curvature"):
-        from matfree import decomp
-    run = decomp.tridiag_sym(size, materialize=False, reortho="full", custom_vjp=False)
-    first = start / jnp.linalg.norm(start)
-    image = product(first)
-    unit = near(image)  # matfree squares what a product is: in float32 nothing is left of 1e-20
+def lanczos(product: Callable[[jax.Array], jax.Array], start: jax.Array, size: int, key: jax.Array) -> Krylov:
+    """Lanczos with full reorthogonalisation; where the span is exhausted it goes on from a random vector.
 
-    def in_units(vector: jax.Array) -> jax.Array:
-        # the later vectors are orthogonal to the first, whose image is known
-        return jax.lax.cond(jnp.vdot(vector, first) > 0.5, lambda _: image, product, vector) / unit
+    Source: Parlett, The Symmetric Eigenvalue Problem (1998), chapter 13.
+    """
 
-    basis, (diagonal, beside), residual, _ = run(in_units, start)
-    coupling = jnp.append(beside, jnp.linalg.norm(residual))
-    # matfree divides by the length of what is left: by 0, or noise, once the span is exhausted
-    size_of_all = jnp.nanmax(jnp.abs(diagonal)) + jnp.nanmax(jnp.abs(coupling))
-    goes_on = coupling > 10 * jnp.finfo(start.dtype).eps * size_of_all
-    alive = jnp.cumprod(jnp.append(True, goes_on[:-1])).astype(bool)
-    diagonal = jnp.where(alive, diagonal, diagonal[0])
-    beside = jnp.where(alive[1:], beside, 0)
-    values, coefficients = jnp.linalg.eigh(jnp.diag(diagonal) + jnp.diag(beside, 1) + jnp.diag(beside, -1))
-    errors = jnp.where(alive[-1] & goes_on[-1], coupling[-1], 0) * jnp.abs(coefficients[-1])
-    return Krylov(values * unit, coefficients, basis, alive, errors * unit)
+    def turn(carry: tuple, i: jax.Array) -> tuple[tuple, tuple]:
+        basis, unit, largest, beside = carry
+        image = product(basis[i])
+        unit = jnp.where(i == 0, near(image), unit)
+        diagonal = dot(basis[i], image / unit)
+        rest = apart(image / unit - diagonal * basis[i] - beside * basis[i - 1], basis)  # row -1 is 0 at first
+        length = jnp.linalg.norm(rest)
+        largest = jnp.maximum(largest, jnp.abs(diagonal) + beside + length)
+        exhausted = length <= 10 * jnp.finfo(start.dtype).eps * largest
+
+        def other(_: jax.Array) -> jax.Array:
+            return apart(jax.random.normal(jax.random.fold_in(key, i), start.shape, start.dtype), basis)
+
+        rest = jax.lax.cond(exhausted, other, lambda rest: rest, rest)
+        basis = basis.at[i + 1].set(rest / jnp.linalg.norm(rest), mode="drop")
+        beside = jnp.where(exhausted, 0, length)
+        return (basis, unit, largest, beside), (diagonal, beside)
+
+    zero = jnp.zeros((), start.dtype)
+    basis = jnp.zeros((size, *start.shape), start.dtype).at[0].set(start / jnp.linalg.norm(start))
+    (basis, unit, *_), (diagonal, beside) = jax.lax.scan(turn, (basis, zero, zero, zero), jnp.arange(size))
+    matrix = jnp.diag(diagonal) + jnp.diag(beside[:-1], 1) + jnp.diag(beside[:-1], -1)
+    values, coefficients = jnp.linalg.eigh(matrix)
+    return Krylov(values * unit, coefficients, basis, beside[-1] * jnp.abs(coefficients[-1]) * unit)
+
+
+def apart(vector: jax.Array, basis: jax.Array) -> jax.Array:
+    """What of a vector is orthogonal to a basis; if that is little, rounding left some of the rest in it: once more.
+
+    Source: Parlett, chapter 6.9, "twice is enough".
+    """
+    once = vector - dot(dot(basis, vector), basis)
+    is_little = jnp.linalg.norm(once) < 0.7 * jnp.linalg.norm(vector)
+    return jax.lax.cond(is_little, lambda once: once - dot(dot(basis, once), basis), lambda once: once, once)
 
 
 def measured(product: Callable[[jax.Array], jax.Array], vector: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The vector at length 1, its Rayleigh quotient, and how far the two are from an eigenpair."""
     vector = vector / jnp.linalg.norm(vector)
     image = product(vector)
-    value, unit = jnp.vdot(vector, image), near(image)
+    value, unit = dot(vector, image), near(image)
     return vector, value, jnp.linalg.norm((image - value * vector) / unit) * unit
 
 
@@ -99,8 +95,12 @@ def to_vector(tree: Any) -> jax.Array:
     """All numbers of a tree in one real array, in at least float32; of complex leaves both parts."""
     leaves = [accurate(leaf).ravel() for leaf in jax.tree.leaves(tree)]
     parts = [part for x in leaves for part in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
-    dtype = jnp.result_type(*parts)
-    return jnp.concatenate([part.astype(dtype) for part in parts])
+    vector, begin = jnp.zeros(sum(part.size for part in parts), jnp.result_type(*parts)), 0
+    for part in parts:
+        # a fused jnp.concatenate asks for each number which leaf it is of, and takes longer than many a product
+        vector = jax.lax.dynamic_update_slice(vector, part.astype(vector.dtype), (begin,))
+        begin += part.size
+    return vector
 
 
 def from_vector(vector: jax.Array, like: Any) -> Any:

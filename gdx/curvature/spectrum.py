@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdx.checks import check_params
-from gdx.curvature.krylov import from_vector, lanczos, measured, near, on_vectors, to_vector
+from gdx.curvature.krylov import dot, from_vector, lanczos, measured, near, on_vectors, to_vector
 from gdx.curvature.operators import Operator
-from gdx.extra import needs
 from gdx.fields import is_concrete, to_integer
 from gdx.mesh import on_any_mesh
 
@@ -63,7 +62,8 @@ def spectrum_edges(
     r"""The smallest and the largest eigenvalue with their eigenvectors, by restarted Lanczos.
 
     Each round takes `krylov_size` products from a start vector, reorthogonalised in full, and has the extreme
-    eigenpairs $(\lambda, v)$ of the operator in their span. It ends once
+    eigenpairs $(\lambda, v)$ of the operator in their span; where that is exhausted, as by few distinct eigenvalues, it
+    goes on from a random vector. It ends once
 
     $$ \|A v - \lambda v\| \le \text{tolerance} \cdot \max(|\lambda_\min|, |\lambda_\max|) $$
 
@@ -73,10 +73,10 @@ def spectrum_edges(
     an edge only where it is orthogonal to it to within rounding.
 
     A pure function, also under `jax.jit`; outside of it, the program is compiled once for each set of shapes,
-    functions and options, and the result is checked. Memory: about 2 `krylov_size` + 6 vectors like the parameters
-    (before jax 0.10, 3 `krylov_size` + 7), however many rounds, and that of one product. Parameters and data may be
-    sharded over a mesh, but each device holds these vectors whole. Where axes of the mesh are explicit, the loss runs
-    with automatic ones: one that states shardings goes in as
+    functions and options, and the result is checked. Memory: about `krylov_size` + 7 vectors like the parameters,
+    however many rounds, and that of one product. Parameters and data may be sharded over a mesh, but each device holds
+    these vectors whole. Where axes of the mesh are explicit, the loss runs with automatic ones: one that states
+    shardings goes in as
     `jax.sharding.explicit_axes(loss, in_sharding=(specs of params, specs of a batch))`.
 
     Args:
@@ -237,8 +237,8 @@ def _edges(
 
     def turn(carry: tuple) -> tuple:
         number, start, *_ = carry
-        found = lanczos(_metered(product, meter, number), start, size)
-        ends = jnp.stack([found.smallest, found.largest])
+        found = lanczos(_metered(product, meter, number), start, size, jax.random.fold_in(key, number))
+        ends = jnp.array([0, -1])
         vectors = found.vectors(ends)
         return number + 1, jnp.sum(vectors, axis=0), vectors, found.values[ends], found.errors[ends]
 
@@ -255,11 +255,11 @@ def _edges(
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 @on_any_mesh
 def _density(operator: Operator, key: jax.Array, size: int, probes: int, meter: "Meter | None") -> Density:
-    product, sample = on_vectors(operator), _sampler(operator)
+    product = on_vectors(operator)
 
     def probe(inputs: tuple) -> Density:
         number, key = inputs
-        found = lanczos(_metered(product, meter, number), sample(key), size)
+        found = lanczos(_metered(product, meter, number), _signs(key, operator), size, key)
         return Density(found.values, found.coefficients[0] ** 2)
 
     return jax.lax.map(probe, (jnp.arange(probes), jax.random.split(key, probes)))
@@ -268,13 +268,12 @@ def _density(operator: Operator, key: jax.Array, size: int, probes: int, meter: 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 @on_any_mesh
 def _trace(operator: Operator, key: jax.Array, samples: int, meter: "Meter | None") -> Trace:
-    with needs("curvature"):
-        from matfree import stochtrace
-    product, sample, integrand = on_vectors(operator), _sampler(operator), stochtrace.monte_carlo_trace()
+    product = on_vectors(operator)
 
     def take(inputs: tuple) -> jax.Array:
         number, key = inputs
-        return integrand(_metered(product, meter, number), sample(key))
+        z = _signs(key, operator)
+        return dot(z, _metered(product, meter, number)(z))
 
     return Trace(*_mean_and_error(jax.lax.map(take, (jnp.arange(samples), jax.random.split(key, samples)))))
 
@@ -312,12 +311,10 @@ def _metered(product: Callable, meter: Meter | None, number: jax.Array) -> Calla
     return counted
 
 
-def _sampler(operator: Operator) -> Callable[[jax.Array], jax.Array]:
-    """Random signs for each parameter."""
-    with needs("curvature"):
-        from matfree import stochtrace
-    draw = stochtrace.sampler_signs(to_vector(operator.params), num=1)
-    return lambda key: draw(key)[0]
+def _signs(key: jax.Array, operator: Operator) -> jax.Array:
+    """A random sign for each parameter."""
+    like = to_vector(operator.params)
+    return jax.random.rademacher(key, like.shape, like.dtype)
 
 
 def _mean_and_error(samples: jax.Array) -> tuple[jax.Array, jax.Array]:

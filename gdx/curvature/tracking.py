@@ -51,13 +51,13 @@ def update_sharpness(state: SharpnessState, operator: Operator, *, products: int
     largest eigenvalue, and `error` says how close it is to some eigenvalue; the first few updates are those of a cold
     start. One per cent of noise in each start finds an eigenvector that overtakes the one which is followed.
 
-    A pure function, for `jax.jit`, `jax.lax.scan` and, every n-th step, `jax.lax.cond`. Memory: two vectors like the
+    A pure function, for `jax.jit`, `jax.lax.scan` and, every n-th step, `jax.lax.cond`. Memory: a vector like the
     parameters for each product, and a few more.
 
     Args:
       state: from `init_sharpness` or the last update.
       operator: `Hessian` or `GaussNewton` at the present parameters, or it `adam_preconditioned`.
-      products: products with a vector, at least 2; each costs two to five gradients.
+      products: products with a vector, at least 2; each costs two to three gradients.
 
     Raises:
       ValueError: products is less than 2, or the state's vector not shaped like the parameters; what the operator
@@ -97,7 +97,7 @@ def _followed(operator: Operator, state: SharpnessState, products: int) -> Sharp
     vector = to_vector(state.vector)
     noise = jax.random.normal(noise_key, vector.shape, vector.dtype)
     start = vector + 0.01 * noise / jnp.linalg.norm(noise)
-    found = lanczos(on_vectors(operator), start, min(products, len(start)))
-    (vector,) = found.vectors(found.largest[None])
+    found = lanczos(on_vectors(operator), start, min(products, len(start)), noise_key)
+    (vector,) = found.vectors(jnp.array([-1]))
     vector = from_vector(vector / jnp.linalg.norm(vector), operator.params)
-    return SharpnessState(found.values[found.largest], found.errors[found.largest], vector, key)
+    return SharpnessState(found.values[-1], found.errors[-1], vector, key)

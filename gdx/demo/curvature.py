@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-EXTRAS = ("curvature", "demo")
+EXTRAS = ("demo",)
 EXAMPLES = """\
 The digits network, with tanh for relu, is first trained with an L2 penalty. Even then its smallest eigenvalue is
 just below 0, for hidden units can be mixed at no cost: what remains of the theory is shown.

@@ -435,8 +435,11 @@ VARIANTS = list(map(Variant._make, (
      right(dataclasses.replace(self, batches=jax.tree.map(lambda x: x[:1], self.batches)), vector)),
     ("squares of eigenvalues", "curvature/test_spectrum.py::test_a_spectrum_in_another_unit_is_the_same",
      "curvature.krylov:near", lambda right, x: jnp.ones((), x.dtype)),
-    ("an exhausted span counted", "curvature/test_spectrum.py::test_where_the_krylov_space_is_exhausted",
-     "curvature.krylov:lanczos", then(lambda found: found._replace(alive=jnp.ones_like(found.alive)))),
+    ("a basis that is not orthogonal",
+     "curvature/test_krylov.py::test_the_basis_is_orthonormal_and_has_the_operator_in_it[float32-repeated]",
+     "curvature.krylov:apart", lambda right, vector, basis: vector),
+    ("apart but once", "curvature/test_krylov.py::test_what_is_apart_is_orthogonal_however_little_it_is",
+     "curvature.krylov:apart", lambda right, vector, basis: vector - (basis @ vector) @ basis),
     # Machines.
     ("split inside a block", "test_placement.py::test_codes_and_scales_agree", "sharding.placement:_split",
      lambda right, shape, own, mesh, axis, units=None: right(shape, own, mesh, axis)),

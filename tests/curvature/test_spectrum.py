@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType
 
 from gdx import curvature
-from gdx.compat import copies_loops, enable_x64
+from gdx.compat import enable_x64
 from tests.curvature import networks
 
 KEY = jax.random.key(0)
@@ -188,7 +188,7 @@ def test_memory_is_bounded_by_the_size_of_the_krylov_space():
     key = jax.eval_shape(lambda: KEY)
     lowered = spectrum._edges.lower(hessian, key, 16, 1000, 1e-3, None)
     held = lowered.compile().memory_analysis().temp_size_in_bytes / (4 * count)
-    assert held < (3 if copies_loops() else 2) * 16 + 10
+    assert held < 16 + 8
 
 
 def test_progress_comes_after_each_product():
