@@ -13,6 +13,15 @@
 - Your own: `Transform`, `Leafwise`, `hyperparameter`, `static`, `Scalar`, `CountedState`
 """
 
+import os
+import signal
+import sys
+
+if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == "gdx":
+    # `python -m gdx` imports all this before its main can take Ctrl-C, which would end in a traceback of the imports
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 from gdx import checkpoint, curvature, landscape, noise, plot, schedules, sharding, storage
 from gdx.compose import chain
 from gdx.fields import Scalar, hyperparameter, static
