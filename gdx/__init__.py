@@ -17,10 +17,9 @@ import os
 import signal
 import sys
 
-if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == "gdx":
-    # `python -m gdx` imports all this before its main can take Ctrl-C, which would end in a traceback of the imports
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+# `python -m gdx` imports all this before its main can take Ctrl-C, which would end in a traceback of the imports
+if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == "gdx" and signal.getsignal(2) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from gdx import checkpoint, curvature, landscape, noise, plot, schedules, sharding, storage
 from gdx.compose import chain

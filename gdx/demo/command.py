@@ -31,7 +31,7 @@ class Report(NamedTuple):
 
     step: int
     params: Any
-    metrics: dict[str, float]
+    metrics: dict[str, Any]
     seconds: float
     compilations: int
 
@@ -80,7 +80,7 @@ def train(problem: Problem, tx: gdx.Transform, steps: int, batch_size: int | Non
     for step in range(0, steps + 1, length):
         if step:
             params, state, found = advance(tx, params, state, np.stack(list(itertools.islice(stream, length))))
-        values = {name: float(value) for name, value in found.items()}
+        values = terminal.ordered(found)
         yield Report(step, params, values, time.perf_counter() - begin, compilations)
         if not math.isfinite(values["loss"]) or terminal.interrupted.is_set():
             return
@@ -127,7 +127,7 @@ def _table(arguments: argparse.Namespace, runs: dict[str, list[Report]]) -> Any:
                 name, caption = f"{name}*", f"* stopped at step {step}"
         rows.append([name, f"{rate:g}", *cells])
     title = "interrupted; so far:" if terminal.interrupted.is_set() else ""
-    headers = ["optimizer", "learning rate", *terminal.headers(kinds), "seconds", "compilations"]
+    headers = ["optimizer", "learning rate", *(terminal.KINDS[kind] for kind in kinds), "seconds", "compilations"]
     return terminal.table(headers, rows, title, caption)
 
 

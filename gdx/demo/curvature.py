@@ -133,7 +133,7 @@ def walk(loss: Any, tx: gdx.Transform, center: Any, ends: Any, steps: int) -> np
 
     def step(runs: Any, _: Any) -> tuple[Any, jax.Array]:
         runs = jax.vmap(lambda run: gdx.train(loss, tx, run[0], jnp.zeros(1), state=run[1])[:2])(runs)
-        return runs, optax.global_norm(jax.tree.map(lambda p: p[0] - p[1], runs[0]))
+        return runs, optax.tree.norm(jax.tree.map(lambda p: p[0] - p[1], runs[0]))
 
     scale = DISTANCE / np.sqrt(2)
     starts = jax.tree.map(lambda p, low, high: jnp.stack([p, p + scale * (low + high)]), center, *ends)

@@ -125,7 +125,7 @@ def run(command: Sequence[str], count: int, *, devices: int) -> tuple[int, str]:
                 passed_on = True
                 for member in members:
                     member.process.send_signal(signal.SIGTERM)
-            if any([member.failure() for member in members]):
+            if any(member.failure() for member in members):
                 deadline = min(deadline, time.monotonic() + GRACE)
         failures = {member: text for member in members if (text := member.failure())}
         codes = {member.process.poll() for member in members}

@@ -105,16 +105,17 @@ def run(arguments: argparse.Namespace) -> int:
         jax.block_until_ready(result.losses)
         jax.effects_barrier()
     seconds, diverged = time.perf_counter() - begin, np.asarray(result.diverged)
-    ranking = result.ranking(result.final["loss"])
+    final = terminal.ordered(result.final)
+    ranking = result.ranking(final["loss"])
     rows = [
         [str(rank), *(f"{x:.4g}" for x in labels[i].values())]
-        + [terminal.number(kind, values[i]) for kind, values in result.final.items()]
+        + [terminal.number(kind, values[i]) for kind, values in final.items()]
         for rank, i in enumerate(ranking[:BEST], start=1)
     ]
-    console.print(terminal.table(["rank", *labels[0], *terminal.headers(result.final)], rows))
+    console.print(terminal.table(["rank", *labels[0], *(terminal.KINDS[kind] for kind in final)], rows))
     console.print(f"{diverged.sum()} of {len(labels)} points diverged; {seconds:.1f} s in one program, compiled once")
     figure = Figure(figsize=(8, 5.4), layout="constrained")
-    axes = plot.sweep(labels, np.where(diverged, np.nan, result.final["loss"]), figure.subplots())
+    axes = plot.sweep(labels, np.where(diverged, np.nan, final["loss"]), figure.subplots())
     axes.set_title(f"{name} after {steps} steps; {problem.title}", fontsize="medium")
     terminal.save(console, figure, arguments.output)
     return 0 if ranking else 1

@@ -8,9 +8,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from gdx.demo.problems import BATCH_SIZE, OPTIMIZERS, TRAINING_IMAGES
 
@@ -25,6 +27,7 @@ Update = Callable[[str, float, str], None]
 DIVERGED = "diverged"
 PAUSE = 5.0  # seconds between two lines of progress in a pipe
 HYPERPARAMETERS = ("learning_rate", "momentum", "b1", "b2", "weight_decay")
+KINDS = {"loss": "loss", "accuracy": "test accuracy", "distance": "distance to minimum"}  # of metrics
 SUFFIXES = (".png", ".pdf", ".svg")
 
 
@@ -71,20 +74,19 @@ def progress(to: "Console", total: float, *names: str) -> Iterator[Update]:
         yield lambda name, done, text: bars.update(tasks[name], completed=done, text=with_rate(name, done, text))
 
 
-def headers(kinds: Iterable[str]) -> list[str]:
-    """What stands above a problem's metrics in a table."""
-    loss = "training loss" if "accuracy" in kinds else "loss"
-    return [{"loss": loss, "accuracy": "test accuracy", "distance": "distance to minimum"}[kind] for kind in kinds]
+def ordered(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """A problem's metrics, as numbers or arrays on the host, in the order in which they are shown."""
+    return {kind: np.asarray(metrics[kind], float) for kind in KINDS if kind in metrics}
 
 
 def number(kind: str, value: Any) -> str:
-    return f"{100 * float(value):.1f} %" if kind == "accuracy" else f"{float(value):.3g}"
+    return f"{value:.1%}".replace("%", " %") if kind == "accuracy" else f"{value:.3g}"
 
 
-def status(metrics: dict[str, float]) -> str:
+def status(metrics: Mapping[str, Any]) -> str:
     if not math.isfinite(metrics["loss"]):
         return DIVERGED
-    return ", ".join(f"{kind} {number(kind, value)}" for kind, value in metrics.items())
+    return ", ".join(f"{kind} {number(kind, value)}" for kind, value in ordered(metrics).items())
 
 
 def table(headers: Iterable[str], rows: Iterable[Iterable[str]], title: str = "", caption: str = "") -> "Table":
