@@ -127,7 +127,7 @@ def _table(arguments: argparse.Namespace, runs: dict[str, list[Report]]) -> Any:
                 name, caption = f"{name}*", f"* stopped at step {step}"
         rows.append([name, f"{rate:g}", *cells])
     title = "interrupted; so far:" if terminal.interrupted.is_set() else ""
-    headers = ["optimizer", "learning rate", *(terminal.KINDS[kind] for kind in kinds), "seconds", "compilations"]
+    headers = ["optimizer", "learning rate", *terminal.headers(kinds), "seconds", "compilations"]
     return terminal.table(headers, rows, title, caption)
 
 

@@ -30,6 +30,8 @@ PROBLEMS = (*reversed(SURFACES), "digits")
 TRAINING_STEPS = 1000
 PENALTY = 0.01
 FAMILY = {"gradient_descent": gdx.gradient_descent, "momentum": gdx.momentum, "nesterov": gdx.nesterov}
+NO_MINIMUM = """to contract to, and no formula for the best rate
+applies; shown is 1 / largest, where gradient descent is certain to lower the loss"""
 DISTANCE = 1e-4  # at which a run starts: small enough that the curvature is that of its centre
 EXACT = 1e-11  # below it, in float64, distances are rounding
 
@@ -73,11 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(_rates_table(found))
         for name, result in found.items():
             if not result.best["gradient_descent"].convex:
-                console.print(
-                    f"{name}: the smallest eigenvalue is not positive: there is no minimum to contract to, and no "
-                    f"formula for the best rate applies; shown is 1 / largest, where gradient descent is certain to "
-                    f"lower the loss"
-                )
+                console.print(f"{name}: the smallest eigenvalue is not positive: there is no minimum {NO_MINIMUM}")
         figure = Figure(figsize=(5.6 * len(found), 8.4), layout="constrained")
         for (upper, lower), result in zip(figure.subplots(2, len(found), squeeze=False).T, found.values()):
             plot.spectral_density(result.density, upper, edges=result.edges)
@@ -90,10 +88,10 @@ def run(arguments: argparse.Namespace) -> int:
 def investigate(name: str, arguments: argparse.Namespace, update: terminal.Update) -> Found:
     """Edges, density, best rates and measured distances of a problem, in float64."""
     problem = load(name)
+    title = problem.title
     keys = jax.random.split(jax.random.key(arguments.seed), 3)
     whole = problem.start(keys[0]), problem.train
     center, data = jax.tree.map(lambda x: x.astype(float) if x.dtype == np.float32 else x, whole)
-    title = problem.title
 
     def loss(params: Any, batch: Any) -> jax.Array:
         if name != "digits":
@@ -143,8 +141,7 @@ def walk(loss: Any, tx: gdx.Transform, center: Any, ends: Any, steps: int) -> np
 
 def predicted(result: Found, name: str, steps: int) -> np.ndarray:
     """The same on a quadratic whose curvatures are the edges."""
-    curvatures = jnp.array([result.edges.smallest.value, result.edges.largest.value])
-    tx = optimizer(name, result.best[name])
+    curvatures, tx = jnp.array([edge.value for edge in result.edges[:2]]), optimizer(name, result.best[name])
     return walk(lambda x, _: 0.5 * jnp.sum(curvatures * x**2), tx, jnp.zeros(2), jnp.eye(2), steps)
 
 
@@ -169,11 +166,9 @@ def contraction(distances: np.ndarray, power: int) -> float:
 
 def _edges_table(found: dict[str, Found]) -> Any:
     rows = []
-    for name, result in found.items():
-        edges = result.edges
-        low, high = ([f"{float(edge.value):.4g}", f"{float(edge.error):.0e}"] for edge in edges[:2])
-        mark = "" if edges.converged else " (not converged)"
-        rows.append([name, str(result.parameters), *low, *high, f"{edges.products}{mark}"])
+    for name, (_, parameters, edges, *_) in found.items():
+        ends = [text for edge in edges[:2] for text in (f"{float(edge.value):.4g}", f"{float(edge.error):.0e}")]
+        rows.append([name, str(parameters), *ends, f"{edges.products}{'' if edges.converged else ' (not converged)'}"])
     headers = ["problem", "parameters", "smallest eigenvalue", "error", "largest", "error", "products"]
     return terminal.table(headers, rows)
 

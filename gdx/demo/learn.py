@@ -93,9 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     from matplotlib.figure import Figure
 
     console, rounds = terminal.console(), arguments.rounds
-    console.print(
-        f"sgd on digits, {arguments.steps} steps; its hyperparameters take {rounds} steps down the validation loss"
-    )
+    console.print(f"sgd on digits, {arguments.steps} steps, whose hyperparameters take {rounds} down a validation loss")
     found: list[tuple[dict[str, float], float, float]] = []
     with terminal.progress(console, rounds, "learning") as update:
         for measured in itertools.islice(learn(arguments), rounds + 1):
@@ -105,8 +103,8 @@ def run(arguments: argparse.Namespace) -> int:
                 break
     path, losses, accuracies = zip(*found)
     if len(found) <= rounds:
-        why = "interrupted" if terminal.interrupted.is_set() else "the loss or a slope is not finite any more; start "
-        why += "" if terminal.interrupted.is_set() else "from a smaller learning rate"
+        why = "the loss or a slope is not finite any more; start from a smaller learning rate"
+        why = "interrupted" if terminal.interrupted.is_set() else why
         console.print(f"ended after {len(found) - 1} of {rounds} rounds: {why}")
     best = int(np.argmin(np.where(np.isfinite(losses), losses, np.inf)))
     rows = [

@@ -27,7 +27,7 @@ Update = Callable[[str, float, str], None]
 DIVERGED = "diverged"
 PAUSE = 5.0  # seconds between two lines of progress in a pipe
 HYPERPARAMETERS = ("learning_rate", "momentum", "b1", "b2", "weight_decay")
-KINDS = {"loss": "loss", "accuracy": "test accuracy", "distance": "distance to minimum"}  # of metrics
+KINDS = ("loss", "accuracy", "distance")  # of metrics, in the order in which they are shown
 SUFFIXES = (".png", ".pdf", ".svg")
 
 
@@ -75,8 +75,14 @@ def progress(to: "Console", total: float, *names: str) -> Iterator[Update]:
 
 
 def ordered(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """A problem's metrics, as numbers or arrays on the host, in the order in which they are shown."""
+    """A problem's metrics, as numbers or arrays on the host, in order."""
     return {kind: np.asarray(metrics[kind], float) for kind in KINDS if kind in metrics}
+
+
+def headers(metrics: Iterable[str]) -> list[str]:
+    """What stands above them in a table."""
+    titles = {"accuracy": "test accuracy", "distance": "distance to minimum"}
+    return [titles.get(kind, "training loss" if "accuracy" in metrics else kind) for kind in metrics]
 
 
 def number(kind: str, value: Any) -> str:
