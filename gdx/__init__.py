@@ -13,6 +13,14 @@
 - Your own: `Transform`, `Leafwise`, `hyperparameter`, `static`, `Scalar`, `CountedState`, `alike`, `uncontracted`
 """
 
+import os
+import signal
+import sys
+
+# `python -m gdx` imports all this before its main can take Ctrl-C, which would end in a traceback of the imports
+if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == "gdx" and signal.getsignal(2) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 from gdx import checkpoint, curvature, landscape, noise, plot, schedules, sharding, storage
 from gdx.compose import chain
 from gdx.fields import Scalar, hyperparameter, static

@@ -2,15 +2,20 @@
 
 import argparse
 import importlib
+import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import gdx
+from gdx.demo.terminal import interrupted
 from gdx.extra import MissingExtra, require
 
-# A command is a module with EXTRAS, EXAMPLES, add_arguments(parser), plan(arguments) and run(plan). What plan
-# raises as ValueError or TypeError is a wrong option; run returns the exit code.
+# A command is a module with EXTRAS, KEEPS, EXAMPLES, add_arguments(parser), check(arguments) and run(arguments). What
+# check raises is a wrong option; run returns the exit code. Where KEEPS is true it looks at `interrupted` as it goes.
 COMMANDS = {
     "demo": "gdx.demo.command",
     "sweep": "gdx.demo.sweep",
@@ -34,31 +39,51 @@ def main(argv: Sequence[str] | None = None) -> int:
       SystemExit: 2 for a wrong option, 0 after --help and --version.
     """
     name, options = _split(list(sys.argv[1:] if argv is None else argv))
+    command = importlib.import_module(COMMANDS.get(name, COMMANDS[DEFAULT]))
+    parser = argparse.ArgumentParser(
+        prog="python -m gdx" if name == DEFAULT else f"python -m gdx {name}",
+        usage=f"%(prog)s{' [command]' if name == DEFAULT else ''} [options]",
+        description=f"{command.__doc__}\ncommands: {', '.join(COMMANDS)}; without one, {DEFAULT}",
+        epilog=command.EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if name not in COMMANDS:
+        parser.error(f"{name!r} is no command; choose from {', '.join(COMMANDS)}")
+    parser.add_argument("--version", action="version", version=f"gdx {gdx.__version__}")
+    parser.set_defaults(options=options)
+    command.add_arguments(parser)
+    arguments = parser.parse_args(options)
     try:
-        command = importlib.import_module(COMMANDS.get(name, COMMANDS[DEFAULT]))
-        parser = argparse.ArgumentParser(
-            prog="python -m gdx" if name == DEFAULT else f"python -m gdx {name}",
-            usage=f"%(prog)s{' [command]' if name == DEFAULT else ''} [options]",
-            description=f"{command.__doc__}\ncommands: {', '.join(COMMANDS)}; without one, {DEFAULT}",
-            epilog=command.EXAMPLES,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        if name not in COMMANDS:
-            parser.error(f"{name!r} is no command; choose from {', '.join(COMMANDS)}")
-        parser.add_argument("--version", action="version", version=f"gdx {gdx.__version__}")
-        command.add_arguments(parser)
-        try:
-            plan = command.plan(parser.parse_args(options))
-        except (ValueError, TypeError) as error:
-            parser.error(str(error))
+        command.check(arguments)
+    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+        parser.error(str(error))
+    try:
         require(*command.EXTRAS)
-        return command.run(plan)
-    except KeyboardInterrupt:
-        return 130
+        return _run(command, arguments)
     except (MissingExtra, OSError) as error:
         print(f"python -m gdx: {error}", file=sys.stderr)
         return 1
+
+
+def _run(command: Any, arguments: argparse.Namespace) -> int:
+    """Runs the command beside the main thread, which takes Ctrl-C at once: one that is busy in XLA would lose it."""
+
+    def take(number: int, frame: Any) -> None:
+        if not command.KEEPS or interrupted.is_set():
+            os.write(1, b"\x1b[?25h\n" if sys.stdout.isatty() else b"")  # the cursor, which a progress bar hides
+            os._exit(130)
+        interrupted.set()
+
+    interrupted.clear()
+    # in the background of a shell Ctrl-C is ignored
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, take) for number in numbers}
+    try:
+        return ThreadPoolExecutor(1).submit(command.run, arguments).result()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _split(argv: list[str]) -> tuple[str, list[str]]:

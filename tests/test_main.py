@@ -1,9 +1,13 @@
 """`python -m gdx` from its options to its table, its picture and its exit code."""
 
+import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,11 +18,19 @@ pytest.importorskip("sklearn")
 
 import gdx
 from gdx.__main__ import COMMANDS, main
-from gdx.demo import command
+from gdx.demo import command, terminal
 from gdx.demo.problems import OPTIMIZERS
 
 ROOT = Path(__file__).parents[1]
 NAMES = list(OPTIMIZERS["digits"])
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """A runner in the background of a shell ignores it, and so would what it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)
@@ -43,9 +55,9 @@ def test_all_optimizers_on_a_function(capsys, folder):
     assert main(["--data", "quadratic"]) == 0
     table = rows(capsys.readouterr().out)
     assert list(table) == NAMES
-    for rate, loss, accuracy, distance, seconds, compilations in table.values():
+    for rate, loss, distance, seconds, compilations in table.values():
         assert float(rate) > 0 and float(loss) < 1e-3 and float(distance) < 0.1
-        assert (accuracy, compilations) == ("-", "1") and float(seconds) < 60
+        assert compilations == "1" and float(seconds) < 60
     assert is_png(folder / "gdx-demo.png")
 
 
@@ -67,13 +79,13 @@ def test_digits_plain_lines_and_the_same_numbers_again(capsys, folder):
 
 
 def test_options_reach_the_optimizers_that_have_them(monkeypatch):
-    plans: list[command.Plan] = []
-    monkeypatch.setattr(command, "run", lambda plan: plans.append(plan) or 0)
+    seen: list[argparse.Namespace] = []
+    monkeypatch.setattr(command, "run", lambda arguments: seen.append(arguments) or 0)
     options = (
         "--learning-rate 0.5 --momentum 0.8 --b1 0.7 --b2 0.6 --weight-decay 0.3 --batch-size 1437 --steps 7 --seed 3"
     )
     assert main(options.split()) == 0
-    (plan,) = plans
+    (plan,) = seen
     assert (plan.batch_size, plan.steps, plan.seed) == (1437, 7, 3)
     given = {"learning_rate": 0.5, "momentum": 0.8, "b1": 0.7, "b2": 0.6, "weight_decay": 0.3}
     for name, tx in plan.optimizers.items():
@@ -86,26 +98,23 @@ def test_options_reach_the_optimizers_that_have_them(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "allowed"),
     [
-        ("--optimizers adagrad", "choose from gradient_descent, sgd, momentum, nesterov, adam, adamw"),
-        ("--optimizers adam,", "choose from gradient_descent"),
-        ("--learning-rate -1", "expected a finite number >= 0"),
+        (
+            "--optimizers adagrad",
+            "it has 'adagrad'; choose from gradient_descent, sgd, momentum, nesterov, adam, adamw",
+        ),
         ("--learning-rate -1e-3", "learning_rate is -0.001; expected a finite number >= 0"),
-        ("--learning-rate nan", "expected a finite number >= 0"),
         ("--learning-rate fast", "invalid float value"),
         ("--momentum 1.5", "expected a finite number in [0, 1)"),
-        ("--b1 1", "expected a finite number in [0, 1)"),
-        ("--b2 -0.1", "expected a finite number in [0, 1)"),
-        ("--weight-decay -1", "expected a finite number >= 0"),
-        ("--optimizers adam --momentum 0.5", "add sgd, momentum or nesterov"),
+        ("--optimizers adam --momentum 0.5", "add one of sgd, momentum, nesterov"),
         ("--batch-size 0", "expected 1 to 1437"),
-        ("--batch-size 1438", "expected 1 to 1437"),
         ("--batch-size 8 --data quadratic", "use it with digits"),
         ("--batch-size 8 --optimizers gradient_descent", "add sgd"),
         ("--steps 0", "expected at least 1"),
         ("--seed -1", "expected 0 to 4294967295"),
-        ("--output missing/demo.png", "there is no folder 'missing'"),
-        ("--output demo.gif", "ends in .png, .pdf or .svg"),
-        ("--output folder.png", "expected a file in a writable folder"),
+        ("--output missing/demo.png", "no file can be made in 'missing' (No such file or directory)"),
+        ("--output /proc/demo.png", "no file can be made in '/proc'"),
+        ("--output demo.gif", "ends in .png, .pdf, .svg"),
+        ("--output folder.png", "which is no file that can be written"),
         ("--data mnist", "choose from"),
         ("--step 3", "unrecognized arguments"),
         ("swep", "choose from demo"),
@@ -121,39 +130,70 @@ def test_a_wrong_option_says_what_is_allowed_before_any_work(options, allowed, c
     assert allowed in output.err and output.out == ""
 
 
+def interrupt() -> None:
+    """What the terminal does at Ctrl-C, in the middle of a command."""
+    os.kill(os.getpid(), signal.SIGINT)
+    assert terminal.interrupted.wait(5)
+
+
 def test_ctrl_c_keeps_what_there_is(capsys, monkeypatch, folder):
     train = command.train
 
-    def interrupted(problem, tx, **options):
-        for report in train(problem, tx, **options):
-            if report.step > 100 and type(tx).__name__ == "sgd":
-                raise KeyboardInterrupt
+    def interrupted(problem, tx, *options):
+        for report in train(problem, tx, *options):
+            if report.step == 100 and type(tx).__name__ == "sgd":
+                interrupt()
             yield report
 
+    before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(command, "train", interrupted)
     assert main(["--data", "rosenbrock", "--steps", "600"]) == 130
     text = capsys.readouterr().out
     assert "interrupted" in text and " sgd* " in text and "* stopped at step 100" in text
-    assert re.search(r"^ adamw +0.2 +- +- +- +- +- *$", text, re.MULTILINE)
+    assert re.search(r"^ adamw +0.2 +- +- +- +- *$", text, re.MULTILINE)
     assert is_png(folder / "gdx-demo.png")
+    assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize("data", ["digits", "quadratic"])
-def test_ctrl_c_before_the_first_step(data, capsys, monkeypatch, folder):
-    def interrupted(problem, tx, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(command, "train", interrupted)
-    assert main(["--data", data]) == 130
+def test_ctrl_c_before_the_first_step(capsys, monkeypatch, folder):
+    console = terminal.console
+    monkeypatch.setattr(terminal, "console", lambda: interrupt() or console())
+    assert main(["--data", "quadratic"]) == 130
     assert "gradient_descent" in capsys.readouterr().out
     assert is_png(folder / "gdx-demo.png")
+
+
+def started(options: str, **env: str) -> subprocess.Popen:
+    command_line, pipe = [sys.executable, "-m", "gdx", *options.split()], subprocess.PIPE
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **env}
+    return subprocess.Popen(command_line, stdout=pipe, stderr=pipe, text=True, env=env)
+
+
+@pytest.mark.parametrize(
+    "options", ["sweep --data quadratic --steps 2000000", "curvature --data rosenbrock --steps 100000000"]
+)
+def test_ctrl_c_ends_at_once_what_keeps_nothing(options):
+    with started(options) as process:
+        while "%" not in process.stdout.readline():
+            assert process.poll() is None, process.stderr.read()
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=5)
+    assert (process.returncode, errors) == (130, "")
+
+
+def test_ctrl_c_during_imports_says_nothing(folder):
+    (folder / "jax.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)")
+    with started("sweep", PYTHONPATH=f"{folder}{os.pathsep}{ROOT}") as process:
+        output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output, errors) == (130, "", "")
 
 
 def test_a_run_that_diverges_is_reported(capsys, folder):
     assert main(["--data", "quadratic", "--learning-rate", "0.25", "--optimizers", "gradient_descent,adam"]) == 0
     text = capsys.readouterr().out
     assert re.search(r"^gradient_descent: step \d+, diverged$", text, re.MULTILINE)
-    assert rows(text)["gradient_descent"][1:4] == ["diverged", "-", "-"]
+    assert rows(text)["gradient_descent"][1:3] == ["diverged", "diverged"]
     assert is_png(folder / "gdx-demo.png")
 
 
@@ -186,10 +226,10 @@ def test_version():
 
 
 def test_a_picture_that_cannot_be_written(capsys, monkeypatch):
-    def full(*arguments):
+    def full(*arguments, **options):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("gdx.demo.show.picture", full)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     assert main(["--data", "quadratic", "--steps", "2", "--optimizers", "adam"]) == 1
     assert "No space left on device" in capsys.readouterr().err
 

@@ -1,25 +1,22 @@
 """Trains with each optimizer of the gradient descent family, and compares them in a table and a picture."""
 
 import argparse
-from dataclasses import dataclass
-from pathlib import Path
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
 
 import gdx
-from gdx.demo import show
-from gdx.demo.loop import Report, train
-from gdx.demo.options import (
-    HYPERPARAMETERS,
-    add_common,
-    add_hyperparameters,
-    check_batch_size,
-    check_output,
-    check_seed,
-    check_steps,
-    either,
-)
-from gdx.demo.problems import OPTIMIZERS, STEPS, SURFACES, TRAINING_IMAGES, load
+from gdx import plot
+from gdx.demo import terminal
+from gdx.demo.problems import OPTIMIZERS, STEPS, SURFACES, TRAINING_IMAGES, Problem, load
 
 EXTRAS = ("demo",)
+KEEPS = True
 EXAMPLES = """\
 examples:
   python -m gdx
@@ -29,102 +26,123 @@ examples:
 """
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The checked options: what is trained, how long, and where the picture goes."""
+class Report(NamedTuple):
+    """Where a run is after some steps, and how often the steps have been compiled for it."""
 
-    data: str
-    optimizers: dict[str, gdx.Transform]
-    batch_size: int
-    steps: int
-    seed: int
-    output: Path
-
-    def batch_size_of(self, name: str) -> int:
-        """Gradient descent takes all data in each step, and a function of the plane has none."""
-        if self.data != "digits":
-            return 0
-        return TRAINING_IMAGES if name == "gradient_descent" else self.batch_size
+    step: int
+    params: Any
+    metrics: dict[str, Any]
+    seconds: float
+    compilations: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the demo's options."""
-    steps = ", ".join(f"{count} for {data}" for data, count in STEPS.items())
-    add = parser.add_argument
-    add("--data", choices=STEPS, default="digits", help="what is minimised (default: %(default)s)")
-    names = ",".join(OPTIMIZERS["digits"])
-    add("--optimizers", action="append", metavar="NAMES", help=f"comma separated, from {names} (default: all)")
-    add_hyperparameters(parser, float, "X")
-    add_common(parser, steps, "gdx-demo.png")
+    known = list(OPTIMIZERS["digits"])
+    text = f"comma separated, from {','.join(known)} (default: all)"
+    parser.add_argument("--data", choices=STEPS, default="digits", help="what is minimised (default: %(default)s)")
+    parser.add_argument("--optimizers", action="extend", type=terminal.several(known), metavar="NAMES", help=text)
+    terminal.add_hyperparameters(parser, float, "X")
+    terminal.add_common(parser, ", ".join(f"{count} for {data}" for data, count in STEPS.items()), "gdx-demo.png")
 
 
-def plan(arguments: argparse.Namespace) -> Plan:
-    """Checks the options.
-
-    Raises:
-      ValueError: an option is wrong; the message says what is allowed.
-    """
-    optimizers = _optimizers(arguments)
-    steps = STEPS[arguments.data] if arguments.steps is None else arguments.steps
-    check_steps(steps)
-    check_seed(arguments.seed)
-    batch_size = _batch_size(arguments, optimizers)
-    return Plan(arguments.data, optimizers, batch_size, steps, arguments.seed, check_output(arguments.output))
-
-
-def _optimizers(arguments: argparse.Namespace) -> dict[str, gdx.Transform]:
+def check(arguments: argparse.Namespace) -> None:
+    terminal.check_batch_size(arguments)
+    terminal.check_output(arguments.output)
     known = OPTIMIZERS[arguments.data]
-    names = [name.strip() for names in arguments.optimizers or [",".join(known)] for name in names.split(",")]
-    for name in names:
-        if name not in known:
-            raise ValueError(f"--optimizers has {name!r}; choose from {', '.join(known)}")
-    chosen = {name: known[name] for name in names}
-    for field in HYPERPARAMETERS:
-        value = getattr(arguments, field)
-        having = [name for name in chosen if field in chosen[name].hyperparams]
-        if value is None:
-            continue
-        if not having:
-            users = [name for name in known if field in known[name].hyperparams]
-            raise ValueError(f"--{field.replace('_', '-')} applies to none of the optimizers; add {either(users)}")
-        chosen |= {name: chosen[name].replace(**{field: value}) for name in having}
-    return chosen
-
-
-def _batch_size(arguments: argparse.Namespace, optimizers: dict[str, gdx.Transform]) -> int:
-    if arguments.batch_size is not None and set(optimizers) == {"gradient_descent"}:
+    chosen = {name: known[name] for name in arguments.optimizers or known}
+    if arguments.batch_size and list(chosen) == ["gradient_descent"]:
         raise ValueError("--batch-size does not apply to gradient_descent, which takes all data; add sgd")
-    return check_batch_size(arguments.batch_size, arguments.data)
+    for field, value in terminal.hyperparameters(arguments).items():
+        having = {name: tx.replace(**{field: value}) for name, tx in chosen.items() if field in tx.hyperparams}
+        if not having:
+            users = ", ".join(name for name in known if field in known[name].hyperparams)
+            raise ValueError(f"--{field.replace('_', '-')} applies to none of the optimizers; add one of {users}")
+        chosen |= having
+    arguments.optimizers = chosen
+    arguments.steps = arguments.steps or STEPS[arguments.data]
 
 
-def run(plan: Plan) -> int:
-    """Trains with each optimizer, prints the table and writes the picture; after Ctrl-C, of what there is.
+def train(problem: Problem, tx: gdx.Transform, steps: int, batch_size: int | None, seed: int) -> Iterator[Report]:
+    """Reports the start, then every few steps until the last, a divergence or Ctrl-C; every step on the plane."""
+    begin, compilations = time.perf_counter(), 0
 
-    Returns:
-      The exit code: 0, or 130 after Ctrl-C.
-    """
-    console = show.console()
-    problem = load(plan.data)
-    landscape = plan.data if plan.data in SURFACES else "quadratic"
+    @jax.jit
+    def advance(*arguments: Any) -> Any:
+        nonlocal compilations
+        compilations += 1  # runs only while JAX traces, once for each compilation
+        return problem.advance(*arguments)
+
+    params = problem.start(jax.random.key(seed))
+    state, found = tx.init(params), problem.evaluate(params)
+    stream = problem.batches(seed, batch_size)
+    # calls of one length, for one program
+    length = next(n for n in range(max(steps // 60, 1), 0, -1) if steps % n == 0) if problem.train else 1
+    for step in range(0, steps + 1, length):
+        if step:
+            params, state, found = advance(tx, params, state, np.stack(list(itertools.islice(stream, length))))
+        values = terminal.ordered(found)
+        yield Report(step, params, values, time.perf_counter() - begin, compilations)
+        if not math.isfinite(values["loss"]) or terminal.interrupted.is_set():
+            return
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Trains with each optimizer, prints the table and writes the picture; after Ctrl-C, of what there is."""
+    console, steps, seed = terminal.console(), arguments.steps, arguments.seed
+    problem = load(arguments.data)
+    landscape = arguments.data if arguments.data in SURFACES else "quadratic"
     valley = load(landscape)
-    runs: dict[str, list[Report]] = {name: [] for name in plan.optimizers}
-    walks: dict[str, list[Report]] = runs if landscape == plan.data else {name: [] for name in runs}
-    console.print(f"{problem.title}; {plan.steps} steps, seed {plan.seed}")
-    interrupted = False
-    try:
-        with show.progress(console, list(runs), plan.steps) as update:
-            for name, tx in plan.optimizers.items():
-                batch_size = plan.batch_size_of(name)
-                for report in train(problem, tx, steps=plan.steps, batch_size=batch_size, seed=plan.seed):
-                    runs[name].append(report)
-                    update(name, runs[name])
-                if walks is not runs:
-                    tx = OPTIMIZERS[landscape][name]
-                    walks[name] += train(valley, tx, steps=STEPS[landscape], batch_size=0, seed=plan.seed)
-    except KeyboardInterrupt:
-        interrupted = True
-    title = "interrupted; so far:" if interrupted else ""
-    console.print(show.table(title, plan.optimizers, runs, plan.steps))
-    show.picture(plan.output, (problem.title, valley.title), runs, SURFACES[landscape], walks)
-    console.print(f"picture: {plan.output}", soft_wrap=True)
-    return 130 if interrupted else 0
+    runs: dict[str, list[Report]] = {name: [] for name in arguments.optimizers}
+    walks = {name: [] for name in runs} if problem.train else runs
+    console.print(f"{problem.title}; {steps} steps, seed {seed}")
+    with terminal.progress(console, steps, *runs) as update:
+        for name, tx in arguments.optimizers.items():
+            if terminal.interrupted.is_set():
+                break
+            # gradient descent takes all data in each step
+            size = TRAINING_IMAGES if name == "gradient_descent" else arguments.batch_size
+            for report in train(problem, tx, steps, size, seed):
+                runs[name].append(report)
+                if report.step:
+                    update(name, report.step, terminal.status(report.metrics))
+            if problem.train:
+                walks[name] = list(train(valley, OPTIMIZERS[landscape][name], STEPS[landscape], None, seed))
+    console.print(_table(arguments, runs))
+    terminal.save(console, picture(SURFACES[landscape], (problem.title, valley.title), runs, walks), arguments.output)
+    return 130 if terminal.interrupted.is_set() else 0
+
+
+def _table(arguments: argparse.Namespace, runs: dict[str, list[Report]]) -> Any:
+    """The last report of each run."""
+    kinds = next((list(reports[0].metrics) for reports in runs.values() if reports), ["loss"])
+    rows, caption = [], ""
+    for name, reports in runs.items():
+        rate, cells = arguments.optimizers[name].hyperparams["learning_rate"], ["-"] * (len(kinds) + 2)
+        if reports:
+            step, _, metrics, seconds, compilations = reports[-1]
+            diverged = not math.isfinite(metrics["loss"])
+            cells = [terminal.DIVERGED if diverged else terminal.number(kind, metrics[kind]) for kind in kinds]
+            cells += [f"{seconds:.1f}", str(compilations)]
+            if step < arguments.steps and not diverged:
+                name, caption = f"{name}*", f"* stopped at step {step}"
+        rows.append([name, f"{rate:g}", *cells])
+    title = "interrupted; so far:" if terminal.interrupted.is_set() else ""
+    headers = ["optimizer", "learning rate", *terminal.headers(kinds), "seconds", "compilations"]
+    return terminal.table(headers, rows, title, caption)
+
+
+def picture(surface: Any, titles: tuple[str, str], runs: dict[str, list[Report]], walks: Any) -> Any:
+    """The loss curves of all runs next to their walks down a function of the plane."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    losses = {name: [report.metrics["loss"] for report in reports] for name, reports in runs.items() if reports}
+    plot.loss_curves(losses, left, steps={name: [report.step for report in runs[name]] for name in losses})
+    points = {name: [report.params for report in reports] for name, reports in walks.items() if reports}
+    plot.paths(surface.function, points, right, limits=surface.limits, minimum=surface.minimum, legend=False)
+    (start,) = right.plot(*surface.start, marker="s", markersize=5, color="black", linestyle="none", label="start")
+    right.legend(handles=[start, *(line for line in right.lines if line.get_label() == "minimum")])
+    left.set_title(titles[0])
+    right.set_title(titles[1])
+    return figure

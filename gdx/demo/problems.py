@@ -1,6 +1,7 @@
 """What the demo minimises: a small network's loss on handwritten digits, or a function of the plane."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +19,10 @@ Metrics = dict[str, jax.Array]
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A loss, its data and its starting point.
+    """A loss, its data (() where there are none) and its starting point, from a random key.
 
-    Attributes:
-      title: one line about the data.
-      start: the initial parameters, from a random key.
-      loss: the loss of parameters on a batch, a tuple of arrays with a leading axis of examples.
-      metrics: the loss on all training data with the test accuracy or the distance to the minimum,
-        from the parameters, the training data and the test data.
-      train, test: the data, () where there are none.
+    A batch is a tuple of arrays with a leading axis of examples. The metrics are the loss on all training data, with
+    the test accuracy or the distance to the minimum, from parameters, training data and test data.
     """
 
     title: str
@@ -38,7 +34,18 @@ class Problem:
 
     def loss_on(self, params: Any, examples: jax.Array) -> jax.Array:
         """The loss on the training examples with these indices."""
-        return self.loss(params, jax.tree.map(lambda column: column[examples], self.train))
+        return self.loss(params, gdx.noise.take(self.train, examples) if self.train else ())
+
+    def batches(self, seed: int, batch_size: int | None = None) -> Iterator[np.ndarray]:
+        """Endless batches of examples for `loss_on`: shuffled epochs, which drop what does not fill a batch."""
+        for epoch in itertools.count():
+            key, size = jax.random.fold_in(jax.random.key(seed), epoch), batch_size or BATCH_SIZE
+            yield from np.asarray(gdx.noise.epochs(key, self.train, size)) if self.train else np.zeros((99, 0))
+
+    def advance(self, tx: gdx.Transform, params: Any, state: Any, batches: Any) -> tuple[Any, Any, Metrics]:
+        """Parameters, state and metrics after a step for each batch: to be compiled."""
+        params, state, _ = gdx.train(self.loss_on, tx, params, batches, state=state)
+        return params, state, self.evaluate(params)
 
     def evaluate(self, params: Any) -> Metrics:
         """The metrics of these parameters on the data."""
@@ -49,7 +56,7 @@ class Problem:
 class Surface:
     """A function of the plane: where it is started, where it is smallest, and what a picture shows of it."""
 
-    function: Callable[[jax.Array], jax.Array]
+    function: Callable[[Any], jax.Array]
     formula: str
     start: tuple[float, float]
     minimum: tuple[float, float]
@@ -74,31 +81,24 @@ SURFACES = {
     ),
     "quadratic": Surface(quadratic, "(x^2 + 10 y^2) / 2", (-4.0, 2.0), (0.0, 0.0), ((-4.4, 2.0), (-2.0, 2.3))),
 }
-OPTIMIZERS: dict[str, dict[str, gdx.Transform]] = {
-    "digits": {
-        "gradient_descent": gdx.gradient_descent(0.5),
-        "sgd": gdx.sgd(0.02, momentum=0.9),
-        "momentum": gdx.momentum(0.05),
-        "nesterov": gdx.nesterov(0.1),
-        "adam": gdx.adam(2e-3),
-        "adamw": gdx.adamw(2e-3, weight_decay=0.1),
-    },
-    "quadratic": {
-        "gradient_descent": gdx.gradient_descent(0.18),
-        "sgd": gdx.sgd(0.01, momentum=0.9),
-        "momentum": gdx.momentum(0.03),
-        "nesterov": gdx.nesterov(0.03),
-        "adam": gdx.adam(0.3),
-        "adamw": gdx.adamw(0.2, weight_decay=0.5),
-    },
-    "rosenbrock": {
-        "gradient_descent": gdx.gradient_descent(1e-3),
-        "sgd": gdx.sgd(2e-4, momentum=0.9),
-        "momentum": gdx.momentum(5e-4),
-        "nesterov": gdx.nesterov(1e-3),
-        "adam": gdx.adam(0.05),
-        "adamw": gdx.adamw(0.2, weight_decay=1e-3),
-    },
+
+
+def _family(rates: Sequence[float], decay: float) -> dict[str, gdx.Transform]:
+    descent, sgd, momentum, nesterov, adam, adamw = rates
+    return {
+        "gradient_descent": gdx.gradient_descent(descent),
+        "sgd": gdx.sgd(sgd, momentum=0.9),
+        "momentum": gdx.momentum(momentum),
+        "nesterov": gdx.nesterov(nesterov),
+        "adam": gdx.adam(adam),
+        "adamw": gdx.adamw(adamw, weight_decay=decay),
+    }
+
+
+OPTIMIZERS = {
+    "digits": _family((0.5, 0.02, 0.05, 0.1, 2e-3, 2e-3), decay=0.1),
+    "quadratic": _family((0.18, 0.01, 0.03, 0.03, 0.3, 0.2), decay=0.5),
+    "rosenbrock": _family((1e-3, 2e-4, 5e-4, 1e-3, 0.05, 0.2), decay=1e-3),
 }
 STEPS = {"digits": 2000, "quadratic": 200, "rosenbrock": 2000}
 BATCH_SIZE = 64
@@ -106,12 +106,9 @@ TRAINING_IMAGES = 1437  # of the 1797; known before they are loaded, to check th
 
 
 def load(name: str) -> Problem:
-    """The problem of that name; the digits are read from scikit-learn."""
-    return digits() if name == "digits" else plane(name)
-
-
-def plane(name: str) -> Problem:
-    """A function of the plane as a problem without data."""
+    """The problem of that name; a function of the plane is one without data."""
+    if name == "digits":
+        return digits()
     surface = SURFACES[name]
 
     def metrics(point: jax.Array, train: Arrays, test: Arrays) -> Metrics:
@@ -132,14 +129,9 @@ def digits() -> Problem:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     images, labels = load_digits(return_X_y=True)
-    columns = train_test_split(
-        (images / 16).astype(np.float32),
-        labels.astype(np.int32),
-        train_size=TRAINING_IMAGES,
-        stratify=labels,
-        random_state=0,
-    )
-    train_images, test_images, train_labels, test_labels = map(jnp.asarray, columns)
+    columns = (images / 16).astype(np.float32), labels.astype(np.int32)
+    parts = train_test_split(*columns, train_size=TRAINING_IMAGES, stratify=labels, random_state=0)
+    train_images, test_images, train_labels, test_labels = map(jnp.asarray, parts)
 
     def metrics(params: list, train: Arrays, test: Arrays) -> Metrics:
         images, labels = test
@@ -168,15 +160,15 @@ def network(key: jax.Array, widths: tuple[int, ...]) -> list[dict[str, jax.Array
     ]
 
 
-def logits(params: list[dict[str, jax.Array]], images: jax.Array) -> jax.Array:
+def logits(params: list[dict[str, jax.Array]], images: jax.Array, activation: Any = jax.nn.relu) -> jax.Array:
     """The network's output for each image, before softmax."""
     *hidden, last = params
     for layer in hidden:
-        images = jax.nn.relu(images @ layer["weights"] + layer["biases"][None, :])
+        images = activation(images @ layer["weights"] + layer["biases"][None, :])
     return images @ last["weights"] + last["biases"][None, :]
 
 
-def cross_entropy(params: list[dict[str, jax.Array]], batch: Arrays) -> jax.Array:
+def cross_entropy(params: Any, batch: Arrays, activation: Any = jax.nn.relu) -> jax.Array:
     """The mean cross-entropy of the network's predictions on a batch of images and labels."""
     images, labels = batch
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits(params, images), labels))
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits(params, images, activation), labels))

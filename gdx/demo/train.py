@@ -1,16 +1,13 @@
 """Trains on digits with the optimizer's state spread over devices and processes, and checkpoints to go on from."""
 
 import argparse
+import contextlib
+import functools
 import itertools
 import os
 import re
 import shlex
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +17,11 @@ import numpy as np
 
 import gdx
 from gdx.checkpoint import CheckpointError, Checkpoints
-from gdx.demo import processes, show
-from gdx.demo.loop import Report, batches
-from gdx.demo.options import (
-    HYPERPARAMETERS,
-    add_hyperparameters,
-    check_batch_size,
-    check_seed,
-    check_steps,
-    either,
-    optimizer_with,
-)
-from gdx.demo.problems import BATCH_SIZE, OPTIMIZERS, STEPS, TRAINING_IMAGES, Problem, digits
+from gdx.demo import processes, terminal
+from gdx.demo.problems import BATCH_SIZE, OPTIMIZERS, STEPS, digits
 
 EXTRAS = ("checkpoint", "demo")
+KEEPS = True
 EXAMPLES = """\
 The devices are simulated on the CPU. Each device takes an equal part of every batch and keeps an equal part of the
 optimizer's state; each process has an equal part of the devices.
@@ -43,16 +31,6 @@ examples:
   python -m gdx train --devices 4 --processes 2 --checkpoints run
   python -m gdx train --devices 2 --checkpoints run --steps 4000 --resume
 """
-DEFAULTS: dict[str, Any] = {
-    "optimizer": "adamw",
-    "storage": "float32",
-    "processes": 1,
-    "checkpoints": Path("gdx-checkpoints"),
-    "every": 200,
-    "steps": STEPS["digits"],
-    "batch_size": BATCH_SIZE,
-    "seed": 0,
-}
 STORAGE = {
     "float32": (None, None),
     "bfloat16": (gdx.storage.StochasticBfloat16(), gdx.storage.StochasticBfloat16()),
@@ -64,215 +42,138 @@ STORAGE = {
 CHUNK = 20  # steps in one call
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The checked options: what is trained, on what, and where the checkpoints go."""
-
-    name: str
-    tx: gdx.Transform
-    devices: int
-    processes: int
-    checkpoints: Path
-    every: int
-    resume: bool
-    allow: tuple[str, ...]
-    batch_size: int
-    steps: int
-    seed: int
-    options: tuple[str, ...]
-
-    @property
-    def again(self) -> str:
-        """The command that goes on with the run."""
-        options = [option for option in self.options if option != "--resume"]
-        return shlex.join(["python", "-m", "gdx", "train", *options, "--resume"])
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options."""
-
-    def add(name: str, help: str, metavar: str = "N", kind: Any = int) -> None:
-        default = DEFAULTS[name[2:].replace("-", "_")]
-        parser.add_argument(name, type=kind, metavar=metavar, help=f"{help} (default: {default})")
-
-    parser.add_argument("--devices", type=int, metavar="N", help="in all processes together (default: one in each)")
-    add("--processes", "that share the devices equally")
-    add("--optimizer", either(list(OPTIMIZERS["digits"])), "NAME", str)
-    add_hyperparameters(parser, float, "X")
-    add("--storage", f"how its state is held: {either(list(STORAGE))}", "KIND", str)
-    add("--checkpoints", "the folder of the checkpoints", "DIR", Path)
-    add("--every", f"steps between two checkpoints, a multiple of {CHUNK}")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint, with any devices")
-    parser.add_argument("--allow", metavar="NAMES", help="comma separated, what --resume may change: learning-rate")
-    add("--steps", "of the whole run, at least 1")
-    add("--batch-size", f"images per step, a multiple of the devices, at most {TRAINING_IMAGES}")
-    add("--seed", "of the initial parameters and the batches")
+    add, positive = parser.add_argument, terminal.in_range(int, 1)
+    add("--devices", type=positive, metavar="N", help="in all processes together (default: one in each)")
+    add("--processes", type=positive, default=1, metavar="N", help="that share the devices equally (default: 1)")
+    add("--optimizer", choices=OPTIMIZERS["digits"], default="adamw", help="(default: adamw)")
+    terminal.add_hyperparameters(parser, float, "X")
+    add("--storage", choices=STORAGE, default="float32", help="how its state is held (default: float32)")
+    folder = "the folder of the checkpoints (default: %(default)s)"
+    add("--checkpoints", default="gdx-checkpoints", metavar="DIR", help=folder)
+    every = f"steps between two checkpoints, a multiple of {CHUNK} (default: 200)"
+    add("--every", type=terminal.in_range(int, CHUNK), default=200, metavar="N", help=every)
+    add("--resume", action="store_true", help="go on from the newest checkpoint, with any devices")
+    add("--allow", default="", metavar="NAMES", help="comma separated, what --resume may change: learning-rate")
+    terminal.add_common(parser, STEPS["digits"])
 
 
-def plan(arguments: argparse.Namespace) -> Plan:
-    """Checks the options.
-
-    Raises:
-      ValueError: an option is wrong; the message says what is allowed.
-    """
-    given = {name: value for name, value in vars(arguments).items() if value is not None}
-    resume = given.pop("resume")
-    allow = tuple(name.replace("-", "_") for name in given.get("allow", "").split(",") if name)
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    chosen = {**DEFAULTS, **given}
-    count = chosen["processes"]
-    devices = chosen.get("devices", count)
-    if count < 1:
-        raise ValueError(f"--processes is {count}; expected at least 1")
-    if devices < 1 or devices % count:
-        raise ValueError(
-            f"--devices is {devices}, which {count} {'process' if count == 1 else 'processes'} cannot share equally; "
-            f"expected a positive multiple of {count}"
-        )
-    batch_size = check_batch_size(chosen["batch_size"], "digits")
-    if batch_size % devices:
-        raise ValueError(
-            f"--batch-size is {batch_size}, which {devices} devices cannot share equally; "
-            f"expected a multiple of {devices}"
-        )
-    if chosen["every"] < CHUNK or chosen["every"] % CHUNK:
-        raise ValueError(f"--every is {chosen['every']}; expected a multiple of {CHUNK}")
-    return Plan(
-        chosen["optimizer"],
-        _optimizer(chosen),
-        devices,
-        count,
-        _check_checkpoints(chosen["checkpoints"], resume),
-        chosen["every"],
-        resume,
-        allow,
-        batch_size,
-        check_steps(chosen["steps"]),
-        check_seed(chosen["seed"]),
-        (*options, *["--resume"] * resume),
-    )
-
-
-def _optimizer(chosen: dict[str, Any]) -> gdx.Transform:
-    name, storage = chosen["optimizer"], chosen["storage"]
-    if storage not in STORAGE:
-        raise ValueError(f"--storage is {storage!r}; choose from {', '.join(STORAGE)}")
-    given = {field: chosen[field] for field in HYPERPARAMETERS if field in chosen}
-    tx = optimizer_with("digits", name, given).replace(**given)
-    first, second = STORAGE[storage]
+def check(arguments: argparse.Namespace) -> None:
+    count, every = arguments.processes, arguments.every
+    devices = arguments.devices = arguments.devices or count
+    size = arguments.batch_size = arguments.batch_size or BATCH_SIZE
+    if devices % count:
+        raise ValueError(f"--devices is {devices}; expected a multiple of {count}, the number of processes")
+    if size % devices:
+        raise ValueError(f"--batch-size is {size}; expected a multiple of {devices}, the number of devices")
+    if every % CHUNK:
+        raise ValueError(f"--every is {every}; expected a multiple of {CHUNK}")
+    name = arguments.optimizer
+    tx = OPTIMIZERS["digits"][name].replace(**terminal.hyperparameters(arguments))
+    first, second = STORAGE[arguments.storage]
     moments = {"mu_dtype": first, "nu_dtype": second, "accumulator_dtype": first}
-    held = {field: format for field, format in moments.items() if hasattr(tx, field)}
+    held = {field: kind for field, kind in moments.items() if hasattr(tx, field)}
     if first is not None and not held:
         raise ValueError(f"--storage does not apply to {name}, which has no state; choose another --optimizer")
-    return tx.replace(**held)
-
-
-def _check_checkpoints(folder: Path, resume: bool) -> Path:
-    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(
-            f"--checkpoints is {str(folder)!r}, but {str(there)!r} is no folder that can be written; give another one"
-        )
+    arguments.tx = tx.replace(**held)
+    if not arguments.checkpoints:
+        raise ValueError("--checkpoints is empty; expected a folder, such as run")
+    folder = arguments.folder = Path(arguments.checkpoints)
     found = _has_checkpoints(folder)
-    if resume and not found:
+    if arguments.resume and not found:
         raise ValueError(f"--resume: there is no checkpoint in {str(folder)!r}; leave it out to begin a run there")
-    if found and not resume and processes.place() is None:
-        raise ValueError(
-            f"--checkpoints is {str(folder)!r}, where a run has left checkpoints; "
-            f"go on with it by --resume, or give another folder"
-        )
-    return folder
+    if found and not arguments.resume:
+        raise ValueError(f"{str(folder)!r} has the checkpoints of a run; go on by --resume, or give another folder")
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    terminal.check_folder(folder)
 
 
 def _has_checkpoints(folder: Path) -> bool:
-    return folder.exists() and any(path.name.isdecimal() for path in folder.iterdir())
+    return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
 
 
-def run(plan: Plan) -> int:
-    """Starts the processes and waits for them; in one of them, does its part.
-
-    Returns:
-      The exit code: 0, 1 where a process failed or the loss diverged, 2 for a wrong input, 130 after Ctrl-C.
-    """
-    if processes.place() is not None:
-        return processes.join(lambda: _train(plan))
-    command = [sys.executable, "-m", "gdx", "train", *plan.options]
-    ended = processes.run(command, plan.processes, devices=plan.devices // plan.processes)
-    if ended.reason:
-        print(f"python -m gdx train: {ended.reason}", file=sys.stderr)
-    if ended.code in (1, 130) and _has_checkpoints(plan.checkpoints):
-        print(f"go on from the newest checkpoint with: {plan.again}", file=sys.stderr)
-    return ended.code
+def run(arguments: argparse.Namespace) -> int:
+    """Starts the processes and waits for them; in one of them, does its part."""
+    if processes.PROCESS in os.environ:
+        return processes.join(lambda: _train(arguments))
+    command = ["-m", "gdx", "train", *arguments.options]
+    devices = arguments.devices // arguments.processes
+    code, reason = processes.run([sys.executable, *command], arguments.processes, devices=devices)
+    if reason:
+        print(f"python -m gdx train: {reason}", file=sys.stderr)
+    if code in (1, 130) and _has_checkpoints(arguments.folder):
+        again = shlex.join(["python", *(word for word in command if word != "--resume"), "--resume"])
+        print(f"go on from the newest checkpoint with: {again}", file=sys.stderr)
+    return code
 
 
-def _train(plan: Plan) -> int:
-    mesh = jax.make_mesh((plan.devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    problem = digits()
-    console = show.console()
+def _train(arguments: argparse.Namespace) -> int:
+    steps, name, folder = arguments.steps, arguments.optimizer, arguments.folder
+    mesh = jax.make_mesh((arguments.devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    console, problem = terminal.console(), digits()
     console.quiet = jax.process_index() > 0
-    tx = gdx.sharding.shard_state(plan.tx, mesh)
-    params = _put(problem.start(jax.random.key(plan.seed)), mesh)
-    state, step = tx.init(params), 0
-    advance = _compiled(problem, tx, params, state)
-    data = _put((problem.train, problem.test), mesh)
-    extra = {"seed": plan.seed, "batch_size": plan.batch_size}
-    with Checkpoints(plan.checkpoints) as checkpoints, _interrupts() as interrupted:
-        if plan.resume:
-            step, params, state = _restored(checkpoints, tx, params, state, extra, plan)
-        here, whole = _bytes(state)
+    tx = gdx.sharding.shard_state(arguments.tx, mesh)
+    params = _put(problem.start(jax.random.key(arguments.seed)), mesh)
+    step, state = 0, tx.init(params)
+    # after a chunk of steps parameters and state are where they were
+    places = jax.tree.map(lambda x: x.sharding, (params, state))
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*places, None))
+    def advance(params: Any, state: Any, chunk: Any, signals: Any) -> Any:
+        # processes get a signal at different times, and have to stop at the same step
+        *where, metrics = problem.advance(tx, params, state, chunk)
+        return *where, (metrics, jnp.any(signals))
+
+    with Checkpoints(folder) as checkpoints:
+        if arguments.resume:
+            step, params, state = _restored(checkpoints, tx, params, state, arguments)
+        leaves = jax.tree.leaves(state)
+        here, whole = sum(x.addressable_shards[0].data.nbytes for x in leaves), sum(x.nbytes for x in leaves)
         console.print(
-            f"{problem.title}; {plan.name} from step {step} to {plan.steps}; devices: {plan.devices}, in processes: "
-            f"{plan.processes}, each with {here:,} of the {whole:,} bytes of state",
-            soft_wrap=True,
+            f"{problem.title}; {name} from step {step} to {steps}; devices: {arguments.devices}, in processes: "
+            f"{arguments.processes}, each with {here:,} of the {whole:,} bytes of state"
         )
-        stream = itertools.islice(
-            batches(TRAINING_IMAGES, plan.batch_size, np.random.default_rng(plan.seed)), step, None
-        )
-        begin, reports, saved = time.perf_counter(), [], step
-        with show.progress(console, [plan.name], plan.steps) as update:
-            while step < plan.steps:
+        stream = itertools.islice(problem.batches(arguments.seed, arguments.batch_size), step, None)
+        saved, stop = step, False
+        with terminal.progress(console, steps, name) as update:
+            while step < steps and not stop:
                 # the same ends of chunks in every run, resumed or not: their programs may differ in rounding
-                length = min(CHUNK - step % CHUNK, plan.steps - step)
-                chunk = np.stack(list(itertools.islice(stream, length)))
-                params, state, metrics = advance(params, state, _put(chunk, mesh, None, "data"), *data)
+                length = min(CHUNK - step % CHUNK, steps - step)
+                chunk = _put(np.stack(list(itertools.islice(stream, length))), mesh, None, "data")
+                signals = _put(np.full(mesh.size, terminal.interrupted.is_set()), mesh, "data")
+                params, state, (metrics, stop) = advance(params, state, chunk, signals)
                 step += length
-                reports.append(
-                    Report(step, {k: float(v) for k, v in metrics.items()}, time.perf_counter() - begin, 1, None)
-                )
-                update(plan.name, reports)
-                if reports[-1].diverged:
+                update(name, step, terminal.status(metrics))
+                if not np.isfinite(metrics["loss"]):
                     console.print(f"step {step}: the loss is not finite; nothing was saved since step {saved}")
                     return 1
-                stop = _agreed(bool(interrupted), mesh)
-                if step % plan.every == 0 or step == plan.steps or stop:
-                    checkpoints.save(step, tx, params, state, extra=extra)
+                if step % arguments.every == 0 or step == steps or stop:
+                    checkpoints.save(step, tx, params, state, extra=_extra(arguments))
                     saved = step
-                    console.print(f"checkpoint of step {step}: {plan.checkpoints}", soft_wrap=True)
-                if stop:
-                    break
+                    console.print(f"checkpoint of step {step}: {folder}")
         checkpoints.wait()
-    return 130 if step < plan.steps else 0
+    return 130 if step < steps else 0
 
 
-def _restored(
-    checkpoints: Checkpoints, tx: gdx.Transform, params: Any, state: Any, extra: dict[str, int], plan: Plan
-) -> tuple[int, Any, Any]:
-    """The newest checkpoint, of the same run.
+def _extra(arguments: argparse.Namespace) -> dict[str, int]:
+    """What a run that goes on has to have again."""
+    return {name: getattr(arguments, name) for name in ("seed", "batch_size")}
 
-    Raises:
-      Refused: it cannot be read, is of other options, or has all steps already.
-    """
+
+def _restored(checkpoints: Checkpoints, tx: Any, params: Any, state: Any, arguments: argparse.Namespace) -> Any:
+    """Step, parameters and state of the newest checkpoint; `Refused` unless it can be read and is of the same run."""
+    allow = [name.replace("-", "_") for name in arguments.allow.split(",") if name]
     try:
-        step, params, state, saved = checkpoints.restore(tx, params, state, allow=plan.allow)
+        step, params, state, saved = checkpoints.restore(tx, params, state, allow=allow)
     except CheckpointError as error:
         raise processes.Refused(re.sub(r"pass allow=\[.*\]$", _as_option, str(error))) from error
-    for name, value in extra.items():
+    for name, value in _extra(arguments).items():
         if saved[name] != value:
-            raise processes.Refused(
-                f"--{name.replace('_', '-')} is {value}; the checkpoint was saved with {saved[name]}"
-            )
-    if step >= plan.steps:
-        raise processes.Refused(f"--steps is {plan.steps}; the newest checkpoint is of step {step}, expected more")
+            option = f"--{name.replace('_', '-')}"
+            raise processes.Refused(f"{option} is {value}; the checkpoint was saved with {saved[name]}")
+    if step >= arguments.steps:
+        raise processes.Refused(f"--steps is {arguments.steps}; the newest checkpoint is of step {step}, expected more")
     return step, params, state
 
 
@@ -280,53 +181,7 @@ def _as_option(found: re.Match) -> str:
     return "give --allow " + ",".join(re.findall(r"'(\w+)'", found[0])).replace("_", "-")
 
 
-def _compiled(problem: Problem, tx: gdx.Transform, params: Any, state: Any) -> Callable[..., Any]:
-    """A chunk of steps, after which parameters and state are where they were."""
-
-    def advance(params: Any, state: Any, chunk: Any, train: Any, test: Any) -> tuple[Any, Any, Any]:
-        def loss(params: Any, examples: jax.Array) -> jax.Array:
-            return problem.loss(params, tuple(column[examples] for column in train))
-
-        params, state, _ = gdx.train(loss, tx, params, chunk, state=state)
-        return params, state, problem.metrics(params, train, test)
-
-    places = jax.tree.map(lambda x: x.sharding, (params, state))
-    return jax.jit(advance, donate_argnums=(0, 1), out_shardings=(*places, None))
-
-
 def _put(tree: Any, mesh: jax.sharding.Mesh, *axes: str | None) -> Any:
     """Arrays that every process has, on the mesh, split along these axes."""
     sharding = jax.NamedSharding(mesh, jax.P(*axes))
-
-    def put(x: Any) -> jax.Array:
-        x = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-
-    return jax.tree.map(put, tree)
-
-
-def _agreed(flag: bool, mesh: jax.sharding.Mesh) -> bool:
-    """Whether any process says so: they get a signal at different times, and have to stop at the same step."""
-    return bool(_any(_put(np.full(mesh.size, flag), mesh, "data")))
-
-
-@jax.jit
-def _any(flags: jax.Array) -> jax.Array:
-    return jnp.any(flags)
-
-
-@contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Collects Ctrl-C instead of raising it in the middle of a step."""
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
-    try:
-        yield came
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _bytes(state: Any) -> tuple[int, int]:
-    """Of the state on one device, and altogether."""
-    leaves = jax.tree.leaves(state)
-    return sum(x.addressable_shards[0].data.nbytes for x in leaves), sum(x.nbytes for x in leaves)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, np.asarray(x).__getitem__), tree)
