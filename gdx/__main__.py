@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
       SystemExit: 2 for a wrong option, 0 after --help and --version.
     """
-    name, options = _split(list(sys.argv[1:] if argv is None else argv))
+    name, *options = list(sys.argv[1:] if argv is None else argv) or [DEFAULT]
+    if name.startswith("-"):
+        name, options = DEFAULT, [name, *options]
     command = importlib.import_module(COMMANDS.get(name, COMMANDS[DEFAULT]))
     parser = argparse.ArgumentParser(
         prog="python -m gdx" if name == DEFAULT else f"python -m gdx {name}",
@@ -52,11 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{name!r} is no command; choose from {', '.join(COMMANDS)}")
     parser.add_argument("--version", action="version", version=f"gdx {gdx.__version__}")
     parser.set_defaults(options=options)
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # -1e-3 too is a number, and no option
     command.add_arguments(parser)
     arguments = parser.parse_args(options)
     try:
         command.check(arguments)
-    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+    except (ValueError, TypeError) as error:
         parser.error(str(error))
     try:
         require(*command.EXTRAS)
@@ -84,19 +87,6 @@ def _run(command: Any, arguments: argparse.Namespace) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _split(argv: list[str]) -> tuple[str, list[str]]:
-    """The command's name and its options, with negative numbers joined to theirs: argparse would take them for one."""
-    options: list[str] = []
-    for word in argv:
-        if re.match(r"-\.?\d", word) and options and re.fullmatch(r"--[\w-]+", options[-1]):
-            options[-1] += f"={word}"
-        else:
-            options.append(word)
-    if options and not options[0].startswith("-"):
-        return options[0], options[1:]
-    return DEFAULT, options
 
 
 if __name__ == "__main__":

@@ -101,7 +101,8 @@ def table(headers: Iterable[str], rows: Iterable[Iterable[str]], title: str = ""
     from rich.table import Table
 
     left: Any = {"title_justify": "left", "caption_justify": "left"}
-    result = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), **left)
+    look: Any = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+    result = Table(title=title, caption=caption, **look, **left)
     for i, header in enumerate(headers):
         words = header.replace("_", " ").replace(" ", "\n")
         result.add_column(words, justify="right" if i else "left", no_wrap=True, vertical="bottom")

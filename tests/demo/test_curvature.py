@@ -114,6 +114,12 @@ def test_a_contraction_is_shown_from_the_steps_on_that_it_needs(capsys):
                 np.testing.assert_allclose(1 - measured, 1 - predicted, rtol=0.05)
 
 
+def test_tables_fit_80_columns(capsys):
+    assert main(["curvature", "--data", "rosenbrock", "--steps", "10"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"needs 26\d steps", text) and max(map(len, text.splitlines())) <= 80
+
+
 def test_contraction_of_distances():
     steps = np.arange(400)
     assert curvature.contraction(0.9**steps, 0) == pytest.approx(0.9)

@@ -241,7 +241,8 @@ def test_options_reach_the_optimizer(monkeypatch):
 
 
 def workers(process: subprocess.Popen) -> list[int]:
-    return [int(text) for text in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    children = Path(f"/proc/{process.pid}/task").glob("*/children")
+    return sorted(int(text) for path in children for text in path.read_text().split())
 
 
 @pytest.mark.soak
