@@ -83,19 +83,19 @@ def run(arguments: argparse.Namespace) -> int:
     """Trains with every point of the grid, prints the table of the best and writes the picture."""
     from matplotlib.figure import Figure
 
-    console, name, steps, labels = (
-        terminal.console(),
-        arguments.optimizer,
-        arguments.steps,
-        gdx.labels(arguments.optimizers),
-    )
+    console, name, steps = terminal.console(), arguments.optimizer, arguments.steps
+    labels = gdx.labels(arguments.optimizers)
     problem = load(arguments.data)
     console.print(f"{problem.title}; {name}, {len(labels)} points, {steps} steps, seed {arguments.seed}")
+    optimizers, devices = arguments.optimizers, jax.device_count()
+    if devices > 1 and len(labels) % devices == 0:
+        mesh = jax.make_mesh((devices,), ("members",), axis_types=(jax.sharding.AxisType.Auto,))
+        optimizers = jax.device_put(optimizers, jax.NamedSharding(mesh, jax.P("members")))
     begin = time.perf_counter()
     with terminal.progress(console, 1, name) as update:
         result = gdx.sweep(
             problem.loss_on,
-            arguments.optimizers,
+            optimizers,
             problem.start(jax.random.key(arguments.seed)),
             np.stack(list(itertools.islice(problem.batches(arguments.seed, arguments.batch_size), steps))),
             evaluate=problem.evaluate,
