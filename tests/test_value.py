@@ -240,7 +240,7 @@ def test_what_a_function_computes_is_no_tracer_of_a_program_around_it():
 
 def test_a_number_on_the_device_leaves_no_tracer_behind():
     """What the function makes of it inside a program is of that program only."""
-    tx = gdx.value(optax.sgd)(jnp.float32(0.1))
+    tx = jax.tree.map(jnp.float32, gdx.value(optax.sgd)(0.1))
     state = jax.jit(tx.init)(PARAMS)
     found, _ = jax.jit(tx.update)(PARAMS, state, PARAMS)
     assert_same_bits(found, tx.update(PARAMS, state, PARAMS)[0])
@@ -416,6 +416,8 @@ def test_a_raw_key_is_a_child():
     tx = with_a_raw_key(jax.random.PRNGKey(3))
     assert tx == with_a_raw_key(jax.random.PRNGKey(3)) != with_a_raw_key(jax.random.PRNGKey(4))
     assert tx == pickle.loads(pickle.dumps(tx)) and describe(tx)["key"] != describe(with_a_raw_key(tx.key + 1))["key"]
+    large = with_a_raw_key(jnp.uint32([0, 2**31]))
+    assert describe(large) != describe(large.replace(key=large.key + 1))
     assert_same_bits(run(tx), run(seeded(jax.random.key(3))))
 
 

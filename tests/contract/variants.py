@@ -321,7 +321,7 @@ VARIANTS = list(map(Variant._make, (
        lambda right, self, convert: right(self, lambda number: jnp.asarray(number, jnp.result_type(float))))
       ] * contracts_all(),
     ("numbers of a schedule unnamed", "test_schedules.py::test_names_and_replaces_like_hyperparameters",
-     "schedules:Schedule._walk", lambda right, self, *containers: iter(())),
+     "schedules:Schedule._walk", lambda right, self, containers=False: iter(())),
     ("numbers of a schedule not checked", "test_schedules.py::test_refuses", "schedules:Schedule.validate",
      lambda right, self: None),
     ("slope of a power at zero", SLOPES, "schedules:_power",
