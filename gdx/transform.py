@@ -132,19 +132,7 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
     @property
     def rounds(self) -> bool:
         """Whether it, or a transform inside it, rounds parameters."""
-        return any(tx.rounds for tx in self._inside())
-
-    def _inside(self) -> "Iterator[Transform]":
-        """The transforms among its arguments."""
-        for leaf in jax.tree.leaves(_children(self), is_leaf=_is_transform):
-            if isinstance(leaf, Transform):
-                yield leaf
-
-    def _names_inside(self) -> Iterator[str]:
-        """What the transforms among its arguments, and among theirs, are called."""
-        for tx in self._inside():
-            yield type(tx).__name__
-            yield from tx._names_inside()
+        return any(tx.rounds for tx in transforms_in(self))
 
     # Inside. What is below is what transforms call on each other: nothing is checked again, and nothing cast.
 
@@ -169,7 +157,7 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
                 if callable(value):
                     yield value, state.count
             state = state.inner_state
-        for tx in self._inside():
+        for tx in transforms_in(self):
             yield from tx._counts(state)
 
     def init_tree(self, params: optax.Params) -> optax.OptState:
@@ -213,7 +201,7 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
             self._check_single(name, value)
             arrays[name] = value.astype(dtype)
         # a schedule that is a plain function is part of the structure, its value is not
-        at = values._unflatten(type(self), structure.with_children(arrays), _children(self))
+        at = values.unflatten(type(self), structure.with_children(arrays), _children(self))
         vars(at).update(arrays)
         if not self.has_schedule and all(isinstance(x, np.generic) for x in jax.tree.leaves(_children(self))):
             fields["_at"] = dtype, at
@@ -252,7 +240,21 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
 
 
 def _children(tx: Transform) -> tuple:
-    return values._flatten(tx)[0]
+    return values.flatten(tx)[0]
+
+
+def transforms_in(tx: Transform) -> Iterator[Transform]:
+    """The transforms among its arguments."""
+    for leaf in jax.tree.leaves(_children(tx), is_leaf=_is_transform):
+        if isinstance(leaf, Transform):
+            yield leaf
+
+
+def _kinds_in(tx: Transform) -> Iterator[str]:
+    """What the transforms among its arguments, and among theirs, are called."""
+    for inner in transforms_in(tx):
+        yield type(inner).__name__
+        yield from _kinds_in(inner)
 
 
 def _is_transform(x: Any) -> bool:
@@ -298,15 +300,24 @@ def foreign_update(
         # an object that is no transform, such as MultiSteps, takes them as it is
         update = optax.with_extra_args_support(made).update if _is_transform(made) else made.update
         try:
-            updates, new = update(updates, state, params, **extra_args)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-            # what it trips over may be the state of another transform
-            check_state_like(tx, state, jax.eval_shape(made.init, updates if params is None else params))
+            # in as many bits as the gradients, which jax.lax.cond compares
+            updates, new = update(updates, jax.tree.map(_wide, state), params, **extra_args)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            # what it trips over may be the state of another transform, unless one of gdx's has said what it is
+            if not _CHECKED.match(str(error)):
+                check_state_like(tx, state, jax.eval_shape(made.init, updates if params is None else params))
             raise
     structure: Any = jax.tree.structure(new)
     if structure != jax.tree.structure(state):
         return updates, new
     return updates, jax.tree.map(_like, new, state)
+
+
+_CHECKED = re.compile(r"\w+: (the (gradient|parameter|state)|update needs)")
+
+
+def _wide(x: Any) -> Any:
+    return _widened(x) if jnp.issubdtype(getattr(x, "dtype", int), jnp.inexact) else x
 
 
 def _like(new: Any, old: Any) -> Any:
@@ -382,7 +393,7 @@ class Call(Transform):
             ) from error
         except (TypeError, ValueError) as error:
             link = _LINK.match(str(error))
-            known = {type(self).__name__, *(self._names_inside() if "_structure" in vars(self) else ())}
+            known = {type(self).__name__, *(_kinds_in(self) if "_structure" in vars(self) else ())}
             if type(error) not in (TypeError, ValueError) or (link and link[1] in known):
                 raise
             raise type(error)(f"{type(self).__name__}: {_LINK.sub('', str(error))}") from error
@@ -422,10 +433,10 @@ class Call(Transform):
             first.setdefault(getattr(path[-1], "name", "") if path else "", leaf)
         own = [first[name] for name in first if name in ("count", "step_count")]
         inside = [first["count"]] if "count" in first else own
-        for tx, counts in ((self, own), *((tx, inside) for tx in self._inside())):
-            for _, is_static, value in tx._settings():
-                if callable(value) and not is_static and counts:
-                    yield value, counts[0]
+        for tx, counts in ((self, own), *((tx, inside) for tx in transforms_in(self))):
+            for found in values.names_of(tx).values():
+                if callable(found.value) and not found.is_static and counts:
+                    yield found.value, counts[0]
 
 
 _LINK = re.compile(r"^([a-zA-Z_]\w*): ")
@@ -509,7 +520,7 @@ def hyperparams_in_use(tx: Transform, state: Any) -> dict[str, Any]:
             f"gdx.value(optax.lion)(1e-4)"
         )
     counts = {id(schedule): count for schedule, count in tx._counts(state)}
-    settings = tx._names()
+    settings = values.names_of(tx)
     schedules = [found.path for found in settings.values() if isinstance(found.value, Value)]
     in_use = {}
     for name, (_, path, is_static, value) in settings.items():

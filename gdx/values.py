@@ -55,7 +55,7 @@ class Value:
         # inspect would otherwise show __new__, and optax.inject_hyperparams reads the signature
         parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
         cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        jax.tree_util.register_pytree_with_keys(cls, _flatten_with_keys, functools.partial(_unflatten, cls), _flatten)
+        jax.tree_util.register_pytree_with_keys(cls, _flatten_with_keys, functools.partial(unflatten, cls), flatten)
 
     def __post_init__(self) -> None:
         given = self._given()
@@ -179,9 +179,9 @@ class Value:
         value stand its numbers.
         """
         named = {}
-        for name, is_static, value in self._settings():
-            if not (is_static or value is None or isinstance(value, Value)):
-                named[name] = float(value) if isinstance(value, np.floating) else value
+        for name, found in names_of(self).items():
+            if not (found.is_static or found.value is None or isinstance(found.value, Value)):
+                named[name] = float(found.value) if isinstance(found.value, np.floating) else found.value
         return MappingProxyType(named)
 
     def replace(self, **changes: Any) -> Self:
@@ -193,7 +193,7 @@ class Value:
         Raises:
           ValueError: a name is unknown, or several values have a field of that name.
         """
-        names = self._names()
+        names = names_of(self)
         names = {**names, **_by_name(self._walk(containers=True)), **names}
         for name in changes:
             if name not in names:
@@ -219,15 +219,6 @@ class Value:
         changed._set(converted)
         changed.validate()
         return changed
-
-    def _settings(self) -> Iterator[tuple[str, bool, Any]]:
-        """Name, whether it is part of the structure, and value of every field that is not itself a transform."""
-        for name, found in self._names().items():
-            yield name, found.is_static, found.value
-
-    def _names(self) -> "dict[str, Named]":
-        """What has a name, by the shortest dotted one that tells it apart."""
-        return _by_name(self._walk())
 
     # which function makes classes like it of functions, if it is made of one
     _keeper = ""
@@ -264,6 +255,11 @@ class Named(typing.NamedTuple):
     path: tuple
     is_static: bool
     value: Any
+
+
+def names_of(value: Value) -> dict[str, Named]:
+    """What has a name in a value, itself no transform, by the shortest dotted one that tells it apart."""
+    return _by_name(value._walk())
 
 
 def _by_name(walk: Iterable[Named]) -> dict[str, Named]:
@@ -311,18 +307,18 @@ class Structure:
 # The pytree. Children are kept as they come: a transformation may put anything in their place.
 
 
-def _flatten(value: Value) -> tuple[tuple, Structure]:
+def flatten(value: Value) -> tuple[tuple, Structure]:
     fields = vars(value)
     structure = fields["_structure"]
     return tuple([fields[name] for name in structure.children]), structure
 
 
 def _flatten_with_keys(value: Value) -> tuple[list, Structure]:
-    children, structure = _flatten(value)
+    children, structure = flatten(value)
     return [(jax.tree_util.GetAttrKey(name), child) for name, child in zip(structure.children, children)], structure
 
 
-def _unflatten(cls: Any, structure: Structure, children: Any) -> Any:
+def unflatten(cls: Any, structure: Structure, children: Any) -> Any:
     value = cls.__new__(cls)
     fields = vars(value)
     fields.update(zip(structure.children, children))

@@ -638,3 +638,14 @@ def betas_alone(betas: float):
 @pytest.mark.parametrize("tx", [LION, CLIPPED, gdx.scale_by_adam()], ids=repr)
 def test_is_shown_as_its_call(tx, way):
     assert (way % tx if "%" in way else way.format(tx)) == repr(tx)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_state_in_half_precision_meets_wider_updates(dtype):
+    """novograd's `jax.lax.cond` compares the dtypes of its state and of what it works out."""
+    params = {"w": jnp.arange(1.0, 7.0).reshape(2, 3).astype(dtype)}
+    for tx in (gdx.value(optax.novograd)(0.1), gdx.chain(optax.novograd(0.1))):
+        state = tx.init(params)
+        updates, after = jax.jit(tx.update)(params, state, params)
+        assert jax.tree.map(jnp.dtype, (updates, after)) == jax.tree.map(jnp.dtype, (params, state))
+        assert bool(jnp.all(jnp.isfinite(updates["w"]))) and bool(jnp.all(updates["w"] < 0))

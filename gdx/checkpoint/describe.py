@@ -15,7 +15,8 @@ from gdx.compose import chain
 from gdx.fields import in_default_dtype, is_concrete, is_key, text
 from gdx.schedules import Schedule
 from gdx.sharding import shard_state
-from gdx.transform import Foreign, Transform
+from gdx.transform import Foreign, Transform, transforms_in
+from gdx.values import names_of
 
 # what Python shows of an object without a text of its own: another one in every process
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -44,7 +45,7 @@ def _fields(tx: optax.GradientTransformation) -> dict[str, str]:
         held = list(_held(tx))
         return _fields(chain(*held)) if held else {}
     described = {}
-    for name, is_static, value in tx._settings():
+    for name, (_, _, is_static, value) in names_of(tx).items():
         described[name] = _setting(value) if is_static else _hyperparameter(value)
         if isinstance(value, optax.GradientTransformation):
             described |= {f"{name}.{inner}": shown for inner, shown in _fields(value).items()}
@@ -81,7 +82,7 @@ def _held(tx: optax.GradientTransformation) -> Iterator[optax.GradientTransforma
         return
     if isinstance(tx, Foreign):
         yield tx.transform
-    yield from tx._inside()
+    yield from transforms_in(tx)
 
 
 def _closed_over(function: Any) -> Iterator[Transform]:
