@@ -101,12 +101,11 @@ def checked_moments(tx: Any, updates: optax.Updates, moments: dict[str, Any]) ->
 
 
 def check_formats(tx: Any, updates: optax.Updates, names: list[str], moments: list[list[Any]]) -> None:
-    """Raises where a moment (given as lists of leaves) is not held in the storage format that the transform has."""
+    """Raises where a moment (given as lists of leaves) is not in the dtype or storage format that the transform has."""
     gradients = jax.tree.leaves(updates)
     for name, format, leaves in zip(names, tx.formats, moments):
         for i, leaf in enumerate(leaves):
-            expected = _stored_kind(format, leaf.shape) if is_encoded(format, leaf) else None
-            if is_packed(leaf) if expected is None else _kinds(leaf) != expected:
+            if not _is_held_by(format, leaf):
                 raise TypeError(
                     f"{_name(tx)}: state.{name} at {_path(updates, i)} is {_array(leaf)}, which is not how "
                     f"{_format(format)} holds it. Take it there: gdx.storage.convert(state, tx.init(params))"
@@ -117,6 +116,15 @@ def check_formats(tx: Any, updates: optax.Updates, names: list[str], moments: li
                     f"{_name(tx)}: the gradient at {_path(updates, i)} is a sum that is still to be made over the axes "
                     f"{', '.join(map(repr, axes))} of the mesh. Make it: jax.sharding.reshard(gradients, jax.P())"
                 )
+
+
+def _is_held_by(format: Any, leaf: Any) -> bool:
+    """Whether a moment is in this format; without one, or where one does not fit, in at least float32."""
+    if is_encoded(format, leaf):
+        return _kinds(leaf) == _stored_kind(format, leaf.shape)
+    if is_packed(leaf) or not jnp.issubdtype(leaf.dtype, np.floating):
+        return not is_packed(leaf) and jnp.iscomplexobj(leaf)
+    return leaf.dtype == format if isinstance(format, np.dtype) else leaf.dtype.itemsize >= 4
 
 
 def check_complex(tx: Any, updates: optax.Updates, columns: list[list[Any]]) -> None:
@@ -166,7 +174,7 @@ def _stored_kind(format: Format, shape: tuple[int, ...]) -> tuple:
 
 
 def _format(format: Any) -> str:
-    return repr(format) if isinstance(format, Format) else "an optimizer without a storage format"
+    return f"an optimizer with {format!r}" if format is not None else "an optimizer that keeps at least float32"
 
 
 @functools.cache

@@ -22,6 +22,7 @@ def hyperparameter(
     below: float = np.inf,
     optional: bool = False,
     kw_only: bool = False,
+    mend: str = "",
 ) -> Any:
     """A field that is a leaf: a real number in [minimum, below), checked when its value is concrete.
 
@@ -31,6 +32,7 @@ def hyperparameter(
       below: every valid value is strictly smaller, also once it is rounded to float32.
       optional: whether None (then not a leaf) is valid too.
       kw_only: whether it can be passed by keyword only.
+      mend: what to do instead of a number below the minimum.
 
     >>> import gdx
     >>> class scale(gdx.Leafwise):
@@ -41,7 +43,7 @@ def hyperparameter(
     Traceback (most recent call last):
     ValueError: scale: factor is -1.0; expected a finite number >= 0, an array of shape () or a schedule
     """
-    convert = functools.partial(to_scalar, minimum=minimum, below=below, optional=optional)
+    convert = functools.partial(to_scalar, minimum=minimum, below=below, optional=optional, mend=mend)
     return dataclasses.field(default=default, kw_only=kw_only, metadata={"convert": convert})
 
 
@@ -71,7 +73,13 @@ def static(
 
 
 def to_scalar(
-    label: str, value: Any, *, minimum: float = -np.inf, below: float = np.inf, optional: bool = False
+    label: str,
+    value: Any,
+    *,
+    minimum: float = -np.inf,
+    below: float = np.inf,
+    optional: bool = False,
+    mend: str = "",
 ) -> Any:
     """`value` as a field holds it: a number (see `to_number`), a schedule, or None."""
     if callable(value) or (optional and value is None):
@@ -96,7 +104,7 @@ def to_scalar(
         in_range = minimum <= float(value) < below
         if not (in_range and minimum <= rounded < below and bool(rounded) == bool(value)):
             in_float32 = f" ({rounded!r} in {jnp.result_type(float)})" if in_range else ""
-            hint = f". It is a {coarse}" if coarse else ""
+            hint = f". It is a {coarse}" if coarse else f"; {mend}" if mend and float(value) < minimum else ""
             raise ValueError(f"{label} is {float(value)!r}{in_float32}; {expected}{hint}")
     elif coarse:
         raise TypeError(f"{label} is a traced {coarse}")

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gdx.fields import text
 from gdx.schedules import Schedule
 from gdx.transform import Transform
+from gdx.values import names_of
 
 
 def stack(optimizers: Iterable[Transform]) -> Transform:
@@ -44,9 +46,9 @@ def stack(optimizers: Iterable[Transform]) -> Transform:
         structure: Any = jax.tree.structure(member)
         if structure != jax.tree.structure(members[0]):
             raise ValueError(
-                f"stack: optimizer {i} is {member!r}, another program than optimizer 0, {members[0]!r}; "
-                f"stack those that differ in numbers only, and take those of gdx.schedules where schedules differ in "
-                f"numbers"
+                f"stack: optimizer {i} is {member!r}, another program than optimizer 0, {members[0]!r}"
+                f"{_unlike(member, members[0])}; stack those that differ in numbers only, and take those of "
+                f"gdx.schedules where schedules differ in numbers"
             )
         if list(map(np.shape, jax.tree.leaves(member))) != list(map(np.shape, jax.tree.leaves(members[0]))):
             raise ValueError(
@@ -59,6 +61,20 @@ def stack(optimizers: Iterable[Transform]) -> Transform:
         return jnp.stack(list(map(jnp.asarray, values))) if on_device else np.stack(values)
 
     return jax.tree.map(column, *members)
+
+
+def _unlike(tx: Transform, other: Transform) -> str:
+    """Functions in which two optimizers differ that print alike."""
+    ours, theirs = names_of(tx), names_of(other)
+    found = [
+        name
+        for name, (*_, value) in ours.items()
+        if callable(value)
+        and name in theirs
+        and value != theirs[name].value
+        and text(value) == text(theirs[name].value)
+    ]
+    return f": {', '.join(found)} is a function that was made anew for each, so define it once" if found else ""
 
 
 def unstack(batch: Transform) -> list[Transform]:

@@ -22,7 +22,7 @@ import reprlib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec, cast
+from typing import Any, ParamSpec, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ import optax
 
 from gdx.fields import is_concrete, is_number, is_opaque, static, text
 from gdx.numerics import by_itself
-from gdx.values import KEEPERS, Value, kept_calls
+from gdx.values import KEEPERS, Value, check_names, kept_calls
 
 __all__ = [
     "Schedule",
@@ -62,6 +62,10 @@ class Schedule(Value):
 
     _keeper = "schedule"
     _has_name = True
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        check_names(cls, kwargs)
+        return super().__new__(cls)
 
     def _check_given(self, given: Mapping[str, Any]) -> None:
         for name, value in given.items():
@@ -194,8 +198,9 @@ def schedule(function: Callable[P, Callable[[Any], Any]]) -> Callable[P, Schedul
     >>> gdx.sgd(rate).replace(peak_value=0.2).hyperparams["peak_value"]
     0.2
     """
-    if not callable(function):
-        raise TypeError(f"schedule: got {reprlib.repr(function)}; expected a function that makes a schedule")
+    if not callable(function) or isinstance(function, Schedule):
+        mend = "; it is one already: give it to the optimizer" if callable(function) else ""
+        raise TypeError(f"schedule: got {reprlib.repr(function)}; expected a function that makes a schedule{mend}")
     if isinstance(function, type) and issubclass(function, Schedule):
         return cast(Any, function)
     return _schedule_class(cast(Any, function))

@@ -36,7 +36,7 @@ from gdx import values
 from gdx.checks import check_gradients, check_params, check_state, check_state_like
 from gdx.fields import hyperparameter, static, text
 from gdx.numerics import compute_dtype
-from gdx.values import KEEPERS, Value, is_float, kept_calls, takes_arrays
+from gdx.values import KEEPERS, Value, check_names, is_float, kept_calls, takes_arrays
 
 P = ParamSpec("P")
 
@@ -104,6 +104,7 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
         super().__init_subclass__()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        check_names(cls, kwargs)
         shown = _Shown()
         shown.tx = tx = tuple.__new__(cls, (shown,))
         return tx

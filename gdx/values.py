@@ -6,6 +6,7 @@ mask, a plain function) decides the program, and is part of the tree's structure
 """
 
 import dataclasses
+import difflib
 import functools
 import importlib
 import inspect
@@ -246,6 +247,28 @@ class Value:
             return bool(field.metadata.get("static"))
         is_child = field.name in vars(self)["_structure"].children
         return not (is_child or (callable(getattr(self, field.name)) and takes_floats(field.metadata["parameter"])))
+
+
+# what other libraries call it
+_ELSEWHERE = {"lr": "learning_rate", "wd": "weight_decay", "epsilon": "eps", "beta": "momentum", "beta1": "b1"}
+_ELSEWHERE |= {"beta2": "b2", "betas": "b1, b2", "alpha": "learning_rate", "decay": "weight_decay"}
+
+
+def check_names(cls: type, given: Mapping[str, Any]) -> None:
+    """Raises where an argument has a name that the call does not know, with the one that is meant."""
+    if given.keys() <= cls.__dataclass_fields__.keys():  # type: ignore[attr-defined]
+        return
+    parameters = inspect.signature(cls).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for name in given:
+        if name not in parameters:
+            known = [other for other in _ELSEWHERE.get(name, "").split(", ") if other in parameters]
+            meant = ", ".join(known or difflib.get_close_matches(name, parameters, 1))
+            raise TypeError(
+                f"{cls.__name__}: there is no argument {name!r}; "
+                + (f"did you mean {meant}?" if meant else f"expected {', '.join(parameters) or 'none'}")
+            )
 
 
 class Named(typing.NamedTuple):

@@ -34,7 +34,7 @@ class scale_by_learning_rate(Leafwise):
     [-0.5, 1.0]
     """
 
-    learning_rate: Scalar = hyperparameter(minimum=0)
+    learning_rate: Scalar = hyperparameter(minimum=0, mend="to ascend, descend on the negative of the loss")
     flip_sign: bool = static(default=True, convert=to_bool, kw_only=True)
 
     def shared(self, count: Any) -> jax.Array:

@@ -150,6 +150,11 @@ class round_with_master(_Rounding):
     State: ClassVar = MasterState
 
     def start(self, p: jax.Array) -> tuple[jax.Array]:
+        if isinstance(p, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"{type(self).__name__}: init copies the parameters, and a ShapeDtypeStruct holds none; for the shapes "
+                f"of the state, jax.eval_shape(tx.init, params)"
+            )
         return (jnp.asarray(p, np.promote_types(jnp.result_type(p), np.float32), copy=True),)
 
     def step(

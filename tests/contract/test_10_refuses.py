@@ -121,6 +121,63 @@ def test_states_of_another_kind(row):
         tx.update(state, params, params)
 
 
+KEEPING = [
+    gdx.scale_by_momentum(),
+    gdx.sgd(0.1, momentum=0.9),
+    gdx.nesterov(lambda count: 0.1),
+    gdx.scale_by_adam(),
+    gdx.adamw(0.1, mask={"w": True, "b": False, "s": True}),
+    gdx.adam(0.1, mu_dtype="bfloat16"),
+    gdx.sgd(0.1, 0.9, accumulator_dtype=gdx.storage.SignedFourthRoot8()),  # whose leaves here are too small for it
+    gdx.chain(optax.clip(1.0), gdx.adam(0.1, nu_dtype=gdx.storage.StochasticBfloat16())),
+]
+
+
+@pytest.mark.parametrize("tx", KEEPING, ids=repr)
+@pytest.mark.parametrize("dtype", ["float16", "int32"])
+def test_moments_of_another_dtype(tx, dtype):
+    params = tree()
+    state = jax.tree.map(lambda x: x.astype(dtype) if x.shape == params["w"].shape else x, tx.init(params))
+    with pytest.raises(TypeError, match=rf"state\.(mu|trace) at \['w'\] is {dtype}\[16,33\], which .*storage\.convert"):
+        tx.update(tree(), state, params)
+    wide = jax.tree.map(lambda x: x.astype("float32") if x.dtype == "bfloat16" else x, tx.init(params))
+    if [x.dtype for x in jax.tree.leaves(wide)] != [x.dtype for x in jax.tree.leaves(tx.init(params))]:
+        with pytest.raises(TypeError, match=r"state\.(mu|nu) at .* is float32.*holds it"):
+            tx.update(tree(), wide, params)
+    tx.update(tree(), gdx.storage.convert(wide, tx.init(params)), params)
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "words"),
+    [
+        (gdx.adamw, {"lr": 0.1}, "adamw: there is no argument 'lr'; did you mean learning_rate\\?"),
+        (gdx.adamw, {"learning_rate": 0.1, "betas": (0.9, 0.99)}, "'betas'; did you mean b1, b2\\?"),
+        (gdx.adamw, {"learning_rate": 0.1, "wd": 0.1}, "'wd'; did you mean weight_decay\\?"),
+        (gdx.sgd, {"learning_rate": 0.1, "nestorov": True}, "'nestorov'; did you mean nesterov\\?"),
+        (gdx.sgd, {"learning_rate": 0.1, "weight_decay": 0.1}, "expected learning_rate, momentum, nesterov, "),
+        (gdx.scale_by_adam, {"epsilon": 0.1}, "'epsilon'; did you mean eps\\?"),
+        (gdx.value(optax.lion), {"lr": 0.1}, "lion: there is no argument 'lr'; did you mean learning_rate\\?"),
+        (gdx.schedules.linear_schedule, {"start_value": 0.1}, "'start_value'; did you mean init_value\\?"),
+    ],
+)
+def test_arguments_by_another_name(make, given, words):
+    with pytest.raises(TypeError, match=words):
+        make(**given)
+
+
+def test_other_mistakes_are_told_what_to_do():
+    with pytest.raises(ValueError, match=r"sgd: learning_rate is -0\.1; .*; to ascend, descend on the negative of the"):
+        gdx.sgd(-0.1)
+    with pytest.raises(
+        TypeError, match=r"schedule: got constant_schedule.*it is one already: give it to the optimizer"
+    ):
+        gdx.schedule(gdx.schedules.constant_schedule(0.1))
+    with pytest.raises(ValueError, match=r"mask is a function that was made anew for each, so define it once"):
+        gdx.grid(lambda rate: gdx.adamw(rate, mask=lambda params: params), rate=[0.1, 0.2])
+    with pytest.raises(TypeError, match=r"round_with_master: init copies .*jax\.eval_shape\(tx\.init, params\)"):
+        gdx.round_with_master().init(jax.ShapeDtypeStruct((3,), "bfloat16"))
+
+
 @pytest.mark.parametrize("count", [jnp.float32(3), jnp.zeros(2, int)])
 def test_a_count_that_is_no_integer_scalar(count):
     tx = gdx.scale_by_adam()
