@@ -124,7 +124,12 @@ def _is_held_by(format: Any, leaf: Any) -> bool:
         return _kinds(leaf) == _stored_kind(format, leaf.shape)
     if is_packed(leaf) or not jnp.issubdtype(leaf.dtype, np.floating):
         return not is_packed(leaf) and jnp.iscomplexobj(leaf)
-    return leaf.dtype == format if isinstance(format, np.dtype) else leaf.dtype.itemsize >= 4
+    # without x64, float64 means float32
+    return (
+        leaf.dtype == jax.dtypes.canonicalize_dtype(format)
+        if isinstance(format, np.dtype)
+        else leaf.dtype.itemsize >= 4
+    )
 
 
 def check_complex(tx: Any, updates: optax.Updates, columns: list[list[Any]]) -> None:
@@ -174,7 +179,9 @@ def _stored_kind(format: Format, shape: tuple[int, ...]) -> tuple:
 
 
 def _format(format: Any) -> str:
-    return f"an optimizer with {format!r}" if format is not None else "an optimizer that keeps at least float32"
+    if isinstance(format, np.dtype):
+        return f"an optimizer with {format.name}"
+    return repr(format) if isinstance(format, Format) else "an optimizer without a storage format, in float32 or wider,"
 
 
 @functools.cache

@@ -387,7 +387,9 @@ def training_step(loss: Loss, tx: optax.GradientTransformation) -> Callable[[Any
         # what some of optax's ask for: reduce_on_plateau, polyak_sgd, lbfgs
         asked = {"value": value, "grad": gradients, "value_fn": lambda params: loss(params, batch)}
         updates, state = tx.update(gradients, state, params, **asked)
-        return (optax.apply_updates(params, updates), state), value
+        # a link that rounds parameters returns how far they move in float32, which strict promotion would refuse
+        with jax.numpy_dtype_promotion("standard"):
+            return (optax.apply_updates(params, updates), state), value
 
     return step
 

@@ -249,7 +249,7 @@ class Value:
         return not (is_child or (callable(getattr(self, field.name)) and takes_floats(field.metadata["parameter"])))
 
 
-# what other libraries call it
+# what others call it
 _ELSEWHERE = {"lr": "learning_rate", "wd": "weight_decay", "epsilon": "eps", "beta": "momentum", "beta1": "b1"}
 _ELSEWHERE |= {"beta2": "b2", "betas": "b1, b2", "alpha": "learning_rate", "decay": "weight_decay"}
 

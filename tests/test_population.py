@@ -135,7 +135,11 @@ REFUSED = {
         ValueError,
         r"learning_rate has shape \(2, 2\); .*gdx\.stack or gdx\.grid",
     ),
-    "an unknown name": (lambda: gdx.grid(gdx.sgd, rate=[0.1]), TypeError, r"unexpected keyword argument 'rate'"),
+    "an unknown name": (
+        lambda: gdx.grid(gdx.sgd, rate=[0.1]),
+        TypeError,
+        r"sgd: there is no argument 'rate'; expected learning_rate",
+    ),
     "a single one": (
         lambda: gdx.unstack(gdx.sgd(0.1)),
         ValueError,

@@ -392,3 +392,13 @@ def test_the_range_of_several_learning_rates():
     for rate, last in zip(found.learning_rates, found.losses):
         losses = gdx.train(bowls, rates(rate, rate / 4), start, jnp.zeros((20, 1))).losses
         np.testing.assert_allclose(np.mean(losses[-2:]), last, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "rounds", [gdx.round_stochastically(0), gdx.round_with_compensation(), gdx.round_with_master()], ids=repr
+)
+def test_links_that_round_train_under_strict_promotion(rounds):
+    tx, start, batches = gdx.chain(gdx.sgd(0.1), rounds), jnp.ones(4, "bfloat16"), jnp.zeros((5, 4), "bfloat16")
+    with jax.numpy_dtype_promotion("strict"):
+        found = gdx.train(lambda p, b: jnp.sum((p - b) ** 2), tx, start, batches)
+    assert found.params.dtype == jnp.bfloat16 and bool(jnp.all(abs(found.params - jnp.bfloat16(0.33)) < 0.01))

@@ -147,6 +147,13 @@ def test_moments_of_another_dtype(tx, dtype):
     tx.update(tree(), gdx.storage.convert(wide, tx.init(params)), params)
 
 
+def test_without_x64_float64_means_float32():
+    tx, params = gdx.adam(0.1, mu_dtype="float64"), tree()
+    with pytest.warns(UserWarning, match="float64"):  # JAX's own
+        state = tx.init(params)
+    tx.update(tree(), state, params)
+
+
 @pytest.mark.parametrize(
     ("make", "given", "words"),
     [
