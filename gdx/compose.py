@@ -81,8 +81,9 @@ class chain(Transform):
 
     def _counts(self, state: Any) -> Iterator[tuple[Any, Any]]:
         check_chain_state(self, state, len(self.transforms))
-        for link, link_state in zip(self.transforms, state):
-            yield from link._counts(link_state)
+        for index, (link, link_state) in enumerate(zip(self.transforms, state)):
+            for path, count in link._counts(link_state):
+                yield ("transforms", index, *path), count
 
 
 def _is_leafwise(pair: tuple[Transform, Any]) -> bool:

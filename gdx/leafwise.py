@@ -170,9 +170,9 @@ class Leafwise(Transform):
 
     def _counts(self, state: Any) -> Iterator[tuple[Any, Any]]:
         count, _ = self._unpacked(state)
-        for _, value in self._hyperparameters():
+        for name, value in self._hyperparameters():
             if callable(value):
-                yield value, count
+                yield (name,), count
 
 
 def update_leaves(

@@ -151,15 +151,16 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
         return updates, CountedState(optax.safe_increment(state.count), inner_state)
 
     def _counts(self, state: Any) -> Iterator[tuple[Any, Any]]:
-        """The schedules in it, each with the count in a state at which the next step calls it."""
+        """Where the schedules in it are, each with the count in a state at which the next step calls it."""
         if self.has_schedule:
             check_state(self, state, CountedState)
-            for _, value in self._hyperparameters():
+            for name, value in self._hyperparameters():
                 if callable(value):
-                    yield value, state.count
+                    yield (name,), state.count
             state = state.inner_state
-        for tx in transforms_in(self):
-            yield from tx._counts(state)
+        for path, tx in _transforms_at(self):
+            for inner, count in tx._counts(state):
+                yield (*path, *inner), count
 
     def init_tree(self, params: optax.Params) -> optax.OptState:
         """For subclasses: the state before the first step."""
@@ -246,9 +247,15 @@ def _children(tx: Transform) -> tuple:
 
 def transforms_in(tx: Transform) -> Iterator[Transform]:
     """The transforms among its arguments."""
-    for leaf in jax.tree.leaves(_children(tx), is_leaf=_is_transform):
+    for _, inner in _transforms_at(tx):
+        yield inner
+
+
+def _transforms_at(tx: Transform) -> Iterator[tuple[tuple, Transform]]:
+    """Path and transform of those among its arguments."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tx, is_leaf=lambda x: x is not tx and _is_transform(x)):
         if isinstance(leaf, Transform):
-            yield leaf
+            yield tuple(getattr(key, "name", getattr(key, "idx", getattr(key, "key", None))) for key in path), leaf
 
 
 def _kinds_in(tx: Transform) -> Iterator[str]:
@@ -424,20 +431,28 @@ class Call(Transform):
             return foreign_update(self, made, updates, state, params, extra_args)
 
     def _counts(self, state: Any) -> Iterator[tuple[Any, Any]]:
-        made = self.made
+        made, settings = self.made, values.names_of(self).values()
         if isinstance(made, Transform):
-            yield from made._counts(state)
+            # what it was given is in what it made, at another place
+            at = dict(made._counts(state))
+            counts = {id(found.value): at[found.path] for found in values.names_of(made).values() if found.path in at}
+            yield from ((found.path, counts[id(found.value)]) for found in settings if id(found.value) in counts)
             return
-        # where the transforms inside it keep their own states is for the function to know
-        first: dict[str, Any] = {}
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-            first.setdefault(getattr(path[-1], "name", "") if path else "", leaf)
-        own = [first[name] for name in first if name in ("count", "step_count")]
-        inside = [first["count"]] if "count" in first else own
-        for tx, counts in ((self, own), *((tx, inside) for tx in transforms_in(self))):
-            for found in values.names_of(tx).values():
-                if callable(found.value) and not found.is_static and counts:
-                    yield found.value, counts[0]
+        # where the transforms inside it keep their states is for the function to know; those of a dict, under its keys
+        counted = [
+            (path, leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+            if path and getattr(path[-1], "name", "") in ("count", "step_count")
+        ]
+        inside = [path for path, _ in _transforms_at(self)]
+        for found in settings:
+            if callable(found.value) and not found.is_static:
+                around = next((path for path in inside if found.path[: len(path)] == path), ())
+                keys = [jax.tree_util.DictKey(key) for key in around[1:] if isinstance(key, str)]
+                there = [(path[-1].name, leaf) for path, leaf in counted if all(key in path for key in keys)]
+                theirs = [leaf for name, leaf in there if name == "count" and around]
+                for count in (theirs or [leaf for _, leaf in there])[:1]:
+                    yield found.path, count
 
 
 _LINK = re.compile(r"^([a-zA-Z_]\w*): ")
@@ -520,7 +535,7 @@ def hyperparams_in_use(tx: Transform, state: Any) -> dict[str, Any]:
             f"hyperparams_in_use: tx is {reprlib.repr(tx)}; expected a transform of gdx's, such as gdx.sgd(0.1) or "
             f"gdx.value(optax.lion)(1e-4)"
         )
-    counts = {id(schedule): count for schedule, count in tx._counts(state)}
+    counts = dict(tx._counts(state))
     settings = values.names_of(tx)
     schedules = [found.path for found in settings.values() if isinstance(found.value, Value)]
     in_use = {}
@@ -530,13 +545,13 @@ def hyperparams_in_use(tx: Transform, state: Any) -> dict[str, Any]:
         if callable(value):
             if any(path[:length] in schedules for length in range(len(path))):
                 continue
-            if id(value) not in counts:
+            if path not in counts:
                 raise ValueError(
                     f"hyperparams_in_use: the state has no count at which {name}, {text(value)}, is called; expected "
                     f"the state that init or the last update of this transform returned"
                 )
             with jax.numpy_dtype_promotion("standard"):
-                value = value(counts[id(value)])
+                value = value(counts[path])
         in_use[name] = float(value) if isinstance(value, np.floating) else value
     return in_use
 

@@ -357,6 +357,21 @@ def test_schedules_in_schedules_in_use(tx, expected):
     assert not inner  # what is in use is the outer one's value
 
 
+def test_one_schedule_at_several_counts_in_use():
+    """By where it is, not by which it is."""
+    every = gdx.value(optax.MultiSteps)(gdx.sgd(LINE), every_k_schedule=3)
+    parts = gdx.value(optax.partition)({"x": every, "y": gdx.adam(LINE)}, {"w": "x", "b": "y"})
+    params = {"w": jnp.ones(2), "b": jnp.ones(3)}
+    state = parts.init(params)
+    for _ in range(4):
+        _, state = parts.update(params, state, params)
+    found = jax.jit(gdx.hyperparams_in_use)(parts, state)
+    assert (found["opt.learning_rate"], found["y.learning_rate"]) == (0.875, 0.5)
+    tx = gdx.chain(gdx.value(optax.MultiSteps)(gdx.sgd(LINE), every_k_schedule=3), gdx.scale_by_learning_rate(LINE))
+    found = gdx.hyperparams_in_use(tx, after(tx, 4))
+    assert (found["opt.learning_rate"], found["scale_by_learning_rate.learning_rate"]) == (0.875, 0.5)
+
+
 @pytest.mark.parametrize("tx", [gdx.adamw(LINE), gdx.sgd(LINE), gdx.chain(optax.clip(1.0), gdx.momentum(LINE))])
 @pytest.mark.parametrize("state", [None, (), (optax.EmptyState(),), {}])
 def test_hyperparameters_at_another_state_are_refused(tx, state):
