@@ -1,6 +1,8 @@
 """Strict JAX for every test: eight host devices, no implicit promotion of dtypes or ranks."""
 
+import itertools
 import os
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
@@ -17,6 +19,18 @@ collect_ignore = ["golden"]  # needs torch
 # compiling makes the first example of each program slow, and failures must repeat from one run to the next
 hypothesis.settings.register_profile("gdx", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("gdx")
+
+
+MAPS = Path("/proc/self/maps")
+TESTS = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def _room_for_programs():
+    """A compiled program takes three memory maps or more; Linux gives a process 65,530, beyond which XLA crashes."""
+    yield
+    if next(TESTS) % 20 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
