@@ -296,9 +296,9 @@ def range_test(
       points: how many rates are tried, at least 2.
 
     Raises:
-      TypeError: tx is none of gdx's; low or high is no number, points no integer; as `gdx.train`.
-      ValueError: tx has no hyperparameter called learning_rate; not 0 < low < high; points is less than 2; no rate
-        ends below the loss that it started from.
+      TypeError: tx is none of gdx's; points is no integer; as `gdx.train`.
+      ValueError: tx has no hyperparameter called learning_rate; low and high are not numbers with 0 < low < high;
+        points is less than 2; no rate ends below the loss that it started from.
 
     Source: Smith, Cyclical Learning Rates for Training Neural Networks (2017), section 3.3.
 

@@ -247,8 +247,10 @@ def _children(tx: Transform) -> tuple:
 
 def transforms_in(tx: Transform) -> Iterator[Transform]:
     """The transforms among its arguments."""
-    for _, inner in _transforms_at(tx):
-        yield inner
+    # at each update, so without their paths
+    for leaf in jax.tree.leaves(_children(tx), is_leaf=_is_transform):
+        if isinstance(leaf, Transform):
+            yield leaf
 
 
 def _transforms_at(tx: Transform) -> Iterator[tuple[tuple, Transform]]:
@@ -511,7 +513,7 @@ def hyperparams_in_use(tx: Transform, state: Any) -> dict[str, Any]:
 
     Works through any nesting, and inside `jax.jit`. A schedule inside a schedule has no value in use of its own: that
     is the outer one's. Schedules that one of optax's functions was given, or transforms inside it, are taken at the
-    first count in its state (`count` or `step_count`).
+    first count in its state (`count` or `step_count`), those of a dict at the first one under its key.
 
     Args:
       tx: a transform of gdx's.
