@@ -16,22 +16,20 @@ numbers are finite. Steps are computed in the default float dtype: in float32 th
 """
 
 import functools
-import itertools
 import math
 import reprlib
-import types
-import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec, Self, cast
+from typing import Any, ParamSpec, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdx.fields import is_concrete, is_number, is_opaque, static, text
+from gdx.annotations import check_type
+from gdx.fields import is_concrete, is_opaque, static, text
 from gdx.numerics import by_itself
-from gdx.values import KEEPERS, Value, check_names, kept_calls
+from gdx.values import KEEPERS, Value, kept_calls
 
 __all__ = [
     "Schedule",
@@ -63,15 +61,11 @@ class Schedule(Value):
     _keeper = "schedule"
     _has_name = True
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        check_names(cls, kwargs)
-        return super().__new__(cls)
-
     def _check_given(self, given: Mapping[str, Any]) -> None:
         for name, value in given.items():
-            parameter = type(self).__dataclass_fields__[name].metadata["parameter"]
-            if value is not parameter.default:
-                _check_type(f"{type(self).__name__}: {name}", value, parameter.annotation)
+            takes = self._metadata(name)["takes"]
+            if value is not takes.default:
+                check_type(f"{type(self).__name__}: {name}", value, takes.annotation)
 
     def _convert(self, name: str, value: Any, source: str = "", is_batch: bool = False) -> tuple[Any, bool]:
         kept, is_child = super()._convert(name, value, source, is_batch)
@@ -123,47 +117,6 @@ class Plain(Value):
 
     def __repr__(self) -> str:
         return text(self.function)
-
-
-def _is_finite(x: Any) -> bool:
-    with np.errstate(over="ignore"):
-        return is_number(x) and not (is_concrete(x) and not np.isfinite(np.asarray(x).astype(jnp.result_type(float))))
-
-
-# what an annotation accepts, and what that is called
-_KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
-    float: (_is_finite, "a finite number"),
-    int: (_is_finite, "a finite number"),
-    bool: (lambda x: isinstance(x, bool | np.bool_), "True or False"),
-    types.NoneType: (lambda x: x is None, "None"),
-    Callable: (callable, "a function of the step count"),
-    Mapping: (lambda x: isinstance(x, Mapping), "a dict"),
-    Sequence: (lambda x: isinstance(x, Sequence) or getattr(x, "ndim", 0) > 0, "a list"),
-    tuple: (lambda x: isinstance(x, tuple | list) and len(x) == 2, "a pair"),
-}
-
-
-def _check_type(label: str, value: Any, annotation: Any) -> None:
-    """Raises an error if a value is not what a parameter's annotation says; one that says nothing of this takes all."""
-    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    options = typing.get_args(annotation) if is_union else (annotation,)
-    kinds = {typing.get_origin(option) or option: typing.get_args(option) or (Any, Any) for option in options}
-    if float in kinds:  # an array beside it is of shape ()
-        kinds = {kind: of for kind, of in kinds.items() if kind not in (np.ndarray, jax.Array)}
-    if not kinds.keys() <= _KINDS.keys():
-        return
-    kind = next((kind for kind in kinds if _KINDS[kind][0](value)), None)
-    if kind is None:
-        expected = " or ".join(dict.fromkeys(_KINDS[kind][1] for kind in kinds))
-        error = ValueError if float in kinds and is_number(value) else TypeError
-        raise error(f"{label} is {text(value)}; expected {expected}")
-    if kind in (Mapping, Sequence, tuple):
-        of = kinds[kind]
-        for key in value if kind is Mapping else ():
-            _check_type(f"{label}: a key", key, of[0])
-        items = value.items() if kind is Mapping else enumerate(value)
-        for (key, item), inner in zip(items, of if kind is tuple else itertools.repeat(of[kind is Mapping])):
-            _check_type(f"{label}.{key}", item, inner)
 
 
 @functools.cache

@@ -36,7 +36,7 @@ from gdx import values
 from gdx.checks import check_gradients, check_params, check_state, check_state_like
 from gdx.fields import hyperparameter, static, text
 from gdx.numerics import compute_dtype
-from gdx.values import KEEPERS, Value, check_names, is_float, kept_calls, takes_arrays
+from gdx.values import KEEPERS, Value, is_float, kept_calls
 
 P = ParamSpec("P")
 
@@ -103,8 +103,8 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
             )
         super().__init_subclass__()
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        check_names(cls, kwargs)
+    @classmethod
+    def _empty(cls) -> Self:
         shown = _Shown()
         shown.tx = tx = tuple.__new__(cls, (shown,))
         return tx
@@ -381,7 +381,7 @@ class Call(Transform):
         """What the function is called with, numbers in this dtype."""
         for name, value in self._hyperparameters():
             # integers and keys may have a shape
-            if is_float(value) and not takes_arrays(self._metadata(name).get("parameter")):
+            if is_float(value) and not self._metadata(name)["takes"].arrays:
                 self._check_single(name, value)
 
         def converted(x: Any) -> Any:

@@ -11,7 +11,6 @@ import functools
 import importlib
 import inspect
 import pickle
-import re
 import reprlib
 import sys
 import types
@@ -24,6 +23,7 @@ from typing import Any, Self, dataclass_transform
 import jax
 import numpy as np
 
+from gdx.annotations import Takes, read_parameter
 from gdx.fields import (
     Static,
     hyperparameter,
@@ -49,6 +49,15 @@ class Value:
     dtype when they enter a program. Arrays of any real dtype are cast to that default dtype, so every spelling of a
     number meets one compiled program. Values are equal if their numbers are in that dtype.
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        _check_names(cls, kwargs)
+        return cls._empty()
+
+    @classmethod
+    def _empty(cls) -> Self:
+        """One without fields yet."""
+        return object.__new__(cls)
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -108,7 +117,7 @@ class Value:
         value, metadata = _copied(label, value), self._metadata(name)
         convert = metadata.get("convert")
         if convert is None:
-            return guessed(label, value, metadata.get("parameter"), is_batch)
+            return guessed(label, value, metadata.get("takes", Takes()), is_batch)
         value = convert(label, value)
         return value, not (metadata.get("static") or is_opaque(value))
 
@@ -214,7 +223,7 @@ class Value:
         for name in dict.fromkeys(path[0] for path, _ in changes):
             given[name] = _with(given[name], [(path[1:], value) for path, value in changes if path[0] == name], self)
             converted[name] = self._convert(name, given[name], is_batch=is_batch)
-        changed = type(self).__new__(type(self))
+        changed = self._empty()
         if not is_batch:
             changed._check_given(given)
         changed._set(converted)
@@ -243,10 +252,10 @@ class Value:
 
     def _is_static(self, field: dataclasses.Field) -> bool:
         """Whether a field is neither a number nor anything in the place of one."""
-        if "parameter" not in field.metadata:
+        if "takes" not in field.metadata:
             return bool(field.metadata.get("static"))
         is_child = field.name in vars(self)["_structure"].children
-        return not (is_child or (callable(getattr(self, field.name)) and takes_floats(field.metadata["parameter"])))
+        return not (is_child or (callable(getattr(self, field.name)) and field.metadata["takes"].floats))
 
 
 # what others call it
@@ -254,7 +263,7 @@ _ELSEWHERE = {"lr": "learning_rate", "wd": "weight_decay", "epsilon": "eps", "be
 _ELSEWHERE |= {"beta2": "b2", "betas": "b1, b2", "alpha": "learning_rate", "decay": "weight_decay"}
 
 
-def check_names(cls: type, given: Mapping[str, Any]) -> None:
+def _check_names(cls: type, given: Mapping[str, Any]) -> None:
     """Raises where an argument has a name that the call does not know, with the one that is meant."""
     if given.keys() <= cls.__dataclass_fields__.keys():  # type: ignore[attr-defined]
         return
@@ -342,7 +351,7 @@ def _flatten_with_keys(value: Value) -> tuple[list, Structure]:
 
 
 def unflatten(cls: Any, structure: Structure, children: Any) -> Any:
-    value = cls.__new__(cls)
+    value = cls._empty()
     fields = vars(value)
     fields.update(zip(structure.children, children))
     for name, kept in structure.rest:
@@ -351,7 +360,7 @@ def unflatten(cls: Any, structure: Structure, children: Any) -> Any:
     return value
 
 
-def guessed(label: str, value: Any, parameter: inspect.Parameter | None, is_batch: bool = False) -> tuple[Any, bool]:
+def guessed(label: str, value: Any, takes: Takes, is_batch: bool = False) -> tuple[Any, bool]:
     """What an argument is kept as, and whether it is a child, where nothing was declared.
 
     Numbers are floats, and integers where the parameter takes floats; an integer anywhere else decides the program, as
@@ -360,33 +369,31 @@ def guessed(label: str, value: Any, parameter: inspect.Parameter | None, is_batc
     """
     if _is_whole(value):
         return as_child(value), True
-    if isinstance(value, str | type) and parameter is not None and np.dtype in typing.get_args(parameter.annotation):
+    if takes.dtypes and isinstance(value, str | type):
         return _to_dtype(value), False
     if value is None or is_opaque(value):
         return value, False
     if isinstance(value, tuple | list | dict):
         leaves, structure = jax.tree_util.tree_flatten_with_path(value, is_leaf=_is_whole)
         names = [f"{label}.{jax.tree_util.keystr(path, simple=True, separator='.')}" for path, _ in leaves]
-        items = [guessed(name, item, parameter, is_batch) for name, (_, item) in zip(names, leaves)]
+        items = [guessed(name, item, takes, is_batch) for name, (_, item) in zip(names, leaves)]
         if items and all(is_child for _, is_child in items):
             return jax.tree.unflatten(structure, [item for item, _ in items]), True
         return value, False
     is_array = isinstance(value, jax.Array | np.ndarray)
-    if is_array and value.ndim and is_float(value) and not (is_batch or takes_arrays(parameter)):
+    if is_array and value.ndim and is_float(value) and not (is_batch or takes.arrays):
         raise ValueError(
             f"{label} has shape {np.shape(value)}; expected a finite number. Build a batch of optimizers with "
             f"gdx.stack or gdx.grid, and annotate what may have a shape, in a function of your own, as jax.Array"
         )
-    wants_float = takes_floats(parameter)
-    if is_number(value) and (is_float(value) or wants_float):
-        default = getattr(parameter, "default", None)
-        is_default = isinstance(value, float) and isinstance(default, float) and value == default
+    if is_number(value) and (is_float(value) or takes.floats):
+        is_default = isinstance(value, float) and isinstance(takes.default, float) and value == takes.default
         return to_number(value) if is_default else to_scalar(label, value), True
     is_simple = isinstance(value, str | bool | complex | np.generic)
-    if is_simple and wants_float and parameter is not None and type(value) not in _kinds(parameter):
+    if is_simple and takes.floats and takes.kinds is not None and type(value) not in takes.kinds:
         to_scalar(label, value)  # which says what is expected
     # what can be called here is a schedule that JAX takes apart, such as a Partial
-    return value, is_array or (callable(value) and wants_float)
+    return value, is_array or (callable(value) and takes.floats)
 
 
 def _copied(label: str, value: Any) -> Any:
@@ -424,54 +431,6 @@ as_child: Callable[[Any], Any] = lambda x: x  # noqa: E731
 def is_float(value: Any) -> bool:
     """Whether it is a real number that is no integer, or an array of them."""
     return jax.dtypes.issubdtype(getattr(value, "dtype", type(value)), np.floating)
-
-
-def takes_floats(parameter: inspect.Parameter | None) -> bool:
-    """Whether a parameter's default is a float, or its annotation has one, or an array and no integer.
-
-    Not where integers and None are in the annotation and the default is None: an integer is then a seed, or a choice.
-    """
-    if parameter is None or isinstance(parameter.default, float):
-        return True
-    kinds = _kinds(parameter)
-    if isinstance(parameter.default, int) or (parameter.default is None and int in kinds):
-        return False
-    return float in kinds or (jax.Array in kinds and int not in kinds)
-
-
-def takes_arrays(parameter: inspect.Parameter | None) -> bool:
-    """Whether a parameter's annotation is an array, and no number, or its default has a shape."""
-    if parameter is None or isinstance(parameter.default, tuple | list):
-        return True
-    if isinstance(parameter.default, jax.Array | np.ndarray) and parameter.default.ndim:
-        return True
-    kinds = _kinds(parameter)
-    return float not in kinds and (jax.Array in kinds or np.ndarray in kinds)
-
-
-def _kinds(parameter: inspect.Parameter) -> list[Any]:
-    """The types in a parameter's annotation, and its default's."""
-    kinds = [*_types_in(parameter.annotation), type(parameter.default)]
-    # the booleans among jax.typing.ArrayLike are not meant
-    is_number = complex in kinds and all(kind in _ARRAY_LIKE for kind in kinds)
-    return [kind for kind in kinds if not (is_number and kind in (bool, np.bool_))]
-
-
-_ARRAY_LIKE = [*typing.get_args(jax.typing.ArrayLike), type(None), type]
-_BY_WORD: dict[str, Any] = {kind.__name__: kind for kind in (float, int, bool, str, jax.Array)}
-_BY_WORD |= {"ArrayLike": jax.typing.ArrayLike, "ScalarOrSchedule": float}
-
-
-def _types_in(annotation: Any) -> list[Any]:
-    """A type, or those of what is in a union or container; not those in a function of them."""
-    origin, inside = typing.get_origin(annotation), typing.get_args(annotation)
-    if isinstance(annotation, str):
-        inside = tuple(_BY_WORD[word] for word in re.findall(r"\w+", annotation) if word in _BY_WORD)
-    elif origin is typing.Literal or not inside:
-        return [*map(type, inside)] or [annotation]
-    elif isinstance(origin, type) and issubclass(origin, Mapping):
-        inside = inside[1:]
-    return [] if origin is Callable else [kind for part in inside for kind in _types_in(part)]
 
 
 def _items(name: str, value: Any) -> Iterator[tuple[tuple[str, ...], tuple, Any]]:
@@ -541,7 +500,7 @@ def kept_calls(function: Callable, base: Any) -> Any:
         elif default is not parameter.empty:
             given = {"default": default}
         fields[parameter.name] = dataclasses.field(
-            **given, kw_only=parameter.kind is parameter.KEYWORD_ONLY, metadata={"parameter": parameter}
+            **given, kw_only=parameter.kind is parameter.KEYWORD_ONLY, metadata={"takes": read_parameter(parameter)}
         )
     body = {
         "__annotations__": dict.fromkeys(fields, Any),
@@ -624,7 +583,7 @@ def _restored(origin: Any, keeper: str, given: Mapping[str, Any], children: tupl
     if isinstance(origin, tuple):
         origin = functools.reduce(getattr, origin[1].split("."), importlib.import_module(origin[0]))
     cls = origin if not keeper else KEEPERS[keeper](origin)
-    value = cls.__new__(cls)
+    value = cls._empty()
     value._set(
         {
             field.name: (given[field.name], field.name in children)
