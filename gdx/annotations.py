@@ -19,7 +19,7 @@ from gdx.fields import is_concrete, is_number, text
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Takes:
-    """What a parameter takes; without one, anything.
+    """What a parameter takes.
 
     Attributes:
       default: its default, if it has one.
@@ -37,6 +37,9 @@ class Takes:
     arrays: bool = True
     dtypes: bool = False
     kinds: tuple[Any, ...] | None = None
+
+
+ANYTHING = Takes()
 
 
 def read_parameter(parameter: inspect.Parameter) -> Takes:

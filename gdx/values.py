@@ -23,7 +23,7 @@ from typing import Any, Self, dataclass_transform
 import jax
 import numpy as np
 
-from gdx.annotations import Takes, read_parameter
+from gdx.annotations import ANYTHING, Takes, read_parameter
 from gdx.fields import (
     Static,
     hyperparameter,
@@ -117,7 +117,7 @@ class Value:
         value, metadata = _copied(label, value), self._metadata(name)
         convert = metadata.get("convert")
         if convert is None:
-            return guessed(label, value, metadata.get("takes", Takes()), is_batch)
+            return guessed(label, value, metadata.get("takes", ANYTHING), is_batch)
         value = convert(label, value)
         return value, not (metadata.get("static") or is_opaque(value))
 
@@ -209,9 +209,9 @@ class Value:
             if name not in names:
                 choices = [known for known in names if known.endswith(f".{name}")]
                 problem = "is ambiguous" if choices else "is unknown"
-                raise ValueError(
-                    f"{type(self).__name__}.replace: {name!r} {problem}; choose from {', '.join(choices or names)}"
-                )
+                meant = "" if choices else _meant(name, names)
+                hint = f"did you mean {meant}?" if meant else f"choose from {', '.join(choices or names)}"
+                raise ValueError(f"{type(self).__name__}.replace: {name!r} {problem}; {hint}")
         return self._put([(names[name].path, value) for name, value in changes.items()])
 
     def _put(self, changes: Sequence[tuple[tuple, Any]]) -> Self:
@@ -263,6 +263,13 @@ _ELSEWHERE = {"lr": "learning_rate", "wd": "weight_decay", "epsilon": "eps", "be
 _ELSEWHERE |= {"beta2": "b2", "betas": "b1, b2", "alpha": "learning_rate", "decay": "weight_decay"}
 
 
+def _meant(name: str, known: Iterable[str]) -> str:
+    """Which of the known names is meant by another one; "" if none is."""
+    known = [*known]
+    elsewhere = [other for other in _ELSEWHERE.get(name, "").split(", ") if other in known]
+    return ", ".join(elsewhere or difflib.get_close_matches(name, known, 1))
+
+
 def _check_names(cls: type, given: Mapping[str, Any]) -> None:
     """Raises where an argument has a name that the call does not know, with the one that is meant."""
     if given.keys() <= cls.__dataclass_fields__.keys():  # type: ignore[attr-defined]
@@ -272,8 +279,7 @@ def _check_names(cls: type, given: Mapping[str, Any]) -> None:
         return
     for name in given:
         if name not in parameters:
-            known = [other for other in _ELSEWHERE.get(name, "").split(", ") if other in parameters]
-            meant = ", ".join(known or difflib.get_close_matches(name, parameters, 1))
+            meant = _meant(name, parameters)
             raise TypeError(
                 f"{cls.__name__}: there is no argument {name!r}; "
                 + (f"did you mean {meant}?" if meant else f"expected {', '.join(parameters) or 'none'}")

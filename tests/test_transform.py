@@ -150,9 +150,9 @@ def test_replace_refuses_names_and_values():
     ):
         NESTED.replace(b1=0.5)
     with pytest.raises(
-        ValueError, match=r"sgd\.replace: 'lr' is unknown; choose from learning_rate, momentum, nesterov"
+        ValueError, match=r"sgd\.replace: 'speed' is unknown; choose from learning_rate, momentum, nesterov"
     ):
-        gdx.sgd(0.1).replace(lr=0.5)
+        gdx.sgd(0.1).replace(speed=0.5)
     with pytest.raises(ValueError, match=r"sgd: momentum is 1\.0; expected a finite number in \[0, 1\)"):
         NESTED.replace(momentum=1.0)
 

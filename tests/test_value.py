@@ -265,7 +265,11 @@ REFUSED = {
     "returns no transform": (lambda: gdx.value(float)(0.1), (TypeError, ValueError), r"float|signature"),
     "a number": (lambda: gdx.value(lambda rate: rate)(0.5), TypeError, r"the function returned 0\.5; expected a tr"),
     "any number of arguments": (lambda: gdx.value(optax.chain), TypeError, r"chain takes \*args.*gdx\.chain"),
-    "an unknown argument": (lambda: LION.replace(lr=3), ValueError, r"lion\.replace: 'lr' is unknown; choose from"),
+    "an unknown argument": (
+        lambda: LION.replace(lr=3),
+        ValueError,
+        r"lion\.replace: 'lr' is unknown; did you mean learning_rate\?",
+    ),
     "branches on a traced number": (
         lambda: jax.jit(run)(gdx.value(branching)(0.1)),
         TypeError,
