@@ -113,14 +113,15 @@ def test_nesterov_is_the_textbook_method_at_its_look_ahead_point():
 
 def test_adamw_decays_the_parameters_and_not_the_gradient():
     tx = gdx.adamw(0.1, weight_decay=0.5)
-    params = {"w": jnp.full(3, 2.0), "b": jnp.full(3, 2.0)}
+    params = {"w": jnp.full(3, 4.0), "b": jnp.full(3, 2.0)}
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = tx.update(zeros, tx.init(params), params)
-    np.testing.assert_allclose(updates["w"], -0.1 * 0.5 * 2.0, rtol=1e-6)
-    masked = tx.replace(mask={"w": True, "b": False})
-    updates, _ = masked.update(zeros, masked.init(params), params)
-    assert np.all(np.asarray(updates["w"]) != 0)
-    assert np.all(np.asarray(updates["b"]) == 0)
+    np.testing.assert_allclose(updates["w"], -0.1 * 0.5 * 4.0, rtol=1e-6)
+    for mask in ({"w": True, "b": False}, lambda params: jax.tree.map(lambda p: np.bool_(p[0] > 2), params)):
+        masked = tx.replace(mask=mask)
+        updates, _ = masked.update(zeros, masked.init(params), params)
+        assert np.all(np.asarray(updates["w"]) != 0)
+        assert np.all(np.asarray(updates["b"]) == 0)
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])

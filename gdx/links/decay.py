@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
+import numpy as np
 import optax
 from optax.transforms._adding import WeightDecaySchedule  # has no public name
 
@@ -60,12 +61,12 @@ class add_decoupled_weight_decay(Leafwise):
             return True
         mask = self.mask(params) if _is_function(self.mask) else self.mask
         for path, leaf in zip(paths(mask), jax.tree.leaves(mask)):
-            if not isinstance(leaf, bool):
+            if not isinstance(leaf, bool | np.bool_):
                 raise TypeError(
                     f"{type(self).__name__}: the mask at {path} is {leaf!r}, expected True (decays) or False"
                 )
         try:
-            return jax.tree.broadcast(mask, params)
+            return jax.tree.broadcast(jax.tree.map(bool, mask), params)
         except ValueError as error:
             raise ValueError(
                 f"{type(self).__name__}: the mask has leaves at {_listed(mask)}, the parameters at {_listed(params)}; "
