@@ -1,6 +1,6 @@
 """How far Adam's step direction in float32 is from the exact one: gdx against optax and torch.
 
-Run `python -m benchmarks.accuracy`. An error is the largest one of a direction's entries over the
+Run `python -m benchmarks accuracy`. An error is the largest one of a direction's entries over the
 largest magnitude of the exact entries. *One step* starts from a given float32 state at steps up to
 a million, so that it shows the formula's own rounding; a *trajectory* is a float32 run of 10,000
 steps from zero, with all that accumulates in it.
@@ -180,7 +180,3 @@ def main() -> None:
         print("Not in:", *behind, WHY_BEHIND, sep="\n")
     if torch is None:
         print("\ntorch is skipped, as it is not installed: python -m pip install torch")
-
-
-if __name__ == "__main__":
-    main()

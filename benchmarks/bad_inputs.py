@@ -1,6 +1,6 @@
 """What happens to bad inputs: each is run with optax and with gdx, and what it does is found by looking.
 
-Run `python -m benchmarks.bad_inputs`. Every case makes a few steps on the loss |theta + 1|^2 / 2,
+Run `python -m benchmarks bad_inputs`. Every case makes a few steps on the loss |theta + 1|^2 / 2,
 which good settings at least halve. A case ends as
 
 - refused: it raised an error; *unclearly* if the message does not name what is wrong;
@@ -243,7 +243,3 @@ def main() -> None:
     kinds = sorted(set(counts["optax"]) | set(counts["gdx"]))
     print(f"\n{len(CASES)} bad inputs:\n")
     print(table(["", *counts], [[kind, *(counts[name][kind] for name in counts)] for kind in kinds]))
-
-
-if __name__ == "__main__":
-    main()

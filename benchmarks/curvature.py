@@ -1,6 +1,6 @@
 """What curvature costs, in gradients, and how exact it is: against dense eigensolvers on three small networks.
 
-    python -m benchmarks.curvature [--rounds 11] [--quick]
+    python -m benchmarks curvature [--rounds 11] [--quick]
 
 The cost is that of a network with 1.3 million parameters on one batch of 256 images, as the median of the ratios of
 interleaved timings, with quartiles. Besides its products with a vector, Lanczos costs its reorthogonalisation.
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from benchmarks.measure import interleaved, ratio, table
+from benchmarks.measure import came_out, interleaved, ratio, table
 from gdx import curvature
 from gdx.compat import enable_x64
 from gdx.demo.problems import cross_entropy, logits, network
@@ -67,7 +67,7 @@ def time_costs(widths: tuple[int, ...], size: int, rounds: int) -> Iterator[tupl
     for name, (products, _, _) in work.items():
         if products:
             cost = ratio(seconds, name, "gradient")
-            yield name, products, cost, f"{cost.median / products:.1f}"
+            yield name, products, cost, round(cost.median / products, 1)
 
 
 def tanh_network(params: Any, batch: Any) -> jax.Array:
@@ -141,11 +141,9 @@ def main() -> None:
     widths, size = (SMALL_WIDTHS, SMALL_BATCH) if args.quick else (WIDTHS, BATCH)
     count = sum(n * m + m for n, m in itertools.pairwise(widths))
     print(f"Cost in gradients; {count:,} parameters, one batch of {size}\n")
-    print(table(["", "products", "gradients", "for each product"], time_costs(widths, size, args.rounds)), "\n")
+    rows = list(time_costs(widths, size, args.rounds))
+    print(table(["", "products", "gradients", "for each product"], rows), "\n")
+    print(came_out("gradients for each product", 3, {name: each for name, _, _, each in rows}), "\n")
     print("Error in float32, in units of the largest absolute eigenvalue; of the trace in standard errors\n")
     header = ["network", "smallest", "largest", "products", "tracker", "trace", "density"]
     print(table(header, measure_errors()))
-
-
-if __name__ == "__main__":
-    main()

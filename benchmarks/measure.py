@@ -51,6 +51,17 @@ def ratio(seconds: Mapping[str, np.ndarray], name: str, baseline: str) -> Ratio:
     return Ratio(float(median), float(low), float(high))
 
 
+def came_out(what: str, most: float, found: Mapping[str, Ratio | float]) -> str:
+    """A sentence: what was expected of these at most, and what came out."""
+    values = {name: value.median if isinstance(value, Ratio) else value for name, value in found.items()}
+    worst = max(values, key=lambda name: values[name])
+    within = sum(value <= most for value in values.values())
+    return (
+        f"Expected: {what}, at most {most:g}. Came out: {min(values.values()):.3g} to {values[worst]:.3g}, the most in "
+        f"{worst}; {within} of {len(values)} within."
+    )
+
+
 def calls_for(function: Callable[[], None], duration: float, most: int = 1000) -> int:
     """How many calls of a function take about this many seconds, so that short ones can be timed together."""
     function()

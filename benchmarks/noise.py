@@ -1,17 +1,16 @@
-"""The gradient noise scale: what measuring it costs, whether it is right, and what it says of the critical batch size.
+"""The gradient noise scale: what measuring it costs, and whether it is right.
 
-Run `python -m benchmarks.noise`, with `--picture FILE` for the scale over training, and `--quick` for a rough look.
+Run `python -m benchmarks noise`, with `--picture FILE` for the scale over training, and `--quick` for a rough look.
 
 1. A training step with `measure_noise` in its chain against one without it, of equal micro-batches: the median of the
    ratios of interleaved timings, with their quartiles.
 2. The noise scale on handwritten digits over training, from its definition, the gradients of all examples one by one,
    and as the link measures it from 8 micro-batches: over 200 batches at the same parameters, and on the way there.
-3. The fewest steps to a training loss for each batch size, over learning rates, against their theory.
 """
 
 import argparse
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +19,7 @@ import numpy as np
 import optax
 
 import gdx
-from benchmarks.measure import calls_for, interleaved, ratio, table
+from benchmarks.measure import Ratio, calls_for, came_out, interleaved, ratio, table
 from gdx import noise
 from gdx.demo.problems import Problem, digits, network
 
@@ -68,10 +67,10 @@ def steps_of(problem: Problem, widths: tuple[int, ...], batch_size: int, way: st
     return lambda: jax.block_until_ready(run(carry)[1])
 
 
-def costs(rounds: int) -> list[Sequence[object]]:
+def costs(rounds: int) -> list[tuple[str, int, int, Ratio, Ratio]]:
     """The rows of the first table."""
     problem = digits()
-    rows: list[Sequence[object]] = []
+    rows: list[tuple[str, int, int, Ratio, Ratio]] = []
     for widths, batch_size in COSTS:
         ways = {way: steps_of(problem, widths, batch_size, way) for way in ("whole batch", "micro-batches", "measured")}
         calls = calls_for(ways["micro-batches"], duration=0.05)
@@ -82,7 +81,7 @@ def costs(rounds: int) -> list[Sequence[object]]:
 
         seconds = interleaved({way: functools.partial(repeated, way) for way in ways}, rounds)
         with_link, micro = ratio(seconds, "measured", "micro-batches"), ratio(seconds, "micro-batches", "whole batch")
-        rows.append(("-".join(map(str, widths)), batch_size, batch_size // MICRO, with_link, "<= 1.05", micro))
+        rows.append(("-".join(map(str, widths)), batch_size, batch_size // MICRO, with_link, micro))
     return rows
 
 
@@ -138,52 +137,10 @@ def history(problem: Problem) -> History:
     return jax.tree.map(np.asarray, jax.jit(lambda carry: jax.lax.scan(look, carry, keys)[1])(carry))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def steps_to(problem: Problem, batch_size: int, rates: jax.Array, key: jax.Array) -> jax.Array:
-    """The steps until the training loss is at most the target, at each rate; inf where it takes too many examples."""
-    every = max(2, 128 // batch_size)
-    most = 60 * len(problem.train[0]) // batch_size
-
-    def steps(rate: jax.Array) -> jax.Array:
-        start = problem.start(jax.random.key(0))
-
-        def more(carry: tuple) -> tuple:
-            params, steps, _ = carry
-            batches = noise.with_replacement(jax.random.fold_in(key, steps), problem.train, batch_size, every)
-            params = gdx.train(problem.loss_on, gdx.sgd(rate), params, batches).params
-            return params, steps + every, problem.loss(params, problem.train)
-
-        carry = start, jnp.int32(0), problem.loss(start, problem.train)
-        _, steps, loss = jax.lax.while_loop(lambda carry: (carry[2] > TARGET) & (carry[1] < most), more, carry)
-        return jnp.where(loss <= TARGET, steps.astype(jnp.float32), jnp.inf)
-
-    return jax.lax.map(steps, rates)
-
-
-def fewest_steps(problem: Problem, seeds: int) -> list[tuple[int, float, float]]:
-    """For each batch size, the fewest steps over rates (mean over seeds) and the rate that makes them."""
-    found = []
-    for size in SIZES:
-        steps = np.stack(
-            [steps_to(problem, size, jnp.asarray(RATES, jnp.float32), jax.random.key(s)) for s in range(seeds)]
-        )
-        mean = steps.mean(axis=0)
-        found.append((size, float(mean.min()), float(RATES[mean.argmin()])))
-    return found
-
-
-def fit(sizes: np.ndarray, steps: np.ndarray) -> tuple[float, float]:
-    """The fewest steps and the critical batch size of S = S_min (1 + B_c / B), least squares of the logarithm."""
-    candidates = np.geomspace(1, 1e4, 2000)
-    excess = np.log1p(candidates[:, None] / sizes)
-    rest = np.log(steps) - excess
-    best = int(np.argmin(rest.var(axis=1)))
-    return float(np.exp(rest[best].mean())), float(candidates[best])
-
-
 def costs_table(rounds: int) -> str:
-    header = ("network", "batch", "micro-batch", "with link / without", "target", "micro-batches / whole batch")
-    return table(header, costs(rounds))
+    header = ("network", "batch", "micro-batch", "with link / without", "micro-batches / whole batch")
+    found = costs(rounds)
+    return f"{table(header, found)}\n\n{came_out('a step with the link', 1.05, {row[0]: row[3] for row in found})}"
 
 
 def history_table(found: History) -> str:
@@ -196,15 +153,6 @@ def history_table(found: History) -> str:
     ]
     header = ("step", "training loss", "|G|^2", "tr Sigma", "scale", "by the link, standing", "by the link, moving")
     return table(header, rows)
-
-
-def steps_table(problem: Problem, seeds: int) -> str:
-    best = fewest_steps(problem, seeds)
-    sizes, fewest, _ = map(np.array, zip(*best))
-    least, critical = fit(sizes, fewest)
-    rows = [(b, f"{rate:.2g}", f"{s:.0f}", f"{least * (1 + critical / b):.0f}", f"{s * b:.0f}") for b, s, rate in best]
-    fitted = f"critical batch size of the fit: {critical:.0f}"
-    return f"{table(('batch', 'best rate', 'steps', 'of the fit', 'examples'), rows)}\n{fitted}"
 
 
 def picture(found: History, examples: int, path: str) -> None:
@@ -225,17 +173,12 @@ def main() -> None:
     """Prints the tables, and writes the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--picture", metavar="FILE", help="where to write the noise scale over training")
-    parser.add_argument("--quick", action="store_true", help="few rounds, one seed")
+    parser.add_argument("--quick", action="store_true", help="few rounds")
     args = parser.parse_args()
     print(costs_table(8 if args.quick else 30), end="\n\n")
     problem = digits()
     found = history(problem)
-    print(history_table(found), end="\n\n")
-    print(steps_table(problem, 1 if args.quick else 3))
+    print(history_table(found))
     if args.picture:
         picture(found, len(problem.train[0]), args.picture)
         print(f"picture: {args.picture}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """State over a mesh: what each device holds, moves and sends, as compiled, and on paper for larger models.
 
-Run `python -m benchmarks.sharding`, or only some of its parts: `compiled time paper`. It forces 8
+Run `python -m benchmarks sharding`, or only some of its parts: `compiled time paper`. It forces 8
 host devices, and compiles for 8 accelerators that are not there (see `benchmarks.devices`). The
 formulas of the part `paper` are those that the part `compiled` puts beside the compilers' figures.
 """
@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 import gdx
 from benchmarks.devices import OPTIONS, available, collectives, compiled_step, devices, nbytes_moved
-from benchmarks.measure import interleaved, ratio, table
+from benchmarks.measure import came_out, interleaved, ratio, table
 from benchmarks.storage import OPTIMIZERS
 from gdx.compat import to_varying
 
@@ -164,6 +164,9 @@ def measure_compiled(kinds: list[str]) -> None:
     print("Bytes per parameter on each of 8 devices, as compiled and on paper; what the training step sends\n")
     header = ["devices, state", "state", "paper", "moved", "paper", "temporary", "collective operations"]
     print(table(header, rows), "\n")
+    moved = {row[0]: float(row[3]) for row in rows if row[3]}
+    if moved:
+        print(came_out("bytes moved per parameter", 24, moved), "\n")
 
 
 def measure_time(rounds: int) -> None:
@@ -282,7 +285,3 @@ def main() -> None:
         measure_time(args.rounds)
     if "paper" in chosen:
         show_paper()
-
-
-if __name__ == "__main__":
-    main()
