@@ -2,6 +2,16 @@
 
 Scale matters: a relu network computes the same with one layer doubled and the next one halved, while the loss then
 changes half as fast along the first. Filter-normalised directions do not see the difference (Li et al., 2018).
+
+>>> import gdx, jax, jax.numpy as jnp, numpy as np
+>>> bowl, keys = lambda p: jnp.sum(p**2), jax.random.split(jax.random.key(0))
+>>> line = gdx.landscape.line(bowl, jnp.ones(3), jnp.zeros(3), np.linspace(0, 1, 5))  # from ones to zeros
+>>> directions = tuple(gdx.landscape.filter_normalised_direction(key, jnp.ones(3)) for key in keys)
+>>> heights = gdx.landscape.plane(bowl, jnp.ones(3), directions, np.arange(-2, 3), np.arange(9))
+>>> line.shape, heights.shape
+((5,), (9, 5))
+
+A grid is one program, which evaluates a few points at a time; `plot.loss_line` and `plot.loss_plane` draw.
 """
 
 import functools

@@ -7,6 +7,23 @@ $$ E|g_B - G|^2 = \\frac{\\operatorname{tr}\\Sigma}{B} \\quad\\text{(with replac
    \\frac{\\operatorname{tr}\\Sigma}{B} \\, \\frac{N - B}{N - 1} \\quad\\text{(without, from $N$ examples)}. $$
 
 The noise scale $\\operatorname{tr}\\Sigma / |G|^2$ is the batch size at which noise and gradient are equally large.
+
+Batches are indices of examples, which `gdx.train` takes; the loss picks them out.
+
+>>> import gdx, jax, jax.numpy as jnp
+>>> data = jax.random.normal(jax.random.key(0), (100, 3))
+>>> def loss(theta, examples):  # the mean loss on the examples with these indices
+...     return jnp.mean(jnp.sum((gdx.noise.take(data, examples) - theta[None]) ** 2, axis=1))
+>>> batches = gdx.noise.epochs(jax.random.key(1), data, batch_size=20, number=2)  # two epochs, shuffled
+>>> batches.shape, gdx.train(loss, gdx.sgd(0.05), jnp.ones(3), batches).losses.shape
+((10, 20), (10,))
+
+`epochs` drops what is left over of an epoch, `padded_epochs` fills the last batch up with examples of weight 0, and
+`with_replacement` draws each example by itself. All take a key and work in `jit`, `vmap` and `scan`.
+
+`measure_noise` is a link that measures the noise scale while training and changes nothing: see its example. A step with
+it takes at most a few percent longer than one of as many micro-batches without (`python -m benchmarks noise`). Under
+`optax.MultiSteps` and on a mesh it is fed by hand.
 """
 
 from gdx.noise.batches import Batches, epochs, padded_epochs, take, with_replacement
