@@ -11,6 +11,56 @@
 - Machines: `sharding` (state over a device mesh), `checkpoint` (saved, and restored onto another mesh)
 - Pictures: `plot`
 - Your own: `Transform`, `Leafwise`, `hyperparameter`, `static`, `Scalar`, `CountedState`, `alike`, `uncontracted`
+
+## A value
+
+Any hyperparameter may be a number, an array of shape `()`, a tracer, or a schedule (a function of the step count,
+optax's included). A batch of optimizers is one whose hyperparameters have a leading axis; it goes wherever a pytree
+does.
+
+## Moving over from optax
+
+Options have optax's names and meaning, and the states are optax's. Three things differ on purpose: moments of
+bfloat16 and float16 parameters are kept in float32 unless you say otherwise (`mu_dtype`, `accumulator_dtype`), the
+second moment of a complex parameter is real, and a gradient whose square overflows (beyond 1.8e19 in float32) makes a
+NaN to be seen, where optax never moves that parameter again.
+
+`sgd` and `momentum` agree for a constant rate and differ under a schedule: in `sgd` a new rate rescales the whole
+velocity, in `momentum` and `nesterov` only what enters it from then on.
+
+## Promises
+
+Each is checked for every transform over one table, `tests/contract/table.py`:
+
+1. It is an optax transform, and composes as one.
+2. It is a value: text, comparison, hash, pickle, copies.
+3. The same bits whichever way a hyperparameter arrives: a constant, an argument, a schedule, injected by optax, in a
+   chain, under `lax.map`, `lax.scan`, and in each lane of `vmap`. (The promise is for the update rule: a whole model
+   under `vmap` also has other matrix products. An eager step may differ from a jitted one by one rounding of the
+   parameter or the update, whichever is larger: only jitted does XLA add the two in one fused multiply-add. Before
+   jax 0.12 a first step that is compiled together with `init` may differ, too, for its count is then a constant. And
+   between the links of `optax.chain` updates are cast to the gradient's dtype: with gradients in half precision use
+   `gdx.chain`.)
+4. One compile for any change of any hyperparameter's value, also from one process to the next.
+5. No dtype, shape or sharding of the state ever changes; everything can be donated.
+6. A step is exact to 2e-6 of its largest entry at any count up to a million and any `b2` up to 0.99999.
+7. Finite gradients make finite steps, within the range that each docstring gives.
+8. Pure, under JAX's strictest settings.
+9. Differentiable with respect to every hyperparameter and parameter.
+10. Bad input is refused by a message that names the leaf and says what to do.
+11. Counts saturate at 2^31 - 1.
+12. Any pytree: `None`, empty, 0-size, scalar and complex leaves, equinox modules, nnx states.
+
+## Limits
+
+- A learning rate or decay that is a tracer is not checked: there is no value to look at.
+- Adam's bias correction under a scheduled `b1` or `b2` uses the current one, as optax and torch do.
+- Swapped arguments that look alike, `update(params, state, gradients)`, cannot be told apart.
+- Slopes of hyperparameters through relu networks are those between the corners: on digits 14 % less than finite
+  differences, which cross them; through tanh they agree to five digits.
+- NaN gradients pass into the state, as in optax; put `optax.apply_if_finite` around the optimizer.
+- A state made without a schedule does not fit an optimizer with one, as in optax: schedules keep a count.
+  `storage.convert(state, tx.init(params))` takes it there, with the count at 0.
 """
 
 import os

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 PACKAGES = {
     "checkpoint": ("orbax.checkpoint",),
     "demo": ("matplotlib", "rich", "sklearn"),
+    "plot": ("matplotlib",),
 }
 
 

@@ -1,7 +1,7 @@
 """Pictures of optimization: runs and sweeps, paths and slices of the loss, curvature, noise.
 
 Each function draws on the axes it is given, or on new ones, and returns them; nothing is shown or
-saved. matplotlib comes with `gdx-jax[demo]`.
+saved. matplotlib comes with `gdx-jax[plot]`.
 """
 
 from gdx.plot.curvature import sharpness, spectral_density

@@ -21,7 +21,7 @@ STYLES = ("-", "--", "-.", (0, (1, 1.2)), (0, (5, 1, 1, 1, 1, 1)), (0, (9, 2)), 
 def axes_or_new(ax: "Axes | None") -> "Axes":
     if ax is not None:
         return ax
-    with needs("demo"):
+    with needs("plot"):
         from matplotlib import pyplot
     return pyplot.subplots(layout="constrained")[1]
 
