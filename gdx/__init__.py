@@ -3,13 +3,13 @@
 - Optimizers: `gradient_descent`, `sgd`, `momentum`, `nesterov`, `adam`, `adamw`
 - Links: `scale_by_learning_rate`, `scale_by_momentum`, `scale_by_adam`, `add_decoupled_weight_decay`
 - Composing: `chain`, `value` (any optimizer, link or wrapper of optax as a value)
-- Schedules: `schedules` (the usual ones, as values), `schedule`, `hyperparams_in_use`
+- Schedules: `gdx.schedules` (the usual ones, as values), `schedule`, `hyperparams_in_use`
 - Training: `train`, `Trained`
 - Sweeps: `grid`, `stack`, `unstack`, `labels`, `sweep`, `Sweep`, `range_test`, `RangeTest`
-- Few bits: `storage` (formats), `round_stochastically`, `round_with_compensation`, `round_with_master`
-- Theory: `curvature` (spectra, best rates), `noise` (mini-batches, noise scale), `landscape` (slices of the loss)
-- Machines: `sharding` (state over a device mesh), `checkpoint` (saved, and restored onto another mesh)
-- Pictures: `plot`
+- Few bits: `gdx.storage` (formats), `round_stochastically`, `round_with_compensation`, `round_with_master`
+- Theory: `gdx.curvature` (spectra, best rates), `gdx.noise` (mini-batches), `gdx.landscape` (slices of the loss)
+- Machines: `gdx.sharding` (state over a device mesh), `gdx.checkpoint` (saved, and restored onto another mesh)
+- Pictures: `gdx.plot`
 - Your own: `Transform`, `Leafwise`, `hyperparameter`, `static`, `Scalar`, `CountedState`, `alike`, `uncontracted`
 
 ## A value

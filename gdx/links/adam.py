@@ -217,8 +217,8 @@ def adamw(
 ) -> Transform:
     r"""Adam with decoupled weight decay.
 
-    $$ \theta_{t+1} = \theta_t - \eta_t \left( \hat m_t / \left( \sqrt{\hat v_t + \bar\varepsilon} + \varepsilon \right)
-       + \lambda \theta_t \right) $$
+    $$ \theta_{t+1} = \theta_t - \eta_t
+       \left( \hat m_t / \left( \sqrt{\hat v_t + \bar\varepsilon} + \varepsilon \right) + \lambda \theta_t \right) $$
 
     as in torch and optax, where the learning rate, scheduled or not, multiplies the decay. With a
     `schedule_multiplier` $s_t$, Loshchilov & Hutter's own form, in which the base rate does not:
