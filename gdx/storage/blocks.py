@@ -142,7 +142,7 @@ class Blocks(Format):
     def misfit(self, shape: tuple[int, ...]) -> str:
         size = math.prod(shape)
         if size < self.minimum_size:
-            return f"{size:,} numbers, of minimum_size={self.minimum_size}"
+            return f"{size:,} numbers, fewer than minimum_size={self.minimum_size}"
         return f"no block of {self.least} numbers up to axis={self.axis} of {shape}"
 
     def zeros(self, like: jax.Array) -> Packed:
@@ -156,9 +156,10 @@ class Blocks(Format):
         inner, end = 1, len(shape) + self.axis + 1
         for axis in reversed(range(end)):
             if shape[axis] * inner >= self.least:
-                # parts that divide the axis need no copy, and shards of whole blocks have the same ones
                 most, least = self.block // inner, -(-self.least // inner)
-                return Layout(shape, axis, end, next((n for n in range(most, least - 1, -1) if shape[axis] % n == 0), most))
+                # parts that divide the axis need no copy, and shards of whole blocks have the same ones
+                whole = (part for part in range(most, least - 1, -1) if shape[axis] % part == 0)
+                return Layout(shape, axis, end, next(whole, most))
             inner *= shape[axis]
         return None
 
