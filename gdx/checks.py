@@ -132,9 +132,9 @@ def check_held(tx: Any, params: optax.Params, names: list[str], rows: list[tuple
     if whole:
         (path, largest), why = max(zip(leaves, next(iter(whole.values()))), key=lambda pair: np.size(pair[0][1]))
         warnings.warn(
-            f"{_name(tx)}: no leaf is large enough to hold {' or '.join(whole)}; all stay in full precision. The largest, "
-            f"at {place(path)}, has the shape {np.shape(largest)}: {why}. Choose a smaller minimum_size or block, or leave "
-            f"the format out; gdx.sharding.report(tx, params) lists all",
+            f"{_name(tx)}: no leaf fits {' or '.join(whole)}, so all stay whole. The largest, at {place(path)}, has "
+            f"the shape {np.shape(largest)}: {why}. Choose a smaller minimum_size or block, or leave the format out; "
+            f"gdx.sharding.report(tx, params) lists what stays whole",
             stacklevel=2,
         )
 
