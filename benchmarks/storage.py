@@ -31,6 +31,7 @@ from benchmarks.fewbits import (
     second_moment_after_shrinking,
 )
 from benchmarks.measure import came_out, interleaved, ratio, table
+from benchmarks.models import TREES
 
 try:
     import torch
@@ -88,6 +89,14 @@ def measure_memory() -> None:
             rows.append((shapes_name, name, *(f"{size / count:.3f}" for size in sizes_of)))
     print("Bytes per parameter: state as held, as the compiled step takes it, as it donates it; temporary memory\n")
     print(table(["parameters", "optimizer", "held", "taken", "donated", "temporary"], rows), "\n")
+    print("Bytes per parameter of the 8-bit state of models, and the leaves that stay in float32\n")
+    rows = []
+    for name, tree in TREES.items():
+        found = gdx.sharding.report(gdx.adamw(RATE, **EIGHT_BIT), [jax.ShapeDtypeStruct(s, "float32") for s in tree])
+        bytes_whole = sum(place.nbytes for place in found.whole) / found.parameters
+        parameters, leaves = f"{found.parameters:,}", f"{len(found.whole) // 2} of {len(tree)}"
+        rows.append((name, parameters, f"{found.nbytes_per_parameter:.3f}", leaves, f"{bytes_whole:.3f}"))
+    print(table(["model", "parameters", "held", "in float32", "their part"], rows), "\n")
 
 
 def allocate(tx: Any, dtype: Any, shapes: Sequence[tuple[int, ...]]) -> Callable[[], None]:

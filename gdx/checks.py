@@ -1,6 +1,11 @@
 """What is checked before a step: gradients, parameters and state. Every error names the leaf and the mend."""
 
+import collections
+import contextlib
 import functools
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -10,8 +15,8 @@ import optax
 
 from gdx.mesh import unreduced_axes
 from gdx.storage.blocks import is_packed, reassembled
-from gdx.storage.formats import Format, is_encoded
-from gdx.trees import paths
+from gdx.storage.formats import Format, is_encoded, why_whole
+from gdx.trees import paths, place
 
 
 def check_params(tx: Any, params: optax.Params) -> None:
@@ -98,6 +103,40 @@ def checked_moments(tx: Any, updates: optax.Updates, moments: dict[str, Any]) ->
     check_complex(tx, updates, columns)
     check_formats(tx, updates, list(moments), columns)
     return columns
+
+
+_notes: ContextVar[Any] = ContextVar("notes", default=None)
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[dict[tuple, list[str]]]:
+    """In here `init` notes why each moment that has a format stays whole, by its place in the link's state."""
+    token = _notes.set(collections.defaultdict(list))
+    try:
+        yield _notes.get()
+    finally:
+        _notes.reset(token)
+
+
+def check_held(tx: Any, params: optax.Params, names: list[str], rows: list[tuple[Any, ...]]) -> None:
+    """Warns where formats hold nothing of the moments with these names, given for each parameter; or has it `noted`."""
+    notes, leaves, whole = _notes.get(), jax.tree_util.tree_leaves_with_path(params), dict[str, list[str]]()
+    for i, (name, format) in enumerate(zip(names, tx.formats)):
+        if isinstance(format, Format):
+            whys = [why_whole(format, row[i]) for row in rows]
+            if notes is not None:
+                for (path, _), why in zip(leaves, whys):
+                    notes[jax.tree_util.GetAttrKey(name), *path].append(why)
+            elif whys and all(whys):
+                whole[f"state.{name} in {format}"] = whys
+    if whole:
+        (path, largest), why = max(zip(leaves, next(iter(whole.values()))), key=lambda pair: np.size(pair[0][1]))
+        warnings.warn(
+            f"{_name(tx)}: no leaf fits {' or '.join(whole)}, so all stay whole. The largest, at {place(path)}, has "
+            f"the shape {np.shape(largest)}: {why}. Choose a smaller minimum_size or block, or leave the format out; "
+            f"gdx.sharding.report(tx, params) lists what stays whole",
+            stacklevel=2,
+        )
 
 
 def check_formats(tx: Any, updates: optax.Updates, names: list[str], moments: list[list[Any]]) -> None:

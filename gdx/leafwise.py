@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdx.checks import check_state, checked_moments
+from gdx.checks import check_held, check_state, checked_moments
 from gdx.numerics import by_itself, compute_dtype
 from gdx.storage.stepping import draws, on_its_mesh, stepped
 from gdx.transform import CountedState, Transform
@@ -162,7 +162,9 @@ class Leafwise(Transform):
         if leaves:
             self.acts_on(params)
         count = jnp.zeros([], jnp.int32) if self.counts or "count" in self.State._fields else None
-        return self._packed(count, structure, map(self.at(count).start, leaves))
+        rows = list(map(self.at(count).start, leaves))
+        check_held(self, params, _moments_of(self), rows)
+        return self._packed(count, structure, rows)
 
     def _update(self, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> tuple[Any, Any]:
         updates, (state,) = update_leaves((self,), (state,), updates, params)

@@ -6,6 +6,7 @@ is one device's part.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -28,8 +29,21 @@ def sharding_of(x: Any) -> NamedSharding | None:
     return sharding if isinstance(sharding, NamedSharding) and not sharding.mesh.empty else None
 
 
-def sharding_of_shorter(like: Any, shape: tuple[int, ...], axis: int) -> Any:
-    """That of an array, for one that is shorter along an axis: where it cannot be divided alike, it is not."""
+def parts(entry: Any, mesh: Mesh | AbstractMesh) -> int:
+    """Into how many one dimension is split, given its entry in a PartitionSpec."""
+    return math.prod(mesh.shape[name] for name in names_of(entry))
+
+
+def spec_of_boxes(
+    spec: PartitionSpec, mesh: Mesh | AbstractMesh, shape: tuple[int, ...], box: tuple[int, ...]
+) -> list[Any]:
+    """That of an array of this shape, for one with a number for each box in it: whole where a part would cut boxes."""
+    entries = [*spec, *[None] * (len(shape) - len(spec))]
+    return [e if size % (parts(e, mesh) * length) == 0 else None for e, size, length in zip(entries, shape, box)]
+
+
+def sharding_of_boxes(like: Any, box: tuple[int, ...]) -> Any:
+    """That of an array, for one with a number for each box in it."""
     if isinstance(like, jax.core.Tracer):
         sharding = jax.typeof(like).sharding
         if not sharding.mesh.explicit_axes:
@@ -39,14 +53,7 @@ def sharding_of_shorter(like: Any, shape: tuple[int, ...], axis: int) -> Any:
     if not isinstance(sharding, NamedSharding):
         # an array that could be on any device leaves the other one as free as itself
         return sharding if isinstance(sharding, SingleDeviceSharding) and like.committed else None
-    spec = [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))]
-    fitted = NamedSharding(sharding.mesh, PartitionSpec(*spec))
-    try:
-        fitted.shard_shape(shape)
-    except ValueError:
-        spec[axis] = None
-        fitted = NamedSharding(sharding.mesh, PartitionSpec(*spec))
-    return fitted
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec_of_boxes(sharding.spec, sharding.mesh, like.shape, box)))
 
 
 def types_of(tree: Any) -> Any:

@@ -1,8 +1,7 @@
 """How the parts of an optimizer's state are laid out on a mesh: a PartitionSpec for each, from shapes alone."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from gdx.mesh import agree, explicit_first, names_of, sharding_of
-from gdx.storage.blocks import Packed, is_packed
+from gdx.mesh import agree, explicit_first, names_of, parts, sharding_of, spec_of_boxes
+from gdx.storage.blocks import is_packed
 from gdx.trees import place
 
 
@@ -46,11 +45,11 @@ def plan_of(name: str, state: Any, params: Any, mesh: Mesh | AbstractMesh, axis:
     follows = [_parameter_of(path, np.shape(leaf), index_of, shapes) for path, leaf in kept]
 
     # one split serves a parameter's gradient and all its moments, so blocks must be whole in every one
-    units: list[dict[int, int]] = [{} for _ in leaves]
+    units = [(1,) * len(shape) for shape in shapes]
     for index, (_, leaf) in zip(follows, kept):
         if index is not None and is_packed(leaf):
-            dimension = len(shapes[index]) + leaf.format.axis
-            units[index][dimension] = math.lcm(units[index].get(dimension, 1), leaf.format.block)
+            box = leaf.format.layout(leaf.shape).box[-len(shapes[index]) :]
+            units[index] = tuple(map(math.lcm, units[index], box))
     moments = list(own)
     for index in {index for index in follows if index is not None}:
         moments[index] = _split(shapes[index], own[index], mesh, axis, units[index])
@@ -65,9 +64,10 @@ def plan_of(name: str, state: Any, params: Any, mesh: Mesh | AbstractMesh, axis:
             # an accumulator of another shape, such as a preconditioner; vectors, counters and keys are left whole
             is_large = jnp.issubdtype(leaf.dtype, np.inexact) and np.ndim(leaf) > 1
             spec = _split(np.shape(leaf), PartitionSpec(), mesh, axis) if is_large else PartitionSpec()
-        arrays = [spec, _scales_spec(leaf, spec, mesh)] if is_packed(leaf) else [spec]
-        placed += arrays
-        belongs += [index is not None] * len(arrays)
+        placed.append(spec)
+        if is_packed(leaf):
+            placed.append(_trimmed(spec_of_boxes(spec, mesh, leaf.shape, leaf.format.layout(leaf.shape).box)))
+        belongs += [index is not None] * (1 + is_packed(leaf))
     return Plan(own, moments, placed, belongs)
 
 
@@ -90,18 +90,18 @@ def _split(
     own: PartitionSpec,
     mesh: Mesh | AbstractMesh,
     axis: str,
-    units: Mapping[int, int] = MappingProxyType({}),
+    units: tuple[int, ...] = (),
 ) -> PartitionSpec:
-    """The spec with one dimension split along the axis too, in equal parts, multiples of its unit if it has one."""
+    """The spec with one dimension split along the axis too, in equal parts, multiples of its unit."""
     entries = [*own, *[None] * (len(shape) - len(own))]
     if axis in (name for entry in entries for name in names_of(entry)):
         return own
     last = len(shape) - 1
     candidates = []
-    for dimension, (size, entry) in enumerate(zip(shape, entries)):
-        own_parts = _parts(entry, mesh)
+    for dimension, (size, entry, unit) in enumerate(zip(shape, entries, units or (1,) * len(shape))):
+        own_parts = parts(entry, mesh)
         part, rest = divmod(size, mesh.shape[axis] * own_parts)
-        if part and not rest and part % units.get(dimension, 1) == 0:
+        if part and not rest and part % unit == 0:
             # rows narrower than a TPU's tile are laid out anew before they are gathered, at half the cost of a step
             is_narrow = dimension == last > 0 and part % _LANES != 0
             candidates.append((is_narrow, own_parts > 1, dimension == last, dimension))
@@ -112,25 +112,12 @@ def _split(
     return _trimmed(entries)
 
 
-def _scales_spec(packed: Packed, spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """That of the codes, but the axis of blocks is whole where a part of it would end inside a block."""
-    dimension = packed.ndim + packed.format.axis
-    if len(spec) <= dimension:
-        return spec
-    is_whole = packed.shape[dimension] % (_parts(spec[dimension], mesh) * packed.format.block) == 0
-    return spec if is_whole else _trimmed(None if i == dimension else entry for i, entry in enumerate(spec))
-
-
 def _trimmed(entries: Iterable) -> PartitionSpec:
     """Without None at the end: specs that mean the same are then equal, and nothing compiles twice."""
     entries = list(entries)
     while entries and entries[-1] is None:
         entries.pop()
     return PartitionSpec(*entries)
-
-
-def _parts(entry: Any, mesh: Mesh | AbstractMesh) -> int:
-    return math.prod(mesh.shape[name] for name in names_of(entry))
 
 
 def check_devices(name: str, what: str, tree: Any, mesh: Mesh) -> None:
@@ -183,11 +170,11 @@ def _own_spec(name: str, path: tuple, p: Any, mesh: Mesh | AbstractMesh, specs: 
         spec = _given_spec(name, specs, path, mesh)
     else:
         spec = PartitionSpec() if sharding is None else _trimmed(sharding.spec)
-    shape, parts = np.shape(p), [_parts(entry, mesh) for entry in spec]
-    if len(spec) > len(shape) or any(size % count for size, count in zip(shape, parts)):
+    shape, counts = np.shape(p), [parts(entry, mesh) for entry in spec]
+    if len(spec) > len(shape) or any(size % count for size, count in zip(shape, counts)):
         raise ValueError(
             f"{name}: the parameter at {place(path)} has the shape {shape}, which {spec} does not divide: into "
-            f"{tuple(parts)} parts on {mesh}. Split another dimension, or none: jax.P()"
+            f"{tuple(counts)} parts on {mesh}. Split another dimension, or none: jax.P()"
         )
     return spec
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import math
+import itertools
 import reprlib
 from typing import Any, NamedTuple
 
@@ -12,10 +12,11 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from gdx.checks import check_state_like
+from gdx.checks import check_state_like, noted
 from gdx.fields import static
 from gdx.mesh import constrained, hidden_axes, is_inside_shard_map, names_of, sharding_of, typed_sharding, untyped
 from gdx.sharding.placement import Plan, check_devices, plan_of
+from gdx.storage.blocks import is_packed
 from gdx.transform import Transform, to_transform
 from gdx.trees import place
 
@@ -176,32 +177,46 @@ class Place(NamedTuple):
 
     Attributes:
       path: where it is in the state.
-      spec: how it is split.
+      spec: how it is split; None without a mesh.
       nbytes: of the whole array.
       nbytes_per_device: of the part that a device holds.
-      why: why it is not split along the axis; empty if it is.
+      why: why it is not split along the axis; empty if it is, or without a mesh.
+      why_whole: why it is not held in its storage format; empty if it is, or has none.
     """
 
     path: str
-    spec: PartitionSpec
+    spec: PartitionSpec | None
     nbytes: int
     nbytes_per_device: int
     why: str
+    why_whole: str
 
 
 class Report(NamedTuple):
-    """How a state is spread over a mesh; prints as a table of what could not be split.
+    """How large a state is, and where on a mesh; prints as a table of what is not split, or not in few bits.
 
     Attributes:
       places: one for each array of the state.
+      parameters: how many numbers the parameters are.
     """
 
     places: tuple[Place, ...]
+    parameters: int
 
     @property
     def nbytes(self) -> int:
         """Of the whole state."""
         return sum(place.nbytes for place in self.places)
+
+    @property
+    def nbytes_per_parameter(self) -> float:
+        """Of the whole state."""
+        return self.nbytes / max(self.parameters, 1)
+
+    @property
+    def whole(self) -> tuple[Place, ...]:
+        """What is not held in its storage format, the largest first."""
+        return tuple(sorted((p for p in self.places if p.why_whole), key=lambda p: -p.nbytes))
 
     @property
     def nbytes_per_device(self) -> int:
@@ -219,15 +234,20 @@ class Report(NamedTuple):
         return sum(place.nbytes_per_device for place in self.replicated)
 
     def __repr__(self) -> str:
-        lines = [
-            f"state of {self.nbytes:,} bytes: {self.nbytes_per_device:,} on each device, "
-            f"{self.nbytes_replicated:,} of them not split along the axis"
-        ]
-        shown = self.replicated[:_SHOWN]
+        lines = [f"state of {self.nbytes:,} bytes, {self.nbytes_per_parameter:.3f} per parameter"]
+        if any(place.spec is not None for place in self.places):
+            each, of_it = self.nbytes_per_device, self.nbytes_replicated
+            lines = [
+                f"state of {self.nbytes:,} bytes: {each:,} on each device, {of_it:,} of them not split along the axis"
+            ]
+        listed = sorted((p for p in self.places if p.why or p.why_whole), key=lambda p: -p.nbytes_per_device)
+        shown = listed[:_SHOWN]
         width = max((len(place.path) for place in shown), default=0)
-        lines += [f"  {p.path:{width}}  {p.nbytes_per_device:>10,}  {p.why}" for p in shown]
-        if len(self.replicated) > _SHOWN:
-            lines.append(f"  and {len(self.replicated) - _SHOWN} smaller ones")
+        for p in shown:
+            why = "; ".join(filter(None, (p.why, p.why_whole)))
+            lines.append(f"  {p.path:{width}}  {p.nbytes_per_device:>10,}  {why}")
+        if len(listed) > _SHOWN:
+            lines.append(f"  and {len(listed) - _SHOWN} smaller ones")
         return "\n".join(lines)
 
 
@@ -235,12 +255,19 @@ _SHOWN = 20
 
 
 def report(
-    tx: optax.GradientTransformation, params: Any, mesh: Mesh | AbstractMesh, axis: str = "data", specs: Any = None
+    tx: optax.GradientTransformation,
+    params: Any,
+    mesh: Mesh | AbstractMesh | None = None,
+    axis: str = "data",
+    specs: Any = None,
 ) -> Report:
-    """How many bytes of the state each device will hold, what cannot be split along the axis, and why.
+    """How many bytes the state takes: on each device of a mesh, and per parameter; what is larger than asked, and why.
 
-    Args and errors are those of `state_shardings`: nothing is computed, so that neither the devices
-    nor the memory need be there.
+    That is what cannot be split along the axis, and moments that do not fit their storage format. Other args and errors
+    are those of `state_shardings`: nothing is computed, so that neither the devices nor the memory need be there.
+
+    Args:
+      mesh: the devices; None for all of the state on one.
 
     >>> import gdx, jax
     >>> mesh = jax.sharding.AbstractMesh((8,), ("data",))
@@ -250,19 +277,40 @@ def report(
       [0].mu['b']          28  no dimension of (7,) divides into 8
       [0].nu['b']          28  no dimension of (7,) divides into 8
       [0].count             4  a scalar
+    >>> gdx.sharding.report(gdx.sgd(0.1, 0.9, accumulator_dtype=gdx.storage.SignedFourthRoot8()), params)
+    state of 45,793,312 bytes, 1.016 per parameter
+      [0].inner_state.trace['b']          28  7 numbers, fewer than minimum_size=4096
     """
-    state, plan = _abstract("report", tx, params, mesh, axis, specs)
-    places = []
-    for (path, leaf), spec, follows in zip(jax.tree_util.tree_leaves_with_path(state), plan.state, plan.follows):
-        part = NamedSharding(mesh, spec).shard_shape(leaf.shape)
-        nbytes, nbytes_per_device = (math.prod(shape) * leaf.dtype.itemsize for shape in (leaf.shape, part))
+    tx = to_transform("report: tx", tx)
+    # traced anew, which notes why moments are whole
+    with noted() as notes, jax.disable_jit():
+        state = jax.eval_shape(lambda params: tx.init(params), _bare(params))
+    nodes = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_packed)
+    whys = [[_noted(notes, path)] * len(jax.tree.leaves(node)) for path, node in nodes]
+    leaves, count = jax.tree_util.tree_leaves_with_path(state), sum(map(np.size, jax.tree.leaves(_bare(params))))
+    rows = [(jax.tree_util.keystr(path), x, why) for (path, x), why in zip(leaves, itertools.chain(*whys))]
+    if mesh is None:
+        return Report(tuple(Place(path, None, _nbytes(x), _nbytes(x), "", why) for path, x, why in rows), count)
+    _check_axis("report", mesh, axis)
+    plan, places = plan_of("report", state, params, mesh, axis, specs), []
+    for (path, x, why_whole), spec, follows in zip(rows, plan.state, plan.follows):
+        part = x.update(shape=NamedSharding(mesh, spec).shard_shape(x.shape))
         is_split = axis in (name for entry in spec for name in names_of(entry))
-        why = "" if is_split else _why_whole(part, mesh.shape[axis], follows)
-        places.append(Place(jax.tree_util.keystr(path), spec, nbytes, nbytes_per_device, why))
-    return Report(tuple(places))
+        why = "" if is_split else _why_not_split(part.shape, mesh.shape[axis], follows)
+        places.append(Place(path, spec, _nbytes(x), _nbytes(part), why, why_whole))
+    return Report(tuple(places), count)
 
 
-def _why_whole(part: tuple[int, ...], count: int, follows: bool) -> str:
+def _noted(notes: dict[tuple, list[str]], path: tuple) -> str:
+    """What is noted of the moment there: of links whose moments have one name, the first has noted it first."""
+    return next((notes[path[i:]].pop(0) for i in range(len(path)) if notes.get(path[i:])), "")
+
+
+def _nbytes(x: Any) -> int:
+    return x.size * x.dtype.itemsize
+
+
+def _why_not_split(part: tuple[int, ...], count: int, follows: bool) -> str:
     if not part:
         return "a scalar"
     if not any(size and size % count == 0 for size in part):
@@ -277,9 +325,12 @@ def _abstract(
 ) -> tuple[Any, Plan]:
     """The state in shapes and dtypes, and its plan, for the function of this name."""
     _check_axis(name, mesh, axis)
-    bare = jax.tree.map(lambda p: jax.ShapeDtypeStruct(np.shape(p), jnp.result_type(p)), params)
-    state = jax.jit(_init).eval_shape(to_transform(f"{name}: tx", tx), bare)
+    state = jax.jit(_init).eval_shape(to_transform(f"{name}: tx", tx), _bare(params))
     return state, plan_of(name, state, params, mesh, axis, specs)
+
+
+def _bare(params: Any) -> Any:
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(np.shape(p), jnp.result_type(p)), params)
 
 
 def _shardings(state: Any, plan: Plan, mesh: Mesh | AbstractMesh) -> Any:

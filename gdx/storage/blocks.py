@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdx.fields import to_integer
-from gdx.mesh import sharding_of_shorter, varying_alike
+from gdx.mesh import sharding_of_boxes, varying_alike
 from gdx.numerics import uncontracted
 from gdx.storage.dither import Dither
 from gdx.storage.formats import Format
@@ -22,7 +22,7 @@ class Packed:
 
     Attributes:
       codes: integers, shaped like the array.
-      scales: one float32 for each block, in an array that is shorter than `codes` along the axis of the blocks.
+      scales: one float32 for each block, in an array that is shorter than `codes` along the axes of the blocks.
       format: what decodes it, part of the tree structure.
 
     >>> import gdx, jax.numpy as jnp
@@ -88,12 +88,15 @@ def is_packed(x: Any) -> bool:
 class Blocks(Format):
     r"""Base of the formats that hold each number in 8 bits, relative to the largest of its block.
 
-    A block is `block` neighbours along an axis (the last one of a row may be shorter, at the price of a
-    copy in each step). Codes and scales shard like the parameter as long as each shard holds whole blocks.
-    With the default 256, a number takes 8.125 bits.
+    A block is a box of at most `block` numbers, and at least a quarter of that: with the default 256, a number takes
+    8.125 to 8.5 bits. It has all of `axis` and of the axes before it until there are that many, and of the next one the
+    longest part that divides it: 256 of 1024 columns, 250 of 1000, all 64 of (512, 8, 64), boxes of 16 x 3 x 3 in
+    (128, 64, 3, 3). Where none does, it has as much as `block` allows, and the last block is shorter, at the price of a
+    copy in each step. Codes and scales shard like the parameter as long as each shard holds whole blocks.
 
-    Arrays of fewer than `minimum_size` elements, or with that axis shorter than a block, are too
-    small to gain and stay in float32; so do complex moments.
+    Arrays of fewer than `minimum_size` numbers, or with fewer than a quarter of `block` up to `axis`, are too small
+    to gain and stay in float32; so do complex moments. `gdx.sharding.report(tx, params)` lists them, and `init` warns
+    if nothing is left.
 
     A block with an infinity or NaN becomes NaN altogether, to be seen. A block whose largest is below
     1.2e-38, the smallest normal float32, becomes 0.
@@ -128,28 +131,45 @@ class Blocks(Format):
         if self.axis >= 0:
             raise ValueError(f"{type(self).__name__}: axis is {self.axis}; expected -1, the last axis, or less")
 
+    @property
+    def least(self) -> int:
+        """How many numbers a block has at least."""
+        return max(self.block // 4, 1)
+
     def fits(self, shape: tuple[int, ...]) -> bool:
-        is_long = len(shape) >= -self.axis and shape[self.axis] >= self.block
-        return is_long and np.prod(shape, dtype=object) >= self.minimum_size
+        return math.prod(shape) >= self.minimum_size and self.layout(shape) is not None
+
+    def misfit(self, shape: tuple[int, ...]) -> str:
+        size = math.prod(shape)
+        if size < self.minimum_size:
+            return f"{size:,} numbers, fewer than minimum_size={self.minimum_size}"
+        return f"no block of {self.least} numbers up to axis={self.axis} of {shape}"
 
     def zeros(self, like: jax.Array) -> Packed:
-        shape = list(like.shape)
-        shape[self.axis] = -(-shape[self.axis] // self.block)
-        scales = jnp.zeros(shape, jnp.float32, device=sharding_of_shorter(like, tuple(shape), self.axis))
+        layout = self.layout(like.shape)
+        scales = jnp.zeros(layout.blocks, jnp.float32, device=sharding_of_boxes(like, layout.box))
         codes, scales = varying_alike((jnp.zeros_like(like, self.code_dtype), scales))
         return Packed(codes, scales, self)
 
-    def layout(self, shape: tuple[int, ...]) -> "Layout":
-        """Where the blocks of an array of this shape are."""
-        return Layout(shape, len(shape) + self.axis, self.block)
+    def layout(self, shape: tuple[int, ...]) -> Any:
+        """Where the blocks of an array of this shape are; None if there are not enough numbers for one."""
+        inner, end = 1, len(shape) + self.axis + 1
+        for axis in reversed(range(end)):
+            if shape[axis] * inner >= self.least:
+                most, least = self.block // inner, -(-self.least // inner)
+                # parts that divide the axis need no copy, and shards of whole blocks have the same ones
+                whole = (part for part in range(most, least - 1, -1) if shape[axis] % part == 0)
+                return Layout(shape, axis, end, next(whole, most))
+            inner *= shape[axis]
+        return None
 
     def encode(self, x: jax.Array, dither: Dither) -> Packed:
         layout, x = self.layout(x.shape), x.astype(jnp.float32)
         bits = layout.split(dither.bits(x.shape, self.seed)) if self.stochastic else None
         # of the whole array, and with blocks seen as matrices: three times as fast on CPUs
-        wide = math.gcd(self.block, 16)
-        matrices = (*x.shape[: layout.axis], -1, self.block // wide, wide, *x.shape[layout.axis + 1 :])
-        largest = _largest(layout.filled(x).reshape(matrices), (layout.axis + 1, layout.axis + 2))
+        wide = max(width for width in range(1, 17) if layout.block % width == 0)
+        matrices = layout.seen(layout.filled(x), -1, layout.block // wide, wide)
+        largest = _largest(matrices, (layout.axis + 1, layout.axis + 2))
         largest = jnp.expand_dims(largest, layout.axis + 1)
         return layout.join(self.encode_blocks(layout.split(x), largest, bits))
 
@@ -200,33 +220,58 @@ def _dtype(x: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where blocks are in arrays of one shape: along which axis, and how long."""
+    """Where blocks are in arrays of one shape: in axes `axis` to `end`, seen as one.
+
+    A block is `part` long along the first of them, and whole along the others.
+    """
 
     shape: tuple[int, ...]
     axis: int
-    block: int
+    end: int
+    part: int
+
+    @property
+    def box(self) -> tuple[int, ...]:
+        """How long a block is along each axis of the array."""
+        inside = self.part, *self.shape[self.axis + 1 : self.end]
+        return (1,) * self.axis + inside + (1,) * (len(self.shape) - self.end)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """How many there are along each axis."""
+        return tuple(-(-length // part) for length, part in zip(self.shape, self.box))
+
+    @property
+    def block(self) -> int:
+        """How many numbers a block has."""
+        return math.prod(self.box)
 
     @property
     def missing(self) -> int:
         """What the last block lacks."""
-        return -self.shape[self.axis] % self.block
+        return -math.prod(self.shape[self.axis : self.end]) % self.block
+
+    def seen(self, x: jax.Array, *axes: int) -> jax.Array:
+        """An array with these axes in the place of its own."""
+        return x.reshape(*self.shape[: self.axis], *axes, *self.shape[self.end :])
 
     def filled(self, x: jax.Array) -> jax.Array:
-        """With zeros up to the end of the last block."""
+        """With one axis for all, and zeros up to the end of the last block."""
+        x = self.seen(x, -1)
         return jnp.pad(x, [(0, self.missing if i == self.axis else 0) for i in range(x.ndim)]) if self.missing else x
 
     def split(self, x: Any) -> Any:
-        """An array, or a packed one, with the axis taken apart into blocks, each along the next one."""
+        """An array, or a packed one, with blocks along an axis, and the next one along each."""
         if is_packed(x):
-            return Packed(self.split(x.codes), jnp.expand_dims(x.scales, self.axis + 1), x.format)
-        return self.filled(x).reshape(*self.shape[: self.axis], -1, self.block, *self.shape[self.axis + 1 :])
+            return Packed(self.split(x.codes), self.seen(x.scales, -1, 1), x.format)
+        return self.seen(self.filled(x), -1, self.block)
 
     def join(self, x: Any) -> Any:
         """What `split` took apart."""
         if is_packed(x):
-            return Packed(self.join(x.codes), x.scales.squeeze(self.axis + 1), x.format)
-        whole = x.reshape(*self.shape[: self.axis], -1, *self.shape[self.axis + 1 :])
-        return jax.lax.slice_in_dim(whole, 0, self.shape[self.axis], axis=self.axis)
+            return Packed(self.join(x.codes), x.scales.reshape(self.blocks), x.format)
+        length = math.prod(self.shape[self.axis : self.end])
+        return jax.lax.slice_in_dim(self.seen(x, -1), 0, length, axis=self.axis).reshape(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)

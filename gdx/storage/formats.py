@@ -51,6 +51,10 @@ class Format:
         """Whether arrays of this shape are worth it; the others stay as they would be without a format."""
         return True
 
+    def misfit(self, shape: tuple[int, ...]) -> str:
+        """Why arrays of this shape do not fit, in words, for reports and warnings."""
+        return f"{shape} does not fit {self}"
+
     def encode(self, x: jax.Array, dither: Dither) -> Any:
         """What is stored of a real array in at least float32: an array of the same shape, or a `Packed` one."""
         raise NotImplementedError(f"{type(self).__name__} defines no encode")
@@ -120,6 +124,13 @@ def is_encoded(format: Any, moment: Any) -> bool:
     """Whether a moment is what this format, a dtype or None makes of such an array."""
     real = not jnp.issubdtype(moment.dtype, jnp.complexfloating)
     return isinstance(format, Format) and real and format.fits(moment.shape)
+
+
+def why_whole(format: Format, moment: Any) -> str:
+    """Why a moment stays as it would be without this format; empty if it does not."""
+    if is_encoded(format, moment):
+        return ""
+    return "complex" if jnp.issubdtype(moment.dtype, np.complexfloating) else format.misfit(moment.shape)
 
 
 def moment_like(p: jax.Array, dtype: Any = None, *, real: bool = False) -> Any:

@@ -99,6 +99,28 @@ def test_from_mesh_to_mesh(kind, checkpoints):
         assert [x.sharding for x in jax.tree.leaves(run)] == [x.sharding for x in jax.tree.leaves(targets)]
 
 
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_blocks_of_several_axes_go_from_mesh_to_mesh(kind, checkpoints):
+    tx = gdx.adam(0.01, mu_dtype=gdx.storage.SignedFourthRoot8(), nu_dtype=gdx.storage.FourthRoot8())
+    params = {"convolution": jnp.ones((64, 16, 3, 3)), "heads": jnp.ones((32, 8, 32)), "whole": jnp.ones((3, 3))}
+    start = some_steps(tx, copied(params), tx.init(params), range(3))
+    expected = some_steps(tx, *copied(start), range(3, 6))
+    run = start
+    for step, count in enumerate((4, 8, 1, 2)):
+        mesh = jax.make_mesh(
+            (count,), ("data",), axis_types=(jax.sharding.AxisType[kind],), devices=jax.devices()[:count]
+        )
+        checkpoints.save(step, tx, *run)
+        whole = jax.tree.map(lambda p: jax.device_put(p, jax.NamedSharding(mesh, jax.P())), params)  # noqa: B023
+        sharded = gdx.sharding.shard_state(tx, mesh)
+        _, *run, _ = checkpoints.restore(sharded, whole, sharded.init(whole))
+        codes = run[1][0].nu["heads"].codes
+        assert codes.addressable_shards[0].data.size == codes.size // count
+        assert_same_bits(tuple(run), start)
+        found = some_steps(sharded, *copied(tuple(run)), range(3, 6))
+        assert_same_bits(found, expected)
+
+
 def test_what_was_not_bound_to_a_device_still_is_not(checkpoints):
     tx, params = gdx.adam(0.01), on((8,), PARAMS)
     state = tx.init(params)

@@ -133,6 +133,7 @@ KEEPING = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:scale_by_momentum. no leaf fits:UserWarning")
 @pytest.mark.parametrize("tx", KEEPING, ids=repr)
 @pytest.mark.parametrize("dtype", ["float16", "int32"])
 def test_moments_of_another_dtype(tx, dtype):

@@ -379,6 +379,12 @@ VARIANTS = list(map(Variant._make, (
          packed := right(self, x, largest, bits), scales=jnp.where(largest == jnp.inf, largest, packed.scales))),
     ("small leaves in 8 bits", "storage/test_blocks.py::test_small_leaves_stay_float32", "storage.blocks:Blocks.fits",
      lambda right, self, shape: right(dataclasses.replace(self, minimum_size=1), shape)),
+    ("blocks that are not whole", "storage/test_layouts.py::test_every_number_is_in_one_block_of_the_right_size",
+     "storage.blocks:Layout.missing", Instead(0)),
+    ("parts of blocks on devices", "storage/test_layouts.py::test_moments_are_split_between_blocks_only",
+     "sharding.placement:_split", lambda right, shape, own, mesh, axis, units=(): right(shape, own, mesh, axis)),
+    ("silence where nothing fits", "storage/test_layouts.py::test_nothing_in_few_bits_is_said_at_init",
+     "leafwise:check_held", lambda right, tx, params, names, rows: None),
     ("the update reads what was not rounded", "storage/test_blocks.py::test_the_update_is_that_of_the_stored_moments",
      "storage.formats:with_slope_of", lambda right, x, value: x),
     # Populations and training.
