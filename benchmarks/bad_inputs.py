@@ -8,6 +8,7 @@ which good settings at least halve. A case ends as
 - accepted: it ran, and did what was meant.
 """
 
+import argparse
 import re
 import textwrap
 import warnings
@@ -232,14 +233,18 @@ CASES = (
 
 
 def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--each", action="store_true", help="what each of them does, too")
+    each = parser.parse_args().each
     warnings.simplefilter("ignore")
     counts: dict[str, Counter[str]] = {"optax": Counter(), "gdx": Counter()}
     for case in CASES:
-        print(case.name)
         for library in (optax, gdx):
             found = outcome(case, library)
             counts[library.__name__][found.partition(":")[0]] += 1
-            print(f"  {library.__name__:5}  {textwrap.shorten(found, WIDTH, placeholder=' ...')}")
+            if each or (library is gdx and not found.startswith("refused: ")):
+                print(f"{case.name}: {library.__name__}  {textwrap.shorten(found, WIDTH, placeholder=' ...')}")
     kinds = sorted(set(counts["optax"]) | set(counts["gdx"]))
     print(f"\n{len(CASES)} bad inputs:\n")
     print(table(["", *counts], [[kind, *(counts[name][kind] for name in counts)] for kind in kinds]))
