@@ -58,11 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_arguments(parser)
     arguments = parser.parse_args(options)
     try:
-        command.check(arguments)
-    except (ValueError, TypeError) as error:
-        parser.error(str(error))
-    try:
         require(*command.EXTRAS)
+        try:
+            command.check(arguments)
+        except (ValueError, TypeError) as error:
+            parser.error(str(error))
         return _run(command, arguments)
     except (MissingExtra, OSError) as error:
         print(f"python -m gdx: {error}", file=sys.stderr)

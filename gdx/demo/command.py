@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
                     update(name, report.step, terminal.status(report.metrics))
             if problem.train:
                 walks[name] = list(train(valley, OPTIMIZERS[landscape][name], STEPS[landscape], None, seed))
-    console.print(_table(arguments, runs))
+    terminal.show(console, _table(arguments, runs))
     terminal.save(console, picture(SURFACES[landscape], (problem.title, valley.title), runs, walks), arguments.output)
     return 130 if terminal.interrupted.is_set() else 0
 

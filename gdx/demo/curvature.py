@@ -71,8 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     with enable_x64(True):
         with terminal.progress(console, 1, *arguments.data) as update:
             found = {name: investigate(name, arguments, update) for name in arguments.data}
-        console.print(_edges_table(found))
-        console.print(_rates_table(found))
+        terminal.show(console, _edges_table(found))
+        terminal.show(console, _rates_table(found))
         for name, result in found.items():
             if not result.best["gradient_descent"].convex:
                 console.print(f"{name}: the smallest eigenvalue is not positive: there is no minimum {NO_MINIMUM}")

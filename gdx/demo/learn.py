@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
         [str(i), *(f"{x:.3g}" for x in (*path[i].values(), losses[i])), terminal.number("accuracy", accuracies[i])]
         for i in dict.fromkeys([0, best // 4, best // 2, best])
     ]
-    console.print(terminal.table(["round", *path[0], "validation loss", "test accuracy"], rows))
+    terminal.show(console, terminal.table(["round", *path[0], "validation loss", "test accuracy"], rows))
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     plot.loss_curves({"validation loss": losses}, left)

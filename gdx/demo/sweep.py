@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
         + [terminal.number(kind, values[i]) for kind, values in final.items()]
         for rank, i in enumerate(ranking[:BEST], start=1)
     ]
-    console.print(terminal.table(["rank", *labels[0], *terminal.headers(final)], rows))
+    terminal.show(console, terminal.table(["rank", *labels[0], *terminal.headers(final)], rows))
     console.print(f"{diverged.sum()} of {len(labels)} points diverged; {seconds:.1f} s in one program, compiled once")
     figure = Figure(figsize=(8, 5.4), layout="constrained")
     axes = plot.sweep(labels, np.where(diverged, np.nan, final["loss"]), figure.subplots())

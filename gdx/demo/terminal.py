@@ -95,6 +95,11 @@ def status(metrics: Mapping[str, Any]) -> str:
     return ", ".join(f"{kind} {number(kind, value)}" for kind, value in ordered(metrics).items())
 
 
+def show(to: "Console", table: "Table") -> None:
+    """Prints a table, whole: in a narrow terminal its lines wrap, where rich would leave digits out."""
+    to.print(table, width=max(to.width, 80))
+
+
 def table(headers: Iterable[str], rows: Iterable[Iterable[str]], title: str = "", caption: str = "") -> "Table":
     """A table whose headers are as narrow as their longest word, so that it fits 80 columns."""
     from rich import box
@@ -143,9 +148,11 @@ def several(choices: Iterable[str]) -> Callable[[str], list[str]]:
     return convert
 
 
-def check_folder(path: Path) -> None:
-    """Raises unless files can be made there: permissions alone do not say so."""
+def check_folder(path: Path, *, make: bool = False) -> None:
+    """Raises unless files can be made there, in a new folder if asked for: permissions alone do not say so."""
     try:
+        if make:
+            path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:

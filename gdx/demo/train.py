@@ -1,7 +1,6 @@
 """Trains on digits with the optimizer's state spread over devices and processes, and checkpoints to go on from."""
 
 import argparse
-import contextlib
 import functools
 import itertools
 import os
@@ -84,9 +83,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--resume: there is no checkpoint in {str(folder)!r}; leave it out to begin a run there")
     if found and not arguments.resume:
         raise ValueError(f"{str(folder)!r} has the checkpoints of a run; go on by --resume, or give another folder")
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    terminal.check_folder(folder)
+    terminal.check_folder(folder, make=True)
 
 
 def _has_checkpoints(folder: Path) -> bool:

@@ -124,8 +124,10 @@ def test_two_processes_end_where_one_does_and_eight_devices_go_on(capsys):
     assert_close(run, plain("adamw", 80))
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(capsys):
-    with started("--devices 2 --steps 1000000 --every 20 --optimizer sgd --checkpoints 'my run'") as process:
+@pytest.mark.parametrize("count", [1, 2])
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(count, capsys):
+    options = f"--devices 2 --processes {count} --steps 1000000 --every 20 --optimizer sgd --checkpoints 'my run'"
+    with started(options) as process:
         until(process, "checkpoint of step 40")
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)
