@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -140,11 +141,12 @@ def test_in_a_checkout(start, environment, elsewhere):
     assert Path(found.split("\ngdx ")[1].strip()).resolve() == ROOT / "gdx" / "__init__.py"
 
 
-def test_what_a_checkout_misses_is_installed(environment, elsewhere):
+@pytest.mark.parametrize("missing", ["orbax", "optax"])
+def test_what_a_checkout_misses_is_installed(missing, environment, elsewhere):
     (elsewhere / "gdx").symlink_to(ROOT / "gdx")
-    orbax = (environment.packages / "orbax").readlink()
-    (environment.packages / "orbax").unlink()
-    assert re.match(PIP, found := environment.run(elsewhere, orbax))[1] == str(elsewhere)
+    package = (environment.packages / missing).readlink()
+    (environment.packages / missing).unlink()
+    assert re.match(PIP, found := environment.run(elsewhere, package))[1] == str(elsewhere)
     assert f"gdx {elsewhere}" in found
 
 
@@ -153,9 +155,11 @@ def test_the_newest_wheel(place, environment, elsewhere):
     folder = elsewhere if place == "beside the notebook" else environment.uploads
     wheels = [folder / f"gdx_jax-0.{i}.0-py3-none-any.whl" for i in (10, 9)]
     for i, wheel in enumerate(wheels):
-        wheel.touch()
-        os.utime(wheel, (-i, -i))
+        zipfile.ZipFile(wheel, "w").close()
+        os.utime(wheel, (i, i))
     (folder / "gdx_jax-0.10.0-py3-none-any (1).whl").touch()  # no name that pip takes
+    (folder / "gdx_jax-0.11.0-py3-none-any.whl").write_text("what is left of a download")
+    (elsewhere / "gdx").mkdir()  # no package
     assert re.match(PIP, found := environment.run(elsewhere, ROOT / "gdx"))[1] == str(wheels[0])
     assert f"gdx {environment.packages}" in found
 
@@ -168,7 +172,7 @@ def test_from_the_package_index(environment, elsewhere):
 def test_otherwise_it_says_what_to_do(environment, elsewhere):
     found = environment.run(elsewhere)
     assert re.match(PIP, found)[1] == "gdx-jax"
-    assert re.search(r"error No module named 'gdx'. Put the wheel .* run this cell again", found)
+    assert re.search(r"error No module named 'gdx'. Put a whole wheel .* run this cell again", found)
 
 
 def test_tells_what_to_try_next(path):

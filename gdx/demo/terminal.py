@@ -97,7 +97,8 @@ def status(metrics: Mapping[str, Any]) -> str:
 
 def show(to: "Console", table: "Table") -> None:
     """Prints a table, whole: in a narrow terminal its lines wrap, where rich would leave digits out."""
-    to.print(table, width=max(to.width, 80))
+    to.width = max(to.width, 80)
+    to.print(table)
 
 
 def table(headers: Iterable[str], rows: Iterable[Iterable[str]], title: str = "", caption: str = "") -> "Table":
