@@ -28,20 +28,25 @@ def stack(optimizers: Iterable[Transform]) -> Transform:
 
     Raises:
       ValueError: there is none, or they differ in more than numbers, which would be several programs.
-      TypeError: one is no gdx transform.
+      TypeError: optimizers is no iterable, or one is no gdx transform.
 
     >>> import gdx, jax, jax.numpy as jnp
     >>> batch = gdx.stack([gdx.sgd(0.1), gdx.sgd(0.2)])
     >>> jax.vmap(lambda tx: tx.update(jnp.ones(()), tx.init(jnp.ones(())))[0])(batch).tolist()
     [-0.10000000149011612, -0.20000000298023224]
     """
+    if isinstance(optimizers, Transform) or not isinstance(optimizers, Iterable):
+        raise TypeError(
+            f"stack: optimizers is {reprlib.repr(optimizers)}; expected a list, such as [gdx.sgd(0.1), gdx.sgd(0.2)]"
+        )
     members = list(optimizers)
     if not members:
         raise ValueError("stack: got no optimizers; expected at least one, such as [gdx.sgd(0.1), gdx.sgd(0.2)]")
     for i, member in enumerate(members):
         if not isinstance(member, Transform):
             raise TypeError(
-                f"stack: optimizer {i} is {reprlib.repr(member)}; expected one of gdx's, such as gdx.sgd(0.1)"
+                f"stack: optimizer {i} is {reprlib.repr(member)}; expected one of gdx's, such as gdx.sgd(0.1) or "
+                f"gdx.value(optax.lion)(0.1)"
             )
         structure: Any = jax.tree.structure(member)
         if structure != jax.tree.structure(members[0]):
@@ -101,14 +106,19 @@ def grid(make: Callable[..., Transform], /, **settings: Any) -> Transform:
         an axis of the grid; anything else is the same in every member.
 
     Raises:
-      ValueError: an axis is empty, or a value is out of range.
-      TypeError: make does not take these keywords, or the members are different programs.
+      ValueError: an axis is empty, or a value is out of range, or the members are different programs.
+      TypeError: make is no function, such as an optimizer that is made already, or does not take these keywords.
 
     >>> import gdx
     >>> batch = gdx.grid(gdx.adamw, learning_rate=[1e-3, 1e-2], weight_decay=[0.0, 0.1], b2=0.99)
     >>> gdx.labels(batch)[1]
     {'learning_rate': 0.001, 'weight_decay': 0.1}
     """
+    if not callable(make) or isinstance(make, Schedule):
+        raise TypeError(
+            f"grid: make is {reprlib.repr(make)}; expected what makes an optimizer, and its arguments by name, as in "
+            f"gdx.grid(gdx.adamw, learning_rate=[1e-3, 1e-2])"
+        )
     axes = {
         name: value if isinstance(value, list | tuple) else np.asarray(value)
         for name, value in settings.items()
@@ -119,6 +129,25 @@ def grid(make: Callable[..., Transform], /, **settings: Any) -> Transform:
             raise ValueError(f"grid: {name} is empty; expected at least one value")
     points = [dict(zip(axes, point)) for point in itertools.product(*axes.values())]
     return stack(make(**{**settings, **point}) for point in points)
+
+
+def to_scores(label: str, score: Any, size: int, each: str) -> np.ndarray:
+    """A score as float64, checked to be one real number for each of so many.
+
+    Raises:
+      TypeError: it is no real numbers.
+      ValueError: it has another shape.
+    """
+    try:
+        array = np.asarray(score)
+        is_real = jnp.issubdtype(array.dtype, np.floating) or jnp.issubdtype(array.dtype, np.integer)
+    except (TypeError, ValueError):  # random keys; lists of several lengths
+        is_real = False
+    if not is_real:
+        raise TypeError(f"{label}: score is {reprlib.repr(score)}; expected real numbers, one for each {each}")
+    if array.shape != (size,):
+        raise ValueError(f"{label}: score has shape {array.shape}; expected ({size},), one number for each {each}")
+    return array.astype(float)
 
 
 def labels(batch: Transform) -> list[dict[str, float]]:

@@ -139,7 +139,8 @@ def schedule(function: Callable[P, Callable[[Any], Any]]) -> Callable[P, Schedul
         cannot change without compiling).
 
     Raises:
-      TypeError: it takes `*args` or `**kwargs`, or returns no function; or, in a call, it compares traced numbers.
+      TypeError: it is a schedule already, takes `*args` or `**kwargs`, or returns no function; or, in a call, it
+        compares traced numbers.
 
     >>> import gdx, optax
     >>> @gdx.schedule
@@ -151,12 +152,21 @@ def schedule(function: Callable[P, Callable[[Any], Any]]) -> Callable[P, Schedul
     >>> gdx.sgd(rate).replace(peak_value=0.2).hyperparams["peak_value"]
     0.2
     """
-    if not callable(function) or isinstance(function, Schedule):
-        mend = "; it is one already: give it to the optimizer" if callable(function) else ""
+    if not callable(function) or _is_made(function):
+        mend = "; what returns a number is one already: give it to the optimizer" if callable(function) else ""
         raise TypeError(f"schedule: got {reprlib.repr(function)}; expected a function that makes a schedule{mend}")
     if isinstance(function, type) and issubclass(function, Schedule):
         return cast(Any, function)
     return _schedule_class(cast(Any, function))
+
+
+def _is_made(function: Callable) -> bool:
+    """Whether a function is a schedule, whose value at a step count is a number."""
+    try:
+        with jax.numpy_dtype_promotion("standard"):
+            return isinstance(jax.eval_shape(function, jax.ShapeDtypeStruct((), jnp.int32)), jax.ShapeDtypeStruct)
+    except Exception:  # what makes one asks for more, or returns a function
+        return isinstance(function, Schedule)
 
 
 def _check(label: str, number: Any, is_right: Any, expected: str) -> None:

@@ -1,6 +1,7 @@
 """Training in one compiled program: many steps of one optimizer, or of a whole batch of them."""
 
 import functools
+import inspect
 import math
 import reprlib
 from collections.abc import Callable
@@ -11,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdx.fields import is_number, to_integer
+from gdx.fields import is_number, text, to_bool, to_integer
 from gdx.mesh import sharding_of, types_of, untyped
-from gdx.population import labels, members_of, stack
+from gdx.population import labels, members_of, stack, to_scores
 from gdx.transform import Transform
 from gdx.trees import leading_axis
+from gdx.values import names_of
 
 Loss = Callable[[Any, Any], jax.Array]
 """The loss of parameters on a batch of data: a function that returns a real scalar."""
@@ -67,8 +69,8 @@ def train(
       remat: whether the derivative through it keeps memory for $\sqrt{K}$ steps rather than for $K$.
 
     Raises:
-      TypeError: loss is no function or returns something else than a real scalar; tx is no transform; batches is a
-        list.
+      TypeError: loss is no function of two or returns something else than a real scalar; tx is no transform; batches
+        is a list; remat is neither True nor False.
       ValueError: the leaves of batches do not have one leading axis in common.
 
     >>> import gdx, jax, jax.numpy as jnp
@@ -81,7 +83,7 @@ def train(
     _check_call("train", loss, tx, batches)
     start = jax.tree.map(jnp.asarray, params)
     carry = (start, tx.init(start) if state is None else state)
-    scan = _rematerialised_scan if remat else jax.lax.scan
+    scan = _rematerialised_scan if to_bool("train: remat", remat) else jax.lax.scan
     (params, state), losses = scan(training_step(loss, tx), carry, batches)
     return Trained(jax.tree.map(_as_placed, params, start), state, losses)
 
@@ -125,14 +127,11 @@ class Sweep(NamedTuple):
           score: of shape (members,), such as `sweep.final["loss"]`.
 
         Raises:
+          TypeError: score is no real numbers.
           ValueError: score has another shape.
         """
-        if np.shape(score) != np.shape(self.diverged):
-            raise ValueError(
-                f"ranking: score has shape {np.shape(score)}; expected {np.shape(self.diverged)}, one number for each "
-                f"member, as in sweep.losses[:, -1]"
-            )
-        score = np.where(self.diverged, np.nan, np.asarray(score, float))
+        score = to_scores("ranking", score, len(self.losses), "member, as in sweep.losses[:, -1]")
+        score = np.where(self.diverged, np.nan, score)
         return [int(i) for i in np.argsort(score, stable=True) if np.isfinite(score[i])]
 
 
@@ -164,8 +163,8 @@ def sweep(
         at work, the least loss and how many have diverged.
 
     Raises:
-      TypeError: loss, evaluate or progress has no hash; optimizers is none of gdx's, or chunk_size no integer; as
-        `gdx.train`.
+      TypeError: loss, evaluate or progress has no hash or is no function of so many arguments; evaluate returns
+        something else than arrays; optimizers is none of gdx's, or chunk_size no integer; as `gdx.train`.
       ValueError: optimizers is no batch, chunk_size is less than 1, or the leaves of batches do not
         have one leading axis in common.
 
@@ -184,6 +183,10 @@ def sweep(
         )
     members = members_of(optimizers)
     chunk = members if chunk_size is None else min(to_integer("sweep: chunk_size", chunk_size, minimum=1), members)
+    evaluate = _keep if evaluate is None else evaluate
+    _check_function("sweep: evaluate", evaluate, "the final parameters")
+    if progress is not None:
+        _check_function("sweep: progress", progress, "the fraction that is done", "the least loss", "how many diverged")
     for name, function in (("loss", loss), ("evaluate", evaluate), ("progress", progress)):
         try:
             hash(function)
@@ -192,7 +195,7 @@ def sweep(
                 f"sweep: {name} is {reprlib.repr(function)}, which has no hash, by which compiled programs are found; "
                 f"wrap it in a function, such as lambda *arguments: {name}(*arguments)"
             ) from None
-    return Sweep(optimizers, *_sweep(loss, evaluate or _keep, progress, chunk, optimizers, params, batches))
+    return Sweep(optimizers, *_sweep(loss, evaluate, progress, chunk, optimizers, params, batches))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -231,7 +234,7 @@ def _train_all(
             step = _reporting(step, progress, is_copy, before=chunk * steps, total=chunks * steps)
             data = jnp.arange(1, steps + 1), batches
         (end, _), losses = jax.lax.scan(step, (params, tx.init(params)), data)
-        return losses, evaluate(end)
+        return losses, _arrays_of(evaluate(end))
 
     run_all = jax.vmap(run, (None, 0, 0))
     if chunks == 1:
@@ -297,7 +300,8 @@ def range_test(
 
     Raises:
       TypeError: tx is none of gdx's; points is no integer; as `gdx.train`.
-      ValueError: tx has no hyperparameter called learning_rate; low and high are not numbers with 0 < low < high;
+      ValueError: tx is a batch, or has no hyperparameter called learning_rate, or several that are not numbers with
+        ratios; low and high are not numbers with 0 < low < high;
         points is less than 2; no rate ends below the loss that it started from.
 
     Source: Smith, Cyclical Learning Rates for Training Neural Networks (2017), section 3.3.
@@ -314,9 +318,7 @@ def range_test(
     if not (is_number(low) and is_number(high) and 0 < low < high < math.inf):
         raise ValueError(f"range_test: low is {low!r} and high is {high!r}; expected numbers, 0 < low < high")
     rates = np.geomspace(low, high, to_integer("range_test: points", points, minimum=2))
-    named = {name: x for name, x in tx.hyperparams.items() if name.endswith(".learning_rate") and is_number(x)}
-    largest = max(named.values(), default=0)
-    ratios = {name: x / largest for name, x in named.items()} if largest else {"learning_rate": 1.0}
+    ratios = _ratios(tx)
     batch = stack(tx.replace(**{name: ratio * rate for name, ratio in ratios.items()}) for rate in rates)
     result = sweep(loss, batch, params, batches, evaluate=_nothing, chunk_size=chunk_size, progress=progress)
     history = np.asarray(result.losses, float)
@@ -333,8 +335,40 @@ def range_test(
     return RangeTest(rates, losses, start, edge, float(rates[best]))
 
 
+def _ratios(tx: Transform) -> dict[str, float]:
+    """Each learning rate's ratio to the largest, by name."""
+    found = {name: x.value for name, x in names_of(tx).items() if name.split(".")[-1] == "learning_rate"}
+    shown = ", ".join(f"{name}={text(x)}" for name, x in found.items())
+    if not found:
+        raise ValueError(
+            f"range_test: {tx!r} has no learning_rate to try; give it one, as in "
+            f"gdx.chain(tx, gdx.scale_by_learning_rate(0.1))"
+        )
+    if any(map(np.ndim, found.values())):
+        raise ValueError(f"range_test: tx is a batch, of {shown}; expected one optimizer, as in gdx.unstack(tx)[0]")
+    if len(found) == 1:
+        return dict.fromkeys(found, 1.0)
+    if not all(map(is_number, found.values())) or not any(found.values()):
+        raise ValueError(
+            f"range_test: tx has {shown}; expected numbers, not all 0, to keep their ratios to the largest"
+        )
+    return {name: x / max(found.values()) for name, x in found.items()}
+
+
 def _keep(params: Any) -> Any:
     return params
+
+
+def _arrays_of(evaluated: Any) -> Any:
+    """What evaluate returned, as arrays."""
+    try:
+        if evaluated is not None:
+            return jax.tree.map(jnp.asarray, evaluated)
+    except TypeError:
+        pass
+    raise TypeError(
+        f"sweep: evaluate returned {reprlib.repr(evaluated)}; expected an array or number, or a tree of such"
+    )
 
 
 def _nothing(params: Any) -> tuple:
@@ -344,10 +378,7 @@ def _nothing(params: Any) -> tuple:
 def _check_call(name: str, loss: Any, tx: Any, batches: Any) -> None:
     """Raises where an argument is not of its kind, or stands in the place of another."""
     usage = f"{name}(loss, {'optimizers' if name == 'sweep' else 'tx'}, params, batches)"
-    if not callable(loss) or (isinstance(loss, type) and issubclass(loss, optax.GradientTransformation)):
-        raise TypeError(
-            f"{name}: loss is {reprlib.repr(loss)}; expected a function of the parameters and a batch, as in {usage}"
-        )
+    _check_function(f"{name}: loss", loss, "the parameters", "a batch", mend=f", as in {usage}")
     if isinstance(tx, type) or not (hasattr(tx, "init") and hasattr(tx, "update")):
         mend = f"; call it, as in {tx.__name__}(...)" if isinstance(tx, type) else f", as in {usage}"
         raise TypeError(f"{name}: {reprlib.repr(tx)} is no optimizer; expected one such as gdx.sgd(0.1){mend}")
@@ -356,7 +387,27 @@ def _check_call(name: str, loss: Any, tx: Any, batches: Any) -> None:
             f"{name}: batches is a list of {len(batches)}; expected arrays with a leading axis of steps. Make them of "
             f"the batches: jax.tree.map(lambda *x: jnp.stack(x), *batches)"
         )
-    _steps_of(batches)
+    leading_axis(f"{name}: batches:", batches, "steps", least=1, mend=f", as in {usage}")
+
+
+def _check_function(label: str, function: Any, *arguments: str, mend: str = "") -> None:
+    """Raises unless it is a function that can take these arguments by position."""
+    shown = reprlib.repr(function)
+    is_right = callable(function) and not (
+        isinstance(function, type) and issubclass(function, optax.GradientTransformation)
+    )
+    if is_right:
+        try:
+            # what is written around a function may give it more
+            signature = inspect.signature(function, follow_wrapped=False)
+            shown = f"{getattr(function, '__name__', shown)}{signature}"
+            signature.bind(*arguments)
+        except ValueError:  # it has no signature
+            pass
+        except TypeError:
+            is_right = False
+    if not is_right:
+        raise TypeError(f"{label} is {shown}; expected a function of {' and '.join(arguments)}{mend}")
 
 
 def _steps_of(batches: Any) -> int:

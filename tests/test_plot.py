@@ -1,6 +1,7 @@
 """Pictures: on given axes or new ones, headless, also of runs that diverged."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+import gdx
 from gdx import plot
 
 
@@ -231,7 +233,7 @@ def test_sweeps_without_a_logarithm(ax, score):
 def test_a_sweep_of_nothing():
     with pytest.raises(ValueError, match=r"differ in no hyperparameter; expected labels such as gdx\.labels gives"):
         plot.sweep([{}, {}], [1.0, 2.0])
-    with pytest.raises(ValueError, match=r"score has shape \(1,\); expected \(2,\), one for each label"):
+    with pytest.raises(ValueError, match=r"score has shape \(1,\); expected \(2,\), one number for each label"):
         plot.sweep([{"b1": 0.1}, {"b1": 0.2}], [1.0])
 
 
@@ -428,6 +430,16 @@ def test_one_bad_point_leaves_the_others_their_colours(offset):
         ({"a": [1, 2, 3], "b": [1, 2, 3]}, [9, 9, 9, 9, 9, 1, 9, 9, 9], True),
         ({"a": [1, 2, 3], "b": [1, 2, 3]}, [9, 9, 9, 9, 1, 9, 9, 9, 9], False),
         ({"a": [1, 2], "b": [1, 2, 3]}, [9, 1, 9, 9, 9, 9], False),  # of two there is no inside
+        ({"a": [0, 1, 2]}, [0.1, 0.2, 0.3], False),  # nothing is wider than 0
+        ({"a": [-2, -1, 0]}, [0.3, 0.2, 0.1], True),
+        ({"a": [1, 2, 3]}, [0.5, 0.5, 0.5], False),
+        ({"a": [1, 2, 3]}, [0.1, 0.1, 0.5], False),  # as good further in
+        ({"a": [1, 2, 3]}, [0.5, np.nan, np.nan], True),
+        ({"a": [1, 2, 3]}, [0.5, 0.5, np.nan], False),
+        ({"a": [0, 1, 2], "b": [1, 2, 3]}, [9, 1, 9, 9, 9, 9, 9, 9, 9], False),
+        ({"a": [0, 1, 2], "b": [1, 2, 3]}, [9, 9, 1, 9, 9, 9, 9, 9, 9], True),
+        ({"a": [1, 2, 3], "b": [1, 2, 3]}, [5] * 9, False),
+        ({"a": [1, 2, 3], "b": [1, 2, 3]}, [9, 9, 1, 9, 9, 1, 9, 9, 1], True),  # along b, whatever a is
     ],
 )
 def test_the_best_at_the_edge_says_so(settings, score, says):
@@ -436,8 +448,77 @@ def test_the_best_at_the_edge_says_so(settings, score, says):
     assert any("at the edge" in text for text in texts) == says
 
 
-def test_axes_in_the_place_of_the_labels():
+def test_a_scatter_says_that_its_best_is_at_the_edge():
+    points = [{"a": a, "b": b} for a, b in ((1.0, 1.0), (2.0, 3.0), (3.0, 2.0), (2.5, 2.5))]
+    for score, says in (([1, 2, 3, 4], True), ([4, 3, 2, 1], False), ([1, 1, 1, 1], False)):
+        texts = [text.get_text() for text in plot.sweep(points, score).get_legend().get_texts()]
+        assert any("at the edge" in text for text in texts) == says
+
+
+GRID = gdx.grid(gdx.sgd, learning_rate=[0.1, 0.2, 0.4])
+LABELS, SCORE = gdx.labels(GRID), [0.5, 0.3, 0.6]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        GRID,
+        np.array(SCORE),
+        SCORE,
+        "abc",
+        [*LABELS[:2], {"momentum": 0.5}],
+        gdx.sweep(lambda theta, batch: jnp.sum(theta**2), GRID, jnp.ones(2), jnp.zeros((2, 1))),
+    ],
+    ids=["a batch", "the score", "the score as a list", "text", "other names", "a sweep"],
+)
+def test_what_is_no_labels(labels):
     with pytest.raises(
-        TypeError, match=r"plot\.sweep: labels is .*Axes.*; expected a list.*plot\.sweep\(labels, score"
+        TypeError, match=r"plot\.sweep: labels is .*; expected a list .* plot\.sweep\(gdx\.labels\(batch"
     ):
-        plot.sweep(pyplot.subplots()[1], [1.0])
+        plot.sweep(labels, SCORE if labels is GRID else LABELS)
+
+
+def test_axes_in_the_place_of_the_labels():
+    with pytest.raises(TypeError, match=r"plot\.sweep: labels is .*Axes.*; expected a list.*, score, ax\)"):
+        plot.sweep(pyplot.subplots()[1], LABELS, SCORE)
+
+
+@pytest.mark.parametrize("score", [np.ones(3) * 1j, list("abc"), {"loss": SCORE}, None, [True] * 3], ids=repr)
+def test_a_score_that_is_no_number(score):
+    with pytest.raises(TypeError, match=r"plot\.sweep: score is .*; expected real numbers, one for each label"):
+        plot.sweep(LABELS, score)
+
+
+@pytest.mark.parametrize(
+    "limits", [(1, 2, 3), (1,), 5, "ab", (0, np.inf), (np.nan, 1), (1, 2j), {1: 2, 3: 4}, (2, 1), (1, 1)], ids=repr
+)
+@pytest.mark.parametrize("points", [LABELS, [{**point, "b": 1 / (1 + i)} for i, point in enumerate(LABELS)]])
+def test_limits_that_are_none(limits, points):
+    with pytest.raises(
+        ValueError, match=rf"limits is {re.escape(repr(limits))}; expected \(low, high\) with low < high"
+    ):
+        plot.sweep(points, SCORE, limits=limits)
+
+
+DRAWINGS = {
+    "loss_curves": lambda ax: plot.loss_curves({"sgd": SCORE}, ax),
+    "sweep": lambda ax: plot.sweep(LABELS, SCORE, ax),
+    "paths": lambda ax: plot.paths(bowl, {"sgd": np.ones((3, 2))}, ax),
+    "loss_line": lambda ax: plot.loss_line([0, 1], {"loss": [1.0, 2.0]}, ax),
+    "noise_scale": lambda ax: plot.noise_scale({"sgd": [1.0, 2.0]}, ax),
+    "sharpness": lambda ax: plot.sharpness({"sgd": [1.0, 2.0]}, 20, ax),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWINGS.values(), ids=DRAWINGS)
+@pytest.mark.parametrize("make", [pyplot.figure, pyplot.subplots, lambda: pyplot.subplots(1, 2)[1], lambda: "left"])
+def test_what_is_no_axes(draw, make):
+    with pytest.raises(TypeError, match=r"plot: ax is .*; expected the axes of one picture, such as figure\.subplots"):
+        draw(make())
+
+
+def test_a_range_test_shows_the_loss_of_training(ax):
+    found = gdx.range_test(
+        lambda theta, batch: jnp.sum(theta**2), gdx.sgd(0.1), jnp.ones(2), jnp.zeros((9, 1)), points=9
+    )
+    assert plot.range_test(found, ax).get_ylabel() == "training loss"

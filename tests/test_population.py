@@ -120,6 +120,33 @@ REFUSED = {
         r"grid: learning_rate is empty; expected at least one value",
     ),
     "an empty array": (lambda: gdx.grid(gdx.sgd, learning_rate=np.ones(0)), ValueError, r"learning_rate is empty"),
+    **{
+        f"{name} in the place of what makes one": (
+            lambda made=made: gdx.grid(made, b1=[0.8, 0.9]),
+            TypeError,
+            rf"grid: make is {shown}.*; expected what makes an optimizer, .* as in gdx\.grid\(",
+        )
+        for name, made, shown in (
+            ("an optimizer", gdx.adam(1e-3), "adam"),
+            ("one of optax", optax.adam(1e-3), "Gradient"),
+            ("a schedule", gdx.schedules.constant_schedule(0.1), "constant_schedule"),
+            ("text", "adam", "'adam'"),
+            ("nothing", None, "None"),
+        )
+    },
+    "what makes optax's": (
+        lambda: gdx.grid(optax.sgd, learning_rate=[0.1, 0.2]),
+        TypeError,
+        r"expected one of gdx's, such as .* gdx\.value\(optax\.lion\)",
+    ),
+    **{
+        f"{name} alone": (
+            lambda one=one: gdx.stack(one),
+            TypeError,
+            r"stack: optimizers is .*sgd.*; expected a list, such as \[gdx",
+        )
+        for name, one in (("one", gdx.sgd(0.1)), ("a class", gdx.sgd))
+    },
     "a bad point": (
         lambda: gdx.grid(gdx.sgd, learning_rate=[0.1, -1.0]),
         ValueError,

@@ -375,6 +375,38 @@ def test_a_factory_of_optax_keeps_its_steps_as_constants():
         jax.jit(lambda rate: rate(3))(warm)
 
 
+@pytest.mark.parametrize(
+    "made",
+    [
+        schedules.constant_schedule(0.1),
+        optax.constant_schedule(0.1),
+        optax.linear_schedule(1.0, 0.0, 10),
+        optax.join_schedules([optax.constant_schedule(0.1)] * 2, [3]),
+        optax.sgdr_schedule([{"init_value": 0.1, "peak_value": 1.0, "warmup_steps": 2, "decay_steps": 5}]),
+        lambda count: 0.1 / (1 + count),
+        lambda count, power=2: 0.1 / (1 + count) ** power,
+    ],
+    ids=["gdx's", "constant", "linear", "joined", "cycles", "own", "own with a default"],
+)
+def test_a_schedule_in_the_place_of_what_makes_one(made):
+    with pytest.raises(TypeError, match=r"expected a function that makes .*; what returns a number is one already"):
+        gdx.schedule(made)
+
+
+@pytest.mark.parametrize(
+    ("make", "value"),
+    [
+        (lambda: optax.constant_schedule(0.25), 0.25),
+        (lambda value=0.25: optax.constant_schedule(value), 0.25),
+        (lambda value=0.25: schedules.constant_schedule(value), 0.25),
+        (schedules.warmup_constant_schedule, None),
+    ],
+)
+def test_functions_that_make_schedules_of_anything_are_taken(make, value):
+    assert value is None or gdx.schedule(make)()(3) == value
+    assert gdx.schedule(make) is gdx.schedule(make)
+
+
 REFUSED = {
     "no function": (lambda: gdx.schedule(0.1), TypeError, r"schedule: got 0\.1; expected a function that makes"),
     "unknown argument": (
@@ -409,7 +441,7 @@ REFUSED = {
         r"got 2 schedules and 0 boundaries; expected one boundary less",
     ),
     "returns a number": (
-        lambda: gdx.schedule(lambda x: x)(1.0),
+        lambda: gdx.schedule(lambda x, y: x)(1.0, 2.0),
         TypeError,
         r"returned .*1\.0.*; expected a function of the step count",
     ),

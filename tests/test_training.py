@@ -1,5 +1,8 @@
 """Training in one program: the same steps as one by one, populations, the range test and hypergradients."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -285,7 +288,19 @@ REFUSED = {
     ),
     "no rate to replace": (
         lambda: gdx.range_test(bowl, gdx.scale_by_adam(), jnp.ones(2), EXAMPLES),
-        r"'learning_rate' is unknown; choose from b1",
+        r"range_test: scale_by_adam\(\) has no learning_rate to try; give it one, as in gdx\.chain\(",
+    ),
+    "only rates of 0": (
+        lambda: gdx.range_test(bowl, gdx.chain(gdx.sgd(0.0), gdx.sgd(0.0)), jnp.ones(2), EXAMPLES),
+        r"tx has sgd\[0\]\.learning_rate=0\.0, sgd\[1\]\.learning_rate=0\.0; expected numbers, not all 0",
+    ),
+    "a schedule among rates": (
+        lambda: gdx.range_test(bowl, gdx.chain(gdx.sgd(0.1), gdx.sgd(lambda count: 0.1)), jnp.ones(2), EXAMPLES),
+        r"tx has sgd\[0\]\.learning_rate=0\.1, sgd\[1\]\.learning_rate=<.*>; expected numbers",
+    ),
+    "a batch of rates": (
+        lambda: gdx.range_test(loss, GRID, START, EXAMPLES),
+        r"tx is a batch, of learning_rate=<float64\[8\]>; expected one optimizer, as in gdx\.unstack",
     ),
     "nothing trains": (
         lambda: gdx.range_test(bowl, gdx.sgd(0.1), jnp.ones(2), EXAMPLES, low=1, high=10),
@@ -377,6 +392,98 @@ def test_a_score_of_another_shape():
             ValueError, match=r"ranking: score has shape .*; expected \(\d+,\), one number for each member"
         ):
             found.ranking(score)
+
+
+WRONG_SCORES = {
+    "complex": np.ones(8) * 1j,
+    "text": list("abcdefgh"),
+    "digits": list("12345678"),
+    "booleans": [True] * 8,
+    "nothing": [None] * 8,
+    "none at all": None,
+    "a dictionary": {"loss": np.ones(8)},
+    "keys": jax.random.split(jax.random.key(0), 8),
+    "ragged": [[1.0], *[1.0] * 7],
+}
+
+
+@pytest.mark.parametrize("score", WRONG_SCORES.values(), ids=WRONG_SCORES)
+def test_a_score_that_is_no_number(score):
+    found = gdx.sweep(loss, GRID, START, EXAMPLES)
+    with pytest.raises(TypeError, match=r"ranking: score is .*; expected real numbers, one for each member, as in"):
+        found.ranking(score)
+
+
+def test_a_score_of_few_bits():
+    found = gdx.sweep(loss, GRID, START, EXAMPLES)
+    half = found.losses[:, -1].astype(jnp.bfloat16)
+    assert found.ranking(half) == found.ranking([float(x) for x in half])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "shown"),
+    [
+        (lambda params: loss(params, EXAMPLES[0]), r"<lambda>\(params\)"),
+        (lambda params, batch, key: loss(params, batch), r"<lambda>\(params, batch, key\)"),
+        (functools.partial(loss, START), r".*\(examples\)"),
+        (functools.partial(loss, examples=EXAMPLES[0]), r".*examples=.*"),
+        (dict, None),
+    ],
+    ids=["one", "three", "partial", "by name", "without a signature"],
+)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_loss_takes_parameters_and_a_batch(way, wrong, shown):
+    tx = GRID if way == "sweep" else gdx.sgd(0.1)
+    with pytest.raises(TypeError) as raised:
+        WAYS[way](wrong, tx)
+    if shown is not None:
+        words = rf"{way}: loss is {shown}; expected a function of the parameters and a batch, as in {way}\(loss, "
+        assert re.match(words, str(raised.value))
+
+
+def test_functions_that_take_what_they_are_given():
+    """Also through decorators that give them more, and with arguments that they leave to their defaults."""
+
+    def keyed(function):
+        return functools.wraps(function)(lambda *arguments: function(*arguments, jax.random.key(0)))
+
+    for right in (
+        keyed(lambda params, batch, key: loss(params, batch)),
+        jax.jit(loss),
+        lambda *arguments: loss(*arguments),
+        lambda params, batch, scale=1.0, *, add=0.0: scale * loss(params, batch) + add,
+        functools.partial(lambda scale, params, batch: scale * loss(params, batch), 1.0),
+    ):
+        np.testing.assert_allclose(
+            gdx.train(right, gdx.sgd(0.1), START, EXAMPLES).losses,
+            gdx.train(loss, gdx.sgd(0.1), START, EXAMPLES).losses,
+            rtol=1e-5,
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"progress": True}, "progress is True; expected a function of the fraction that is done and the least loss"),
+        ({"progress": lambda done: None}, r"progress is <lambda>\(done\); expected a function of the fraction"),
+        ({"evaluate": 3}, "evaluate is 3; expected a function of the final parameters"),
+        ({"evaluate": 0}, "evaluate is 0; expected a function of the final parameters"),
+        ({"evaluate": loss}, r"evaluate is loss\(params, examples\); expected a function of the final parameters"),
+        ({"evaluate": lambda params: "low"}, "evaluate returned 'low'; expected an array or number, or a tree of such"),
+        ({"evaluate": lambda params: {"loss": abs}}, r"evaluate returned \{'loss': <.*abs>\}; expected an array"),
+        ({"evaluate": lambda params: None}, "evaluate returned None; expected an array"),
+    ],
+    ids=lambda x: str(next(iter(x))) if isinstance(x, dict) else "",
+)
+def test_what_a_sweep_cannot_call_or_keep(settings, words):
+    with pytest.raises(TypeError, match=f"sweep: {words}"):
+        gdx.sweep(loss, GRID, START, EXAMPLES, **settings)
+
+
+@pytest.mark.parametrize("remat", ["yes", 1, None])
+def test_remat_is_a_switch(remat):
+    with pytest.raises(TypeError, match=f"train: remat is {remat!r}; expected True or False"):
+        gdx.train(loss, gdx.sgd(0.1), START, EXAMPLES, remat=remat)
 
 
 def test_the_range_of_several_learning_rates():

@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import operator
+import os
+import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -56,8 +58,8 @@ class Checkpoints:
       keep: how many of the newest stay.
 
     Raises:
-      TypeError: keep is no integer.
-      ValueError: keep is less than 1, or directory an address such as gs://bucket/run.
+      TypeError: keep is no integer, or directory no path.
+      ValueError: keep is less than 1, or directory empty or an address such as gs://bucket/run.
       MissingExtra: Orbax is not installed.
 
     >>> import gdx, jax.numpy as jnp, tempfile
@@ -76,10 +78,12 @@ class Checkpoints:
         self.keep = _integer("Checkpoints: keep", keep, 1)
         with needs("checkpoint"):
             import orbax.checkpoint  # noqa: F401 - missing now rather than at the first save
-        if "://" in str(directory):
-            raise ValueError(
-                f"Checkpoints: directory is {str(directory)!r}; expected a path of the file system, such as that under "
-                f"which the bucket is mounted"
+        is_path = isinstance(directory, str | os.PathLike)
+        # pathlib makes one slash of two, and a drive is one letter
+        if not is_path or re.match(r"$|\w{2,}:/", str(directory)):
+            raise (ValueError if is_path else TypeError)(
+                f"Checkpoints: directory is {str(directory) if is_path else directory!r}; expected a path of the file "
+                f"system, such as 'run', or that under which a bucket is mounted"
             )
         self.directory = Path(directory).expanduser().absolute()
         self._is_closed = False
@@ -99,7 +103,9 @@ class Checkpoints:
         folder = self.directory / str(step)
         return folder.is_dir() and not any(folder.iterdir())
 
-    def save(self, step: int, tx: optax.GradientTransformation, params: Any, state: Any, *, extra: Any = None) -> None:
+    def save(
+        self, step: int, tx: optax.GradientTransformation, params: Any = ..., state: Any = ..., *, extra: Any = None
+    ) -> None:
         """Starts to write a checkpoint, and returns as soon as the arrays may be donated.
 
         Args:
@@ -111,13 +117,14 @@ class Checkpoints:
 
         Raises:
           CheckpointError: there is a checkpoint of this step or a later one, or it could not be written.
-          TypeError: step is no integer, tx no optimizer, or extra is not JSON.
+          TypeError: step is no integer, tx no optimizer, a leaf no array, or extra is not JSON; params or state is
+            missing, or in the place of the other.
           ValueError: step is negative, two leaves have the same path, or `close` was called.
         """
         import orbax.checkpoint as ocp
 
         step = _integer("save: step", step, 0)
-        _check_optimizer(tx, "save(step, tx, params, state)")
+        _check_order("save(step, tx, params, state)", tx, params, state)
         if self._is_closed:
             raise ValueError(
                 f"save: these Checkpoints of {self.directory} are closed, by close() or the end of their `with`; "
@@ -135,7 +142,7 @@ class Checkpoints:
                     f"save: {self.directory / str(other)} is an empty folder with the name of a later checkpoint, "
                     f"beside which Orbax saves none; remove it"
                 )
-        arrays = {path: manifest.plain(leaf) for path, leaf in manifest.leaves(params, state).items()}
+        arrays = {path: manifest.plain(leaf, path) for path, leaf in manifest.leaves(params, state).items()}
         content = manifest.manifest(step, tx, params, state, extra, {path: checksum(x) for path, x in arrays.items()})
         keys = _keys(arrays)
         # Orbax takes no array without elements, and no tree without arrays
@@ -147,8 +154,8 @@ class Checkpoints:
     def restore(
         self,
         tx: optax.GradientTransformation,
-        params: Any,
-        state: Any,
+        params: Any = ...,
+        state: Any = ...,
         *,
         step: int | None = None,
         allow: Sequence[str] = (),
@@ -166,7 +173,8 @@ class Checkpoints:
           allow: the fields that may differ, by their names in `tx.hyperparams`; those of tx are gone on with.
 
         Raises:
-          TypeError: step is no integer, tx no optimizer, or allow no sequence of names.
+          TypeError: step is no integer, tx no optimizer, or allow no sequence of names; params or state is missing, or
+            in the place of the other.
           CheckpointError: there is none, it is not what was saved, it was saved with another optimizer, or it holds
             other arrays. To take it into another storage format, restore it with the optimizer that saved it, then
             use `gdx.storage.convert`.
@@ -174,7 +182,7 @@ class Checkpoints:
         if isinstance(allow, str | bytes) or not isinstance(allow, Iterable):
             raise TypeError(f"restore: allow is {allow!r}; expected a sequence of names, such as ['learning_rate']")
         step = None if step is None else _integer("restore: step", step, 0)
-        _check_optimizer(tx, "restore(tx, params, state)")
+        _check_order("restore(tx, params, state)", tx, params, state)
         self.wait()
         step = self._chosen(step)
         content = self._manifest(step)
@@ -225,8 +233,11 @@ class Checkpoints:
         """Made when it is needed: it creates the directory."""
         import orbax.checkpoint as ocp
 
-        if self.directory.exists() and not self.directory.is_dir():
-            raise CheckpointError(f"{self.directory} is no directory")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            problem = "is no directory" if self.directory.is_file() else f"cannot be made ({_line(error)})"
+            raise CheckpointError(f"{self.directory} {problem}; give Checkpoints one that can be written") from error
         policy = ocp.checkpoint_managers.LatestN(self.keep)
         options = ocp.CheckpointManagerOptions(preservation_policy=policy)
         return ocp.CheckpointManager(self.directory, options=options, item_names=("arrays", "manifest"))
@@ -298,13 +309,28 @@ def _integer(label: str, value: Any, minimum: int) -> int:
     return to_integer(label, value, minimum=minimum)
 
 
-def _check_optimizer(tx: Any, call: str) -> None:
-    """Raises for parameters in the place of the optimizer: a dictionary has an `update` too."""
+def _check_order(call: str, tx: Any, params: Any, state: Any) -> None:
+    """Raises where an argument is missing or stands in the place of another."""
+    problem, bundles = "", "; of a TrainState they are its tx, params and opt_state, of flax's nnx the optimizer's tx, "
+    bundles += "nnx.state(model) and nnx.state(optimizer)"
+    # a dictionary has an `update` too
     if isinstance(tx, type) or not all(callable(getattr(tx, name, None)) for name in ("init", "update")):
-        raise TypeError(
-            f"{call.partition('(')[0]}: tx is {reprlib.repr(tx)}; expected an optimizer, such as gdx.adam(0.1). "
-            f"The order of the arguments is {call}"
-        )
+        problem = f"tx is {reprlib.repr(tx)}; expected an optimizer, such as gdx.adam(0.1)"
+    elif params is ... or state is ...:
+        problem = f"{'params' if params is ... else 'state'} is missing"
+    elif _is_state(tx, params, state) and not _is_state(tx, state, params):
+        problem, bundles = "params is what tx.init makes of state: they are in each other's place", ""
+    if problem:
+        raise TypeError(f"{call.partition('(')[0]}: {problem}. The order of the arguments is {call}{bundles}")
+
+
+def _is_state(tx: Any, tree: Any, params: Any) -> bool:
+    """Whether a tree has the structure of the optimizer's state for these parameters."""
+    try:
+        made: Any = jax.tree.structure(jax.eval_shape(tx.init, params))
+    except Exception:  # of what are no parameters
+        return False
+    return bool(made == jax.tree.structure(tree))
 
 
 def _keys(paths: Iterable[str]) -> dict[str, str]:

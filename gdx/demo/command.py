@@ -114,8 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _table(arguments: argparse.Namespace, runs: dict[str, list[Report]]) -> Any:
     """The last report of each run."""
-    kinds = next((list(reports[0].metrics) for reports in runs.values() if reports), ["loss"])
-    rows, caption = [], ""
+    kinds, rows, caption = _kinds(runs), [], ""
     for name, reports in runs.items():
         rate, cells = arguments.optimizers[name].hyperparams["learning_rate"], ["-"] * (len(kinds) + 2)
         if reports:
@@ -131,6 +130,11 @@ def _table(arguments: argparse.Namespace, runs: dict[str, list[Report]]) -> Any:
     return terminal.table(headers, rows, title, caption)
 
 
+def _kinds(runs: dict[str, list[Report]]) -> list[str]:
+    """Of the metrics, the loss first."""
+    return next((list(reports[0].metrics) for reports in runs.values() if reports), ["loss"])
+
+
 def picture(surface: Any, titles: tuple[str, str], runs: dict[str, list[Report]], walks: Any) -> Any:
     """The loss curves of all runs next to their walks down a function of the plane."""
     from matplotlib.figure import Figure
@@ -139,6 +143,7 @@ def picture(surface: Any, titles: tuple[str, str], runs: dict[str, list[Report]]
     left, right = figure.subplots(1, 2)
     losses = {name: [report.metrics["loss"] for report in reports] for name, reports in runs.items() if reports}
     plot.loss_curves(losses, left, steps={name: [report.step for report in runs[name]] for name in losses})
+    left.set_ylabel(terminal.headers(_kinds(runs))[0])
     points = {name: [report.params for report in reports] for name, reports in walks.items() if reports}
     plot.paths(surface.function, points, right, limits=surface.limits, minimum=surface.minimum, legend=False)
     (start,) = right.plot(*surface.start, marker="s", markersize=5, color="black", linestyle="none", label="start")

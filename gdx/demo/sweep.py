@@ -115,7 +115,8 @@ def run(arguments: argparse.Namespace) -> int:
     terminal.show(console, terminal.table(["rank", *labels[0], *terminal.headers(final)], rows))
     console.print(f"{diverged.sum()} of {len(labels)} points diverged; {seconds:.1f} s in one program, compiled once")
     figure = Figure(figsize=(8, 5.4), layout="constrained")
-    axes = plot.sweep(labels, np.where(diverged, np.nan, final["loss"]), figure.subplots())
+    score = np.where(diverged, np.nan, final["loss"])
+    axes = plot.sweep(labels, score, figure.subplots(), name=terminal.headers(final)[0])
     axes.set_title(f"{name} after {steps} steps; {problem.title}", fontsize="medium")
     terminal.save(console, figure, arguments.output)
     return 0 if ranking else 1

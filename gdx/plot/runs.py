@@ -1,11 +1,14 @@
 """Pictures of runs: loss curves, sweeps of hyperparameters, range tests of the learning rate."""
 
 import contextlib
+import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gdx.fields import is_number
 from gdx.plot.style import (
     COLOURS,
     add_legend,
@@ -20,6 +23,7 @@ from gdx.plot.style import (
     spans_decades,
     words,
 )
+from gdx.population import to_scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,15 +84,16 @@ def sweep(
 ) -> "Axes":
     """Draws the score of each point of a sweep: a curve over one hyperparameter, a heat map over two.
 
-    Of more hyperparameters the first two are shown, with the least score over the others. The
-    least score of all is marked, also as one at the edge of what was tried, and so is every point without a finite
-    score ("diverged"). A figure without a layout engine gets the constrained one, which leaves room for the legend.
+    Of more hyperparameters the first two are shown, with the least score over the others. The least score of all is
+    marked, also as one at the edge of what was tried, if none further in is as good and the edge is not 0, and so is
+    every point without a finite score ("diverged"). A figure without a layout engine gets the constrained one, which
+    leaves room for the legend.
 
     Args:
       labels: the hyperparameters of each point, as `gdx.labels` gives them.
       score: of shape (points,): the smaller the better; NaN or infinite for a point that diverged.
       ax: the axes to draw on; None for new ones.
-      name: what the score is.
+      name: what the score is, such as "validation loss".
       limits: (low, high), the ends of its colours or axis, logarithmic where they span more than a decade; colours
         draw scores beyond them like the ends. None for the least and the largest score, without a tenth of them where
         these would take more than half of the colours.
@@ -97,8 +102,9 @@ def sweep(
       The axes.
 
     Raises:
-      TypeError: labels is no sequence, such as axes in its place.
-      ValueError: the points differ in no hyperparameter, there is not one score for each, or low is not below high.
+      TypeError: labels is no list of dictionaries with the same hyperparameters, score no real numbers, or ax no axes.
+      ValueError: the points differ in no hyperparameter, there is not one score for each, or limits are not two numbers
+        of which the first is below the second.
 
     >>> import gdx
     >>> batch = gdx.grid(gdx.sgd, learning_rate=[0.1, 0.2, 0.4])
@@ -106,15 +112,18 @@ def sweep(
     >>> ax.get_xlabel(), [text.get_text() for text in ax.get_legend().get_texts()]
     ('learning rate', ['best: 0.2', 'diverged'])
     """
-    if not isinstance(labels, Sequence):
-        raise TypeError(f"plot.sweep: labels is {labels!r}; expected a list, as in plot.sweep(labels, score, ax)")
+    if not isinstance(labels, Sequence) or any(
+        not isinstance(point, Mapping) or point.keys() != labels[0].keys() for point in labels
+    ):
+        raise TypeError(
+            f"plot.sweep: labels is {reprlib.repr(labels)}; expected a list, the same hyperparameters of each point, "
+            f"as in plot.sweep(gdx.labels(batch), score, ax)"
+        )
     if not labels or not labels[0]:
         raise ValueError("plot.sweep: the points differ in no hyperparameter; expected labels such as gdx.labels gives")
-    score = np.asarray(score, float)
-    if score.shape != (len(labels),):
-        raise ValueError(f"plot.sweep: score has shape {score.shape}; expected ({len(labels)},), one for each label")
-    if limits is not None and not limits[0] < limits[1]:
-        raise ValueError(f"plot.sweep: limits is {limits}; expected (low, high) with low < high")
+    score = to_scores("plot.sweep", score, len(labels), "label")
+    if limits is not None and not _are_limits(limits):
+        raise ValueError(f"plot.sweep: limits is {limits!r}; expected (low, high) with low < high")
     ax = axes_or_new(ax)
     figure = ax.get_figure(root=True)
     if figure is not None and figure.get_layout_engine() is None:
@@ -168,10 +177,15 @@ def range_test(result: Any, ax: "Axes | None" = None) -> "Axes":
         ax.set_yscale("log")
     ax.set_xlim(rates[0], rates[-1])
     ax.set_xlabel("learning rate")
-    ax.set_ylabel("loss")
+    ax.set_ylabel("training loss")
     ax.grid(alpha=0.3)
     add_legend(ax)
     return ax
+
+
+def _are_limits(limits: Any) -> bool:
+    is_pair = isinstance(limits, tuple | list | np.ndarray) and len(limits) == 2
+    return is_pair and all(map(is_number, limits)) and -math.inf < limits[0] < limits[1] < math.inf
 
 
 def _curve(
@@ -189,7 +203,7 @@ def _curve(
             markersize=15,
             color=COLOURS[1],
             linestyle="none",
-            label=f"best: {distinct(values[0])[at]}{_at_edge((x[at], x))}",
+            label=f"best: {distinct(values[0])[at]}{_at_edge(best, x)}",
         )
     if diverged.any():
         # along the upper edge: there is no loss to draw them at
@@ -216,7 +230,7 @@ def _scatter(
         drawn = ax.scatter(x[finite], y[finite], c=score[finite], s=40, cmap="viridis_r")
         _add_bar(ax, drawn, score[finite], name, limits)
         best = int(np.nanargmin(np.where(finite, score, np.nan)))
-        _mark_best(ax, x[best], y[best], _at_edge((x[best], x), (y[best], y)))
+        _mark_best(ax, x[best], y[best], _at_edge(score, x, y))
     if not finite.all():
         ax.plot(x[~finite], y[~finite], "x", color="0.4", linestyle="none", label="diverged")
     for set_scale, points in ((ax.set_xscale, x), (ax.set_yscale, y)):
@@ -231,10 +245,17 @@ def _is_logarithmic(points: np.ndarray) -> bool:
     return bool(np.all(points > 0) and points.max() >= 10 * points.min())
 
 
-def _at_edge(*along: tuple[Any, Any]) -> str:
-    """What to say where the best point is the first or last along an axis: a better one may be beyond."""
-    is_there = any(value in (min(points), max(points)) for value, points in along if len({*points}) > 2)
-    return ", at the edge: try wider" if is_there else ""
+def _at_edge(score: np.ndarray, *along: np.ndarray) -> str:
+    """What to say where the best point is the first or last along an axis, and better than all further in."""
+    score = np.where(np.isfinite(score), score, np.inf)
+    best = np.unravel_index(np.argmin(score), score.shape)
+    for points in along:
+        value, least, most = points[best], points.min(), points.max()
+        # few hyperparameters have a sense below 0
+        is_end = value == most or value == least != 0
+        if is_end and np.any((least < points) & (points < most)) and np.all(score[points != value] > score[best]):
+            return ", at the edge: try wider"
+    return ""
 
 
 def _add_bar(ax: "Axes", drawn: Any, score: np.ndarray, name: str, limits: Limits) -> None:
@@ -279,7 +300,7 @@ def _heat_map(
         ax.plot(diverged[:, 1], diverged[:, 0], "x", color="0.4", linestyle="none", label="diverged")
     if len(diverged) < best.size:
         row, column = np.unravel_index(np.nanargmin(best), best.shape)
-        _mark_best(ax, column, row, _at_edge((values[0][row], values[0]), (values[1][column], values[1])))
+        _mark_best(ax, column, row, _at_edge(best, *np.meshgrid(*values, indexing="ij")))
     for axis, key, points, most in ((ax.yaxis, names[0], values[0], 9), (ax.xaxis, names[1], values[1], 6)):
         # with room for the numbers, and at both ends
         shown = np.unique(np.round(np.linspace(0, len(points) - 1, min(len(points), most))).astype(int))

@@ -1,6 +1,7 @@
 """What all pictures share: colours, lines, new axes, legends."""
 
 import itertools
+import reprlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,15 @@ STYLES = ("-", "--", "-.", (0, (1, 1.2)), (0, (5, 1, 1, 1, 1, 1)), (0, (9, 2)), 
 
 
 def axes_or_new(ax: "Axes | None") -> "Axes":
-    if ax is not None:
-        return ax
     with needs("plot"):
+        from matplotlib import axes
+    if ax is None:
         from matplotlib import pyplot
-    return pyplot.subplots(layout="constrained")[1]
+
+        return pyplot.subplots(layout="constrained")[1]
+    if not isinstance(ax, axes.Axes):
+        raise TypeError(f"plot: ax is {reprlib.repr(ax)}; expected the axes of one picture, such as figure.subplots()")
+    return ax
 
 
 def add_legend(ax: "Axes") -> None:

@@ -1,12 +1,18 @@
 """What checkpoints take and refuse, before anything is written."""
 
+from pathlib import Path
+
+import equinox
+import flax.nnx as nnx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.training.train_state import TrainState
 
 import gdx
-from gdx.checkpoint import Checkpoints
+from gdx.checkpoint import CheckpointError, Checkpoints
 
 PARAMS = {"b": jnp.ones(16)}
 
@@ -94,3 +100,81 @@ def test_nothing_is_saved_after_the_end(used, tmp_path):
     if used:
         assert checkpoints.restore(tx, PARAMS, tx.init(PARAMS)).step == 1
     checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("directory", "error"),
+    [
+        ("", ValueError),
+        ("gs://bucket/run", ValueError),
+        ("s3:/bucket", ValueError),
+        (Path("gs://bucket/run"), ValueError),
+        (None, TypeError),
+        (b"run", TypeError),
+        (3, TypeError),
+    ],
+    ids=repr,
+)
+def test_what_is_no_directory(directory, error, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=r"Checkpoints: directory is .*; expected a path of the file system"):
+        Checkpoints(directory)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["/proc/run", "file/run"])
+def test_a_directory_that_cannot_be_made(place, tmp_path):
+    (tmp_path / "file").write_text("hello")
+    tx = gdx.sgd(0.1)
+    said = rf"{place} cannot be made \(.*Error: .*; give Checkpoints one that"
+    with Checkpoints(tmp_path / place) as checkpoints, pytest.raises(CheckpointError, match=said):
+        checkpoints.save(1, tx, PARAMS, tx.init(PARAMS))
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [gdx.adam(0.1), gdx.sgd(0.1), gdx.sgd(0.1, 0.9), optax.adam(0.1), optax.lbfgs()],
+    ids=["adam", "sgd", "momentum", "optax's", "lbfgs"],
+)
+def test_parameters_and_state_in_each_others_place(tx, checkpoints):
+    state = tx.init(PARAMS)
+    with pytest.raises(TypeError, match=r"save: params is .* of state: .* order .* save\(step, tx, params, state\)"):
+        checkpoints.save(1, tx, state, PARAMS)
+    assert not checkpoints.directory.exists()
+    checkpoints.save(1, tx, PARAMS, (state, PARAMS))  # an average beside it
+    checkpoints.save(2, tx, PARAMS, state)
+    with pytest.raises(TypeError, match=r"restore: params is .* of state: .* order .* restore\(tx, params, state\)"):
+        checkpoints.restore(tx, state, PARAMS)
+    checkpoints.restore(tx, PARAMS, jax.eval_shape(tx.init, PARAMS))
+
+
+def test_what_others_bundle(checkpoints):
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, gdx.adam(0.1), wrt=nnx.Param)
+    bundle = TrainState.create(apply_fn=lambda variables, x: x, params=PARAMS, tx=gdx.adam(0.1))
+    said = "its tx, params and opt_state, of flax's nnx the optimizer's tx, nnx.state.model. and nnx.state.optimizer.$"
+    for wrong in (bundle, optimizer):
+        with pytest.raises(TypeError, match=f"(?s)save: tx is .*{said}"):
+            checkpoints.save(1, wrong)
+        with pytest.raises(TypeError, match=f"(?s)restore: tx is .*{said}"):
+            checkpoints.restore(wrong)
+        with pytest.raises(TypeError, match=f"save: state is missing.*{said}"):
+            checkpoints.save(1, gdx.adam(0.1), wrong)
+        with pytest.raises(TypeError, match=f"restore: params is missing.*{said}"):
+            checkpoints.restore(gdx.adam(0.1))
+    for parts in ((bundle.tx, bundle.params, bundle.opt_state), (optimizer.tx, nnx.state(model), nnx.state(optimizer))):
+        checkpoints.save(max(checkpoints.steps, default=0) + 1, *parts)
+        checkpoints.restore(*parts)
+
+
+@pytest.mark.parametrize("leaf", [abs, "name", np.datetime64("2000"), b"x"], ids=repr)
+def test_a_leaf_that_is_no_array(leaf, checkpoints):
+    tx = gdx.sgd(0.1)
+    with pytest.raises(TypeError, match=r"save: params\['f'\] is .*; expected an array or a number. Leave out"):
+        checkpoints.save(1, tx, {**PARAMS, "f": leaf}, tx.init(PARAMS))
+    assert not checkpoints.steps
+    model = equinox.nn.MLP(2, 2, 4, 1, key=jax.random.key(0))
+    params = equinox.filter(model, equinox.is_array)
+    with pytest.raises(TypeError, match=r"save: params\.activation is .* as equinox.filter"):
+        checkpoints.save(1, tx, model, tx.init(params))
+    checkpoints.save(1, tx, params, tx.init(params))

@@ -176,9 +176,7 @@ def test_arguments_by_another_name(make, given, words):
 def test_other_mistakes_are_told_what_to_do():
     with pytest.raises(ValueError, match=r"sgd: learning_rate is -0\.1; .*; to ascend, descend on the negative of the"):
         gdx.sgd(-0.1)
-    with pytest.raises(
-        TypeError, match=r"schedule: got constant_schedule.*it is one already: give it to the optimizer"
-    ):
+    with pytest.raises(TypeError, match=r"schedule: got constant_schedule.*is one already: give it to the optimizer"):
         gdx.schedule(gdx.schedules.constant_schedule(0.1))
     with pytest.raises(ValueError, match=r"mask is a function that was made anew for each, so define it once"):
         gdx.grid(lambda rate: gdx.adamw(rate, mask=lambda params: params), rate=[0.1, 0.2])

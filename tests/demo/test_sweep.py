@@ -52,6 +52,21 @@ def test_what_is_no_form_of_values(text):
         values(text)
 
 
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    [
+        ("sweep --learning-rate 0.01,0.1", "training loss"),
+        ("sweep --data quadratic --optimizer sgd --learning-rate 0.01,0.1", "loss"),
+        ("--optimizers sgd", "training loss"),
+    ],
+)
+def test_the_picture_says_of_what_the_loss_is(command, kind, monkeypatch):
+    labels = []
+    monkeypatch.setattr(terminal, "save", lambda console, figure, output: labels.append(figure.axes[0].get_ylabel()))
+    assert main([*command.split(), "--steps", "2"]) == 0
+    assert labels == [kind]
+
+
 def test_a_grid_of_two_on_a_function(capsys, folder):
     options = "sweep --data quadratic --optimizer nesterov --learning-rate 1e-3:10:9 --momentum 0,0.5,0.9 --steps 50"
     assert main(options.split()) == 0
