@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -522,3 +523,10 @@ def test_a_range_test_shows_the_loss_of_training(ax):
         lambda theta, batch: jnp.sum(theta**2), gdx.sgd(0.1), jnp.ones(2), jnp.zeros((9, 1)), points=9
     )
     assert plot.range_test(found, ax).get_ylabel() == "training loss"
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=re.escape("pip install 'gdx-jax[plot]'")):
+        plot.loss_curves({"sgd": [1.0, 0.5]})

@@ -20,6 +20,10 @@ Packed(codes=uint8[16,512], scales=float32[16,2], format=storage.FourthRoot8())
 >>> type(gdx.storage.convert(exact, state)[0].nu["w"]).__name__
 'Packed'
 
+Blocks of 8 bits fit real shapes, projections to heads and convolutions too: Adam's state of a ResNet-50 or a transformer
+takes 2.05 bytes per parameter. Leaves of fewer than 4,096 numbers stay in float32: `print(gdx.sharding.report(tx,
+params))` lists them, and `init` warns if nothing else is there.
+
 What fails silently is refused: a second moment rounded to nearest with `b2 >= 0.99` stands still once gradients shrink,
 and linear 8-bit codes diverge.
 
