@@ -16,7 +16,7 @@ import optax
 from gdx.mesh import unreduced_axes
 from gdx.storage.blocks import is_packed, reassembled
 from gdx.storage.formats import Format, is_encoded, why_whole
-from gdx.trees import paths, place
+from gdx.trees import path_text, paths
 
 
 def check_params(tx: Any, params: optax.Params) -> None:
@@ -132,9 +132,9 @@ def check_held(tx: Any, params: optax.Params, names: list[str], rows: list[tuple
     if whole:
         (path, largest), why = max(zip(leaves, next(iter(whole.values()))), key=lambda pair: np.size(pair[0][1]))
         warnings.warn(
-            f"{_name(tx)}: no leaf fits {' or '.join(whole)}, so all stay whole. The largest, at {place(path)}, has "
-            f"the shape {np.shape(largest)}: {why}. Choose a smaller minimum_size or block, or leave the format out; "
-            f"gdx.sharding.report(tx, params) lists what stays whole",
+            f"{_name(tx)}: no leaf fits {' or '.join(whole)}, so all stay whole. The largest, at "
+            f"{path_text(path)}, has the shape {np.shape(largest)}: {why}. Choose a smaller minimum_size or "
+            f"block, or leave the format out; gdx.sharding.report(tx, params) lists what stays whole",
             stacklevel=2,
         )
 

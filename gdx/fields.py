@@ -169,7 +169,7 @@ def is_opaque(value: Any) -> bool:
     return callable(value) and jax.tree_util.all_leaves([value])
 
 
-class Static:
+class Setting:
     """What is not a child, hashable and comparable also where it is a tree of booleans or names."""
 
     __slots__ = ("_key", "value")
@@ -186,7 +186,7 @@ class Static:
         return self._key
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Static) and (self.value is other.value or self._compared() == other._compared())
+        return isinstance(other, Setting) and (self.value is other.value or self._compared() == other._compared())
 
     def __hash__(self) -> int:
         return hash(self._compared())

@@ -137,7 +137,7 @@ def filter_normalised_direction(key: jax.Array, params: Any) -> Any:
     return jax.tree.map(normalised, normal_direction(key, params), params)
 
 
-class Sharpness(NamedTuple):
+class Rise(NamedTuple):
     """By how much random perturbations raise the loss.
 
     Attributes:
@@ -149,7 +149,7 @@ class Sharpness(NamedTuple):
     error: jax.Array
 
 
-def random_sharpness(
+def random_rise(
     loss: Callable[[Any], jax.Array],
     params: Any,
     key: jax.Array,
@@ -158,8 +158,8 @@ def random_sharpness(
     direction: Callable[[jax.Array, Any], Any] = filter_normalised_direction,
     samples: int = 64,
     chunk_size: int | None = 16,
-) -> Sharpness:
-    r"""Sharpness as the mean rise of the loss under random perturbations:
+) -> Rise:
+    r"""The mean rise of the loss under random perturbations:
 
     $$ E_d[L(\theta + \rho \, d)] - L(\theta) $$
 
@@ -182,30 +182,30 @@ def random_sharpness(
 
     >>> import gdx, jax, jax.numpy as jnp
     >>> bowl = lambda theta: 2.0 * jnp.sum(theta**2)  # the trace of its Hessian is 400
-    >>> found = gdx.landscape.random_sharpness(
+    >>> found = gdx.landscape.random_rise(
     ...     bowl, jnp.zeros(100), jax.random.key(0), 0.1, direction=gdx.landscape.normal_direction
     ... )
     >>> bool(abs(found.mean - 2.0) < 4 * found.error), bool(found.error < 0.1)
     (True, True)
     """
     if not isinstance(radius, jax.core.Tracer) and not radius > 0:
-        raise ValueError(f"landscape.random_sharpness: radius is {radius}; expected more than 0")
+        raise ValueError(f"landscape.random_rise: radius is {radius}; expected more than 0")
     if samples < 2:
-        raise ValueError(f"landscape.random_sharpness: samples is {samples}; expected at least 2")
-    chunk = _chunk("random_sharpness", chunk_size, samples)
-    return _random_sharpness(loss, direction, chunk, params, jax.random.split(key, samples), radius)
+        raise ValueError(f"landscape.random_rise: samples is {samples}; expected at least 2")
+    chunk = _chunk("random_rise", chunk_size, samples)
+    return _random_rise(loss, direction, chunk, params, jax.random.split(key, samples), radius)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _random_sharpness(
+def _random_rise(
     loss: Callable[[Any], jax.Array], direction: Callable, chunk: int, params: Any, keys: jax.Array, radius: Any
-) -> Sharpness:
+) -> Rise:
     def rise(key: jax.Array) -> jax.Array:
         d = direction(key, params)
         return (loss(_moved(params, (d,), (radius,))) + loss(_moved(params, (d,), (-radius,)))) / 2
 
     rises = jax.lax.map(rise, keys, batch_size=chunk) - loss(params)
-    return Sharpness(jnp.mean(rises), jnp.std(rises, ddof=1) * (1 / np.sqrt(len(keys))))
+    return Rise(jnp.mean(rises), jnp.std(rises, ddof=1) * (1 / np.sqrt(len(keys))))
 
 
 def _evaluate(

@@ -239,17 +239,17 @@ def _train_all(
     run_all = jax.vmap(run, (None, 0, 0))
     if chunks == 1:
         return run_all(jnp.zeros([], jnp.int32), optimizers, jnp.zeros(members, bool))
-    places = np.arange(size * chunks)
+    numbers = np.arange(size * chunks)
 
     def split(leaf: jax.Array) -> jax.Array:
-        filled = leaf[np.minimum(places, members - 1)] if members < size * chunks else leaf
+        filled = leaf[np.minimum(numbers, members - 1)] if members < size * chunks else leaf
         # member i is in chunk i % chunks, so that an axis of members that is sharded is so in every chunk
         return filled.reshape(size, chunks).T
 
     def joined(leaf: jax.Array) -> jax.Array:
         return leaf.swapaxes(0, 1).reshape(size * chunks, *leaf.shape[2:])[:members]
 
-    are_copies = jnp.asarray(places >= members).reshape(size, chunks).T
+    are_copies = jnp.asarray(numbers >= members).reshape(size, chunks).T
     by_chunk = jnp.arange(chunks), jax.tree.map(split, optimizers), are_copies
     return jax.tree.map(joined, jax.lax.map(lambda chunk: run_all(*chunk), by_chunk))
 

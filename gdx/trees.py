@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 
-def place(path: tuple) -> str:
+def path_text(path: tuple) -> str:
     """A key path as text."""
     return jax.tree_util.keystr(path) or "the root"
 
@@ -15,7 +15,7 @@ def place(path: tuple) -> str:
 def paths(tree: Any) -> Iterator[str]:
     """Where each leaf of a tree is, as text."""
     for path, _ in jax.tree_util.tree_leaves_with_path(tree):
-        yield place(path)
+        yield path_text(path)
 
 
 def leading_axis(label: str, tree: Any, axis: str, *, least: int = 0, mend: str = "") -> int:

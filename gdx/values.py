@@ -25,7 +25,7 @@ import numpy as np
 
 from gdx.annotations import ANYTHING, Takes, read_parameter
 from gdx.fields import (
-    Static,
+    Setting,
     hyperparameter,
     is_key,
     is_number,
@@ -104,7 +104,7 @@ class Value:
         """Fills in the fields: the value of each, and whether it is a child."""
         vars(self).update({name: value for name, (value, _) in converted.items()})
         children = tuple(name for name, (_, is_child) in converted.items() if is_child)
-        rest = tuple((name, Static(value)) for name, (value, is_child) in converted.items() if not is_child)
+        rest = tuple((name, Setting(value)) for name, (value, is_child) in converted.items() if not is_child)
         vars(self)["_structure"] = Structure(children, rest)
 
     def _metadata(self, name: str) -> Mapping[str, Any]:
@@ -317,7 +317,7 @@ class Structure:
 
     __slots__ = ("_hash", "children", "rest")
 
-    def __init__(self, children: tuple[str, ...], rest: tuple[tuple[str, Static], ...]):
+    def __init__(self, children: tuple[str, ...], rest: tuple[tuple[str, Setting], ...]):
         self.children, self.rest = children, rest
         self._hash: int | None = None
 

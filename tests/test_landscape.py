@@ -115,8 +115,7 @@ def test_filter_normalised_slices_do_not_see_the_scale_of_layers():
 
     def rises(direction):
         return [
-            landscape.random_sharpness(loss, p, jax.random.key(0), 0.3, direction=direction).mean
-            for p in (params, scaled)
+            landscape.random_rise(loss, p, jax.random.key(0), 0.3, direction=direction).mean for p in (params, scaled)
         ]
 
     one, other = rises(landscape.filter_normalised_direction)
@@ -133,7 +132,7 @@ def test_random_sharpness_is_half_the_trace(slope):
     def quadratic(theta):
         return 0.5 * jnp.sum(curvature * theta**2) + slope * jnp.sum(theta)
 
-    found = landscape.random_sharpness(
+    found = landscape.random_rise(
         quadratic, jnp.zeros(50), jax.random.key(1), 0.1, direction=landscape.normal_direction, samples=400
     )
     expected = 0.5 * 0.01 * np.sum(curvature)
@@ -145,7 +144,7 @@ def test_random_sharpness_is_half_the_trace(slope):
 
 def test_random_sharpness_under_vmap_and_jit():
     stacked = jax.tree.map(lambda a, b: jnp.stack([a, b]), tree(0), tree(1))
-    sharpness = lambda p: landscape.random_sharpness(bowl, p, jax.random.key(0), 0.1, samples=5, chunk_size=2)  # noqa: E731
+    sharpness = lambda p: landscape.random_rise(bowl, p, jax.random.key(0), 0.1, samples=5, chunk_size=2)  # noqa: E731
     found = jax.jit(jax.vmap(sharpness))(stacked)
     np.testing.assert_allclose(found.mean, [sharpness(tree(0)).mean, sharpness(tree(1)).mean], rtol=1e-3)
 
@@ -188,20 +187,20 @@ KEY = jax.random.key(0)
             r"plane: y has shape \(1, 1\); expected \(points,\)",
         ),
         (
-            lambda: landscape.random_sharpness(bowl, PARAMS, KEY, 0.0),
-            r"random_sharpness: radius is 0\.0; expected more",
+            lambda: landscape.random_rise(bowl, PARAMS, KEY, 0.0),
+            r"random_rise: radius is 0\.0; expected more",
         ),
         (
-            lambda: landscape.random_sharpness(bowl, PARAMS, KEY, float("nan")),
-            r"random_sharpness: radius is nan; expected more",
+            lambda: landscape.random_rise(bowl, PARAMS, KEY, float("nan")),
+            r"random_rise: radius is nan; expected more",
         ),
         (
-            lambda: landscape.random_sharpness(bowl, PARAMS, KEY, 0.1, samples=1),
-            r"random_sharpness: samples is 1; expected at least 2",
+            lambda: landscape.random_rise(bowl, PARAMS, KEY, 0.1, samples=1),
+            r"random_rise: samples is 1; expected at least 2",
         ),
         (
-            lambda: landscape.random_sharpness(bowl, PARAMS, KEY, 0.1, chunk_size=-1),
-            r"random_sharpness: chunk_size is -1; expected at least 1",
+            lambda: landscape.random_rise(bowl, PARAMS, KEY, 0.1, chunk_size=-1),
+            r"random_rise: chunk_size is -1; expected at least 1",
         ),
     ],
 )

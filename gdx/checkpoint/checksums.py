@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdx.storage.dither import lowbias32, places
+from gdx.storage.dither import lowbias32, positions
 
 
 def checksum(x: Any) -> str:
@@ -49,7 +49,7 @@ def _sums(x: Any) -> jax.Array:
 
 
 def _hashed(word: jax.Array, salt: int) -> jax.Array:
-    return lowbias32(word ^ lowbias32(places(word.shape, lowbias32(jnp.uint32(0x9E3779B9 + salt)))))
+    return lowbias32(word ^ lowbias32(positions(word.shape, lowbias32(jnp.uint32(0x9E3779B9 + salt)))))
 
 
 def _words(x: jax.Array) -> Sequence[jax.Array]:

@@ -128,12 +128,12 @@ def _differences(saved: Mapping[str, Any], targets: Mapping[str, Any], formats: 
     """The leaves that are not alike, as text."""
     arrays = saved["arrays"]
     said = [
-        f"{word} {', '.join(places[:3])}{' and others' if len(places) > 3 else ''}"
-        for word, places in (
+        f"{word} {', '.join(listed[:3])}{' and others' if len(listed) > 3 else ''}"
+        for word, listed in (
             ("it has nothing at", [path for path in targets if path not in arrays]),
             ("it has also", [path for path in arrays if path not in targets]),
         )
-        if places
+        if listed
     ]
     for path in targets:
         if path in arrays and _described(targets[path]) != arrays[path][:2]:

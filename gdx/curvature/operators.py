@@ -22,7 +22,7 @@ from gdx.numerics import accurate
 from gdx.storage.blocks import is_packed
 from gdx.training import Loss
 from gdx.transform import Transform
-from gdx.trees import leading_axis, place
+from gdx.trees import leading_axis, path_text
 
 Outputs = Callable[[Any, Any], Any]
 """What a model makes of parameters and a batch of data: a function that returns an array, or a tree of them."""
@@ -296,8 +296,8 @@ def adam_preconditioned(operator: Operator, tx: Transform, state: Any) -> Precon
     for path, s in jax.tree_util.tree_leaves_with_path(scales):
         if is_concrete(s) and not bool(jnp.all(jnp.isfinite(s))):
             raise ValueError(
-                f"adam_preconditioned: the second moment (nu) at {place(path)} is NaN, or 0 while eps and eps_root are "
-                f"0, so that Adam's step divides by 0; expected finite gradients and eps > 0: tx.replace(eps=1e-8)"
+                f"adam_preconditioned: the second moment (nu) at {path_text(path)} is NaN, or 0 while eps and eps_root "
+                f"are 0, so that Adam's step divides by 0; expected finite gradients and eps > 0: tx.replace(eps=1e-8)"
             )
     return Preconditioned(operator, scales)
 
@@ -318,8 +318,8 @@ def check_vector(label: str, params: Any, vector: Any) -> None:
     for (path, p), v in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(vector)):
         if np.shape(v) != np.shape(p) or (jnp.iscomplexobj(v) and not jnp.iscomplexobj(p)):
             raise ValueError(
-                f"{label} the vector at {place(path)} is {jnp.result_type(v)}{list(np.shape(v))}, the parameter there "
-                f"{jnp.result_type(p)}{list(np.shape(p))}; expected the same shape, and real where the parameter is"
+                f"{label} the vector at {path_text(path)} is {jnp.result_type(v)}{list(np.shape(v))}, the parameter "
+                f"there {jnp.result_type(p)}{list(np.shape(p))}; expected that shape, and real where the parameter is"
             )
 
 

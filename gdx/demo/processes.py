@@ -84,10 +84,10 @@ class _Member:
         self.pipe, end = os.pipe()
         os.set_blocking(self.pipe, False)
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-        place = {PROCESS: f"{number},{count},{address},{end}", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-        place |= {"JAX_ENABLE_PREEMPTION_SERVICE": "false"}  # which would take SIGTERM for itself
+        environment = {PROCESS: f"{number},{count},{address},{end}", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+        environment |= {"JAX_ENABLE_PREEMPTION_SERVICE": "false"}  # which would take SIGTERM for itself
         # a session of its own: Ctrl-C reaches only the process that watches, which passes it on
-        self.process = subprocess.Popen(command, env=os.environ | place, pass_fds=[end], start_new_session=True)
+        self.process = subprocess.Popen(command, env=os.environ | environment, pass_fds=[end], start_new_session=True)
         os.close(end)
 
     def failure(self) -> str:

@@ -114,9 +114,9 @@ def _train(arguments: argparse.Namespace) -> int:
     params = _put(problem.start(jax.random.key(arguments.seed)), mesh)
     step, state = 0, tx.init(params)
     # after a chunk of steps parameters and state are where they were
-    places = jax.tree.map(lambda x: x.sharding, (params, state))
+    shardings = jax.tree.map(lambda x: x.sharding, (params, state))
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*places, None))
+    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*shardings, None))
     def advance(params: Any, state: Any, chunk: Any, signals: Any) -> Any:
         # processes get a signal at different times, and have to stop at the same step
         *where, metrics = problem.advance(tx, params, state, chunk)

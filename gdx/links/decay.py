@@ -84,5 +84,5 @@ def _is_function(mask: Any) -> bool:
 
 
 def _listed(tree: Any) -> str:
-    places = list(paths(tree))
-    return ", ".join([*places[:5], "..."] if len(places) > 5 else places) or "no path"
+    listed = list(paths(tree))
+    return ", ".join([*listed[:5], "..."] if len(listed) > 5 else listed) or "no path"

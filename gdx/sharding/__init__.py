@@ -36,8 +36,8 @@ CPU devices and as compiled for 8 TPUs and GPUs: `python -m benchmarks sharding`
 A moment is split on the first dimension that divides into equal parts, and follows its parameter otherwise. If
 parameters are themselves split, over a model axis, pass `specs=` (a tree of PartitionSpecs): with automatic axes JAX
 hides them inside `jit`, and only `init` outside of it can notice that they are missing. With explicit axes nothing is
-needed. Codes of 8 bits are never cut inside a block, which can leave a leaf whole: a vocabulary of 50,257 in 768 columns
-is (padded to 50,304 it is not).
+needed. Codes of 8 bits are never cut inside a block, which can leave a leaf whole: a vocabulary of 50,257 in 768
+columns is (padded to 50,304 it is not).
 
 On CPUs XLA reduces the whole gradient everywhere and then drops seven eighths of it. A gradient that is scattered
 explicitly makes a step there a quarter faster; on TPUs and GPUs it saves nothing:
@@ -56,6 +56,6 @@ ones, need a line more: see `shard_state`. It has run on CPUs alone; for TPUs an
 Source: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models (2020), section 5.1.
 """
 
-from gdx.sharding.state import Place, Report, report, shard_state, state_shardings
+from gdx.sharding.state import Leaf, Report, report, shard_state, state_shardings
 
-__all__ = ["Place", "Report", "report", "shard_state", "state_shardings"]
+__all__ = ["Leaf", "Report", "report", "shard_state", "state_shardings"]

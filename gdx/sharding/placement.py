@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from gdx.mesh import agree, explicit_first, names_of, parts, sharding_of, spec_of_boxes
 from gdx.storage.blocks import is_packed
-from gdx.trees import place
+from gdx.trees import path_text
 
 
 class Plan(NamedTuple):
@@ -148,7 +148,7 @@ _MOVES = {
 def _misplaced(name: str, path: tuple, where: Any, mesh: Mesh | AbstractMesh, what: str = "parameter") -> ValueError:
     """The error that it is not on the mesh."""
     return ValueError(
-        f"{name}: the {what} at {place(path)} is on {where}, expected on {mesh}{_first_difference(where, mesh)}. "
+        f"{name}: the {what} at {path_text(path)} is on {where}, expected on {mesh}{_first_difference(where, mesh)}. "
         f"{_MOVES[what]}"
     )
 
@@ -173,7 +173,7 @@ def _own_spec(name: str, path: tuple, p: Any, mesh: Mesh | AbstractMesh, specs: 
     shape, counts = np.shape(p), [parts(entry, mesh) for entry in spec]
     if len(spec) > len(shape) or any(size % count for size, count in zip(shape, counts)):
         raise ValueError(
-            f"{name}: the parameter at {place(path)} has the shape {shape}, which {spec} does not divide: into "
+            f"{name}: the parameter at {path_text(path)} has the shape {shape}, which {spec} does not divide: into "
             f"{tuple(counts)} parts on {mesh}. Split another dimension, or none: jax.P()"
         )
     return spec
@@ -184,6 +184,6 @@ def _given_spec(name: str, specs: Any, path: tuple, mesh: Mesh | AbstractMesh) -
         if path[: len(branch)] == branch:
             for axis in (axis for entry in spec for axis in names_of(entry)):
                 if axis not in mesh.axis_names:
-                    raise ValueError(f"{name}: specs has {spec} at {place(path)}, but the mesh no axis {axis!r}")
+                    raise ValueError(f"{name}: specs has {spec} at {path_text(path)}, but the mesh no axis {axis!r}")
             return _trimmed(spec)
-    raise ValueError(f"{name}: specs has no PartitionSpec for the parameter at {place(path)}")
+    raise ValueError(f"{name}: specs has no PartitionSpec for the parameter at {path_text(path)}")

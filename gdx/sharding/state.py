@@ -18,7 +18,7 @@ from gdx.mesh import constrained, hidden_axes, is_inside_shard_map, names_of, sh
 from gdx.sharding.placement import Plan, check_devices, plan_of
 from gdx.storage.blocks import is_packed
 from gdx.transform import Transform, to_transform
-from gdx.trees import place
+from gdx.trees import path_text
 
 
 def _to_mesh(label: str, value: Any) -> Mesh:
@@ -31,7 +31,7 @@ def _to_specs(label: str, value: Any) -> Any:
     for path, spec in jax.tree_util.tree_leaves_with_path(value):
         if not isinstance(spec, PartitionSpec):
             raise TypeError(
-                f"{label} is {reprlib.repr(spec)} at {place(path)}; "
+                f"{label} is {reprlib.repr(spec)} at {path_text(path)}; "
                 f"expected a PartitionSpec, as in jax.tree.map(lambda p: p.sharding.spec, params)"
             )
     return value
@@ -136,7 +136,7 @@ class shard_state(Transform):
             sharding = sharding_of(p)
             if sharding is not None and hidden & {name for entry in sharding.spec for name in names_of(entry)}:
                 raise ValueError(
-                    f"shard_state: the parameter at {place(path)} is split as {sharding.spec}, which jax.jit hides "
+                    f"shard_state: the parameter at {path_text(path)} is split as {sharding.spec}, which jax.jit hides "
                     f"where axes are automatic. If it is meant to be, pass it on: "
                     f"shard_state(tx, mesh, specs=jax.tree.map(lambda p: p.sharding.spec, params)). If a compiled loop "
                     f"returned it so, move it back, jax.device_put(params, jax.NamedSharding(mesh, jax.P())), and "
@@ -172,7 +172,7 @@ def state_shardings(
     return _shardings(*_abstract("state_shardings", tx, params, mesh, axis, specs), mesh)
 
 
-class Place(NamedTuple):
+class Leaf(NamedTuple):
     """Where one array of a state lives.
 
     Attributes:
@@ -196,17 +196,17 @@ class Report(NamedTuple):
     """How large a state is, and where on a mesh; prints as a table of what is not split, or not in few bits.
 
     Attributes:
-      places: one for each array of the state.
+      leaves: one for each array of the state.
       parameters: how many numbers the parameters are.
     """
 
-    places: tuple[Place, ...]
+    leaves: tuple[Leaf, ...]
     parameters: int
 
     @property
     def nbytes(self) -> int:
         """Of the whole state."""
-        return sum(place.nbytes for place in self.places)
+        return sum(leaf.nbytes for leaf in self.leaves)
 
     @property
     def nbytes_per_parameter(self) -> float:
@@ -214,35 +214,35 @@ class Report(NamedTuple):
         return self.nbytes / max(self.parameters, 1)
 
     @property
-    def whole(self) -> tuple[Place, ...]:
+    def whole(self) -> tuple[Leaf, ...]:
         """What is not held in its storage format, the largest first."""
-        return tuple(sorted((p for p in self.places if p.why_whole), key=lambda p: -p.nbytes))
+        return tuple(sorted((p for p in self.leaves if p.why_whole), key=lambda p: -p.nbytes))
 
     @property
     def nbytes_per_device(self) -> int:
         """Of the state that each device holds."""
-        return sum(place.nbytes_per_device for place in self.places)
+        return sum(leaf.nbytes_per_device for leaf in self.leaves)
 
     @property
-    def replicated(self) -> tuple[Place, ...]:
+    def replicated(self) -> tuple[Leaf, ...]:
         """What is not split along the axis, the largest first."""
-        return tuple(sorted((p for p in self.places if p.why), key=lambda p: -p.nbytes_per_device))
+        return tuple(sorted((p for p in self.leaves if p.why), key=lambda p: -p.nbytes_per_device))
 
     @property
     def nbytes_replicated(self) -> int:
         """Of the part of `nbytes_per_device` that is not split along the axis."""
-        return sum(place.nbytes_per_device for place in self.replicated)
+        return sum(leaf.nbytes_per_device for leaf in self.replicated)
 
     def __repr__(self) -> str:
         lines = [f"state of {self.nbytes:,} bytes, {self.nbytes_per_parameter:.3f} per parameter"]
-        if any(place.spec is not None for place in self.places):
+        if any(leaf.spec is not None for leaf in self.leaves):
             each, of_it = self.nbytes_per_device, self.nbytes_replicated
             lines = [
                 f"state of {self.nbytes:,} bytes: {each:,} on each device, {of_it:,} of them not split along the axis"
             ]
-        listed = sorted((p for p in self.places if p.why or p.why_whole), key=lambda p: -p.nbytes_per_device)
+        listed = sorted((p for p in self.leaves if p.why or p.why_whole), key=lambda p: -p.nbytes_per_device)
         shown = listed[:_SHOWN]
-        width = max((len(place.path) for place in shown), default=0)
+        width = max((len(leaf.path) for leaf in shown), default=0)
         for p in shown:
             why = "; ".join(filter(None, (p.why, p.why_whole)))
             lines.append(f"  {p.path:{width}}  {p.nbytes_per_device:>10,}  {why}")
@@ -290,15 +290,15 @@ def report(
     leaves, count = jax.tree_util.tree_leaves_with_path(state), sum(map(np.size, jax.tree.leaves(_bare(params))))
     rows = [(jax.tree_util.keystr(path), x, why) for (path, x), why in zip(leaves, itertools.chain(*whys))]
     if mesh is None:
-        return Report(tuple(Place(path, None, _nbytes(x), _nbytes(x), "", why) for path, x, why in rows), count)
+        return Report(tuple(Leaf(path, None, _nbytes(x), _nbytes(x), "", why) for path, x, why in rows), count)
     _check_axis("report", mesh, axis)
-    plan, places = plan_of("report", state, params, mesh, axis, specs), []
+    plan, placed = plan_of("report", state, params, mesh, axis, specs), []
     for (path, x, why_whole), spec, follows in zip(rows, plan.state, plan.follows):
         part = x.update(shape=NamedSharding(mesh, spec).shard_shape(x.shape))
         is_split = axis in (name for entry in spec for name in names_of(entry))
         why = "" if is_split else _why_not_split(part.shape, mesh.shape[axis], follows)
-        places.append(Place(path, spec, _nbytes(x), _nbytes(part), why, why_whole))
-    return Report(tuple(places), count)
+        placed.append(Leaf(path, spec, _nbytes(x), _nbytes(part), why, why_whole))
+    return Report(tuple(placed), count)
 
 
 def _noted(notes: dict[tuple, list[str]], path: tuple) -> str:

@@ -7,7 +7,7 @@ takes its moments' formats with `to_storage` and starts them with `moment_like`:
 
 Parameters in bfloat16 need a link at the end of the chain that rounds them well: `gdx.round_stochastically` (no
 state), `gdx.round_with_compensation` (Kahan, 2 bytes per parameter) or `gdx.round_with_master` (4 bytes). Random bits
-are a hash of seed, step, leaf and place: nothing to carry, and the same on any mesh.
+are a hash of seed, step, leaf and position: nothing to carry, and the same on any mesh.
 
 >>> import gdx, jax, jax.numpy as jnp
 >>> tx = gdx.adamw(1e-3, mu_dtype=gdx.storage.SignedFourthRoot8(), nu_dtype=gdx.storage.FourthRoot8())
@@ -20,9 +20,9 @@ Packed(codes=uint8[16,512], scales=float32[16,2], format=storage.FourthRoot8())
 >>> type(gdx.storage.convert(exact, state)[0].nu["w"]).__name__
 'Packed'
 
-Blocks of 8 bits fit real shapes, projections to heads and convolutions too: Adam's state of a ResNet-50 or a transformer
-takes 2.05 bytes per parameter. Leaves of fewer than 4,096 numbers stay in float32: `print(gdx.sharding.report(tx,
-params))` lists them, and `init` warns if nothing else is there.
+Blocks of 8 bits fit real shapes, projections to heads and convolutions too: Adam's state of a ResNet-50 or a
+transformer takes 2.05 bytes per parameter. Leaves of fewer than 4,096 numbers stay in float32: `init` warns if nothing
+else is there, and `print(gdx.sharding.report(tx, params))` lists them.
 
 What fails silently is refused: a second moment rounded to nearest with `b2 >= 0.99` stands still once gradients shrink,
 and linear 8-bit codes diverge.

@@ -282,7 +282,7 @@ class InBlocks(Format):
     axis: int
 
     def encode(self, x: jax.Array, dither: Dither) -> Packed:
-        # a place in the flattened array is the same there
+        # a position in the flattened array is the same there
         bits = dither.bits(x.shape, self.format.seed) if self.format.stochastic else None
         x = x.astype(jnp.float32)
         return self.format.encode_blocks(x, jnp.expand_dims(_largest(x, self.axis + 1), self.axis + 1), bits)

@@ -39,10 +39,10 @@ def convert(state: Any, like: Any) -> Any:
     missing = [path for path in targets if path not in values and not _is_count(targets[path])]
     extra = [path for path in values if path not in targets and not _is_count(values[path])]
     shaped = [path for path in targets if path in values and np.shape(values[path]) != np.shape(targets[path])]
-    for what, places in (("has nothing at", missing), ("has also", extra), ("has another shape at", shaped)):
-        if places:
+    for what, paths in (("has nothing at", missing), ("has also", extra), ("has another shape at", shaped)):
+        if paths:
             raise ValueError(
-                f"convert: the state {what} {', '.join(map(jax.tree_util.keystr, places[:3]))}, unlike the one to go "
+                f"convert: the state {what} {', '.join(map(jax.tree_util.keystr, paths[:3]))}, unlike the one to go "
                 f"to; pass tx.init(params) of an optimizer with the same links, and the same parameters"
             )
     leaves = [_recast(values.get(path, target), target, index) for index, (path, target) in enumerate(targets.items())]
@@ -50,13 +50,13 @@ def convert(state: Any, like: Any) -> Any:
 
 
 def _leaves(state: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
-    """Leaves by their places, which do not change when a count comes beside what it counts."""
-    for place, x in jax.tree_util.tree_leaves_with_path(state, is_leaf=lambda x: is_packed(x) or _is_counted(x)):
+    """Leaves by their paths, which do not change when a count comes beside what it counts."""
+    for path_there, x in jax.tree_util.tree_leaves_with_path(state, is_leaf=lambda x: is_packed(x) or _is_counted(x)):
         if _is_counted(x):
-            yield (*path, *place, "count"), x.count
-            yield from _leaves(x.inner_state, (*path, *place))
+            yield (*path, *path_there, "count"), x.count
+            yield from _leaves(x.inner_state, (*path, *path_there))
         else:
-            yield (*path, *place), x
+            yield (*path, *path_there), x
 
 
 def _is_counted(x: Any) -> bool:

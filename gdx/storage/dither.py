@@ -9,11 +9,11 @@ import numpy as np
 
 
 class Dither(NamedTuple):
-    r"""The random bits of one array in one step: a hash of the seed, step, leaf and place in the array.
+    r"""The random bits of one array in one step: a hash of the seed, step, leaf and position in the array.
 
     Element $i$ of leaf $l$ in step $t$ with seed $s$ gets $h(i + h(t + h(l + h(s))))$, with $h$
-    the integer hash lowbias32. The place is that in the whole array: under `jax.jit` the bits do not
-    depend on how it is sharded. (Inside `jax.shard_map` an array is its shard, and places are local.)
+    the integer hash lowbias32. The position is that in the whole array: under `jax.jit` the bits do not
+    depend on how it is sharded. (Inside `jax.shard_map` an array is its shard, and positions are local.)
     Places count modulo $2^{32}$.
 
     Attributes:
@@ -37,17 +37,17 @@ class Dither(NamedTuple):
         key = lowbias32(jnp.uint32((seed + 0x9E3779B9 * (self.field // 2)) % 2**32))
         for number in (self.leaf, self.step):
             key = lowbias32(key + jnp.asarray(number, jnp.uint32))
-        hashed = lowbias32(places(shape, key))
+        hashed = lowbias32(positions(shape, key))
         return hashed >> 16 if self.field % 2 else hashed & 0xFFFF
 
 
-def places(shape: tuple[int, ...], first: Any = 0) -> jax.Array:
-    """The place of each element in the flattened array, counted from `first`, modulo 2^32."""
-    places, stride = jnp.full(shape, first, jnp.uint32), math.prod(shape)
+def positions(shape: tuple[int, ...], first: Any = 0) -> jax.Array:
+    """The position of each element in the flattened array, counted from `first`, modulo 2^32."""
+    positions, stride = jnp.full(shape, first, jnp.uint32), math.prod(shape)
     for axis, size in enumerate(shape):  # the last one last: all before it is one number for a whole row
         stride //= max(size, 1)
-        places += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
-    return places
+        positions += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
+    return positions
 
 
 def lowbias32(x: jax.Array) -> jax.Array:
