@@ -122,7 +122,7 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
         """The transformed updates and the next state."""
         # the gradients of optax.lookahead's pair of parameters are those of `fast`; its updates are a pair too
         check_gradients(self, updates, params.fast if isinstance(params, optax.LookaheadParams) else params)
-        new, state = self._update(jax.tree.map(_widened, updates), state, params, extra_args)
+        new, state = self._update(jax.tree.map(_as_array, updates), state, params, extra_args)
         if isinstance(params, optax.LookaheadParams):
             return new, state
         if self.rounds:
@@ -135,7 +135,8 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
         """Whether it, or a transform inside it, rounds parameters."""
         return any(tx.rounds for tx in transforms_in(self))
 
-    # Inside. What is below is what transforms call on each other: nothing is checked again, and nothing cast.
+    # Inside. What is below is what transforms call on each other: nothing is checked again. Links of one leaf widen
+    # what comes in themselves, in the leaf's own program, where that takes no memory.
 
     def _init(self, params: optax.Params) -> optax.OptState:
         if not self.has_schedule:
@@ -144,6 +145,7 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
         return CountedState(count, self.at(count).init_tree(params))
 
     def _update(self, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> tuple[Any, Any]:
+        updates = jax.tree.map(_widened, updates)
         if not self.has_schedule:
             return self.at(None).update_tree(updates, state, params, **extra_args)
         check_state(self, state, CountedState)
@@ -271,10 +273,13 @@ def _is_transform(x: Any) -> bool:
     return isinstance(x, optax.GradientTransformation)
 
 
+def _as_array(g: Any) -> Any:
+    return g if hasattr(g, "dtype") else jnp.asarray(g, compute_dtype(g))
+
+
 def _widened(g: Any) -> Any:
-    """A gradient as an array in at least float32: a small decay beside an update in bfloat16 would vanish."""
-    dtype = getattr(g, "dtype", None)
-    return g if dtype is not None and dtype.itemsize >= 4 else jnp.asarray(g, compute_dtype(g))
+    """A gradient in at least float32: a small decay beside an update in bfloat16 would vanish."""
+    return g if g.dtype.itemsize >= 4 else jnp.asarray(g, compute_dtype(g))
 
 
 def _cast(u: Any, g: Any) -> Any:
@@ -310,8 +315,8 @@ def foreign_update(
         # an object that is no transform, such as MultiSteps, takes them as it is
         update = optax.with_extra_args_support(made).update if _is_transform(made) else made.update
         try:
-            # in as many bits as the gradients, which jax.lax.cond compares
-            updates, new = update(updates, jax.tree.map(_wide, state), params, **extra_args)
+            # both in as many bits, which jax.lax.cond compares
+            updates, new = update(jax.tree.map(_widened, updates), jax.tree.map(_wide, state), params, **extra_args)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             # what it trips over may be the state of another transform, unless one of gdx's has said what it is
             if not _CHECKED.match(str(error)):

@@ -344,3 +344,19 @@ def test_a_new_state_is_as_free_as_its_parameters():
     assert not any(leaf.committed for leaf in jax.tree.leaves(state))
     there = jax.device_put(params, jax.devices()[1])
     assert all(leaf.committed for leaf in jax.tree.leaves(gdx.adam(0.1, **formats).init(there)) if leaf.ndim)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_takes_no_memory_for_wider_gradients(dtype):
+    formats = {"mu_dtype": SignedFourthRoot8(), "nu_dtype": FourthRoot8()}
+    tx = gdx.chain(gdx.adamw(1e-3, **formats), gdx.round_stochastically())
+    params = jax.ShapeDtypeStruct((256, 512), jnp.dtype(dtype))
+
+    def step(params, state, gradients):
+        updates, state = tx.update(gradients, state, params)
+        with jax.numpy_dtype_promotion("standard"):
+            return optax.apply_updates(params, updates), state
+
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, jax.eval_shape(tx.init, params), params)
+    # the new codes and scales, where a copy of the gradient in float32 would be 4 bytes more for each parameter
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < 2.2 * 256 * 512
