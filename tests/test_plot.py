@@ -473,7 +473,7 @@ LABELS, SCORE = gdx.labels(GRID), [0.5, 0.3, 0.6]
 )
 def test_what_is_no_labels(labels):
     with pytest.raises(
-        TypeError, match=r"plot\.sweep: labels is .*; expected a list .* plot\.sweep\(gdx\.labels\(batch"
+        TypeError, match=r"plot\.sweep: labels is .*; expected a list, .* plot\.sweep\(gdx\.labels\(batch"
     ):
         plot.sweep(labels, SCORE if labels is GRID else LABELS)
 
