@@ -104,6 +104,12 @@ def test_paths_draws_contours_and_one_line_for_each_run(ax):
     assert ax.get_xlim()[0] < 0 and ax.get_xlim()[1] > 2
 
 
+def test_paths_that_share_a_valley_differ_in_width(ax):
+    plot.paths(bowl, dict.fromkeys("abcdef", np.ones((3, 2))), ax)
+    widths = [line.get_linewidth() for line in ax.lines if line.get_label() in set("abcdef")]
+    assert len(widths) == 6 and all(np.diff(widths) < -0.2)
+
+
 def test_paths_without_a_legend_within_limits(ax):
     plot.paths(bowl, {"adam": np.ones((3, 2))}, ax, limits=((-1, 2), (-3, 4)), legend=False)
     assert labels(ax) == ["start"]  # what is no run is named anyway
@@ -474,7 +480,7 @@ LABELS, SCORE = gdx.labels(GRID), [0.5, 0.3, 0.6]
 )
 def test_what_is_no_labels(labels):
     with pytest.raises(
-        TypeError, match=r"plot\.sweep: labels is .*; expected a list .* plot\.sweep\(gdx\.labels\(batch"
+        TypeError, match=r"plot\.sweep: labels is .*; expected a list, .* plot\.sweep\(gdx\.labels\(batch"
     ):
         plot.sweep(labels, SCORE if labels is GRID else LABELS)
 

@@ -109,6 +109,9 @@ def damage_folders(folder: Path) -> None:
     changed = json.loads(manifest.read_text()) | {"format": 99}
     manifest.write_text(json.dumps({**changed, "digest": digest(changed)}))
     report("another format")
+    manifest = copy("another extra") / "2" / "manifest" / "metadata"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"extra": 1}))
+    report("another extra")
     with ocp.CheckpointManager(folder / "of Orbax alone") as manager:
         manager.save(3, args=ocp.args.StandardSave(run(2)[0]))
     report("of Orbax alone")
@@ -160,13 +163,14 @@ def test_no_changed_byte_is_taken_for_what_was_saved(tmp_path):
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     results = {name: result for name, _, _, result in reported("damage_folders", tmp_path)}
-    assert len(results) == 11
+    assert len(results) == 12
     for name, result in results.items():
         assert result.startswith("refused: "), (name, result)
     assert "there is no checkpoint in" in results["no folder"]
     assert "is no directory" in results["a file"]
     assert "its manifest cannot be read" in results["of Orbax alone"]
-    assert "its manifest is not what was saved" in results["another step"]
+    for name in ("another step", "another extra"):
+        assert "its manifest is not what was saved" in results[name]
     assert "has format 99; this version of gdx reads 1" in results["another format"]
     assert "params['b'] is not what was saved" in results["arrays of another run"]
 
