@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import inspect
 import reprlib
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -82,9 +84,11 @@ def to_scalar(
     mend: str = "",
 ) -> Any:
     """`value` as a field holds it: a number (see `to_number`), a schedule, or None."""
+    expected = f"expected a finite number{_interval(minimum, below)}, an array of shape () or a schedule"
+    if _makes_schedules(value):
+        raise TypeError(f"{label} is {text(value)}, which is no function of the step count; {expected}: call it first")
     if callable(value) or (optional and value is None):
         return value
-    expected = f"expected a finite number{_interval(minimum, below)}, an array of shape () or a schedule"
     if not isinstance(value, _NUMBERS) or not _is_real(value):
         raise TypeError(f"{label} is {reprlib.repr(value)}; {expected}")
     if np.shape(value) != ():
@@ -109,6 +113,16 @@ def to_scalar(
     elif coarse:
         raise TypeError(f"{label} is a traced {coarse}")
     return to_number(value)
+
+
+def _makes_schedules(function: Any) -> bool:
+    """Whether it is a class, or a function that cannot be called with a count alone."""
+    if isinstance(function, types.FunctionType):
+        try:
+            inspect.signature(function).bind(0)
+        except TypeError:
+            return True
+    return isinstance(function, type)
 
 
 def to_bool(label: str, value: Any) -> bool:

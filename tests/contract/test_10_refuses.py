@@ -178,6 +178,9 @@ def test_other_mistakes_are_told_what_to_do():
         gdx.sgd(-0.1)
     with pytest.raises(TypeError, match=r"schedule: got constant_schedule.*is one already: give it to the optimizer"):
         gdx.schedule(gdx.schedules.constant_schedule(0.1))
+    for made_of in (gdx.schedules.linear_schedule, optax.linear_schedule, lambda: 0.1, float):
+        with pytest.raises(TypeError, match=r"sgd: learning_rate is <.*>, which is no function of the step count"):
+            gdx.sgd(made_of)
     with pytest.raises(ValueError, match=r"mask is a function that was made anew for each, so define it once"):
         gdx.grid(lambda rate: gdx.adamw(rate, mask=lambda params: params), rate=[0.1, 0.2])
     with pytest.raises(TypeError, match=r"round_with_master: init copies .*jax\.eval_shape\(tx\.init, params\)"):
