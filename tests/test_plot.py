@@ -536,3 +536,11 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=re.escape("pip install 'gdx-jax[plot]'")):
         plot.loss_curves({"sgd": [1.0, 0.5]})
+
+
+def test_what_train_returns_is_drawn():
+    trained = gdx.train(lambda theta, batch: theta**2, gdx.sgd(0.1), jnp.ones(()), jnp.zeros(9))
+    for history, label in ((trained, "training loss"), ({"sgd": trained}, "sgd")):
+        (line,) = plot.loss_curves(history, pyplot.figure().subplots()).get_lines()
+        np.testing.assert_allclose(line.get_ydata(), trained.losses)
+        assert line.get_label() == label

@@ -31,31 +31,33 @@ if TYPE_CHECKING:
 Limits = tuple[float, float] | None
 
 
-def loss_curves(
-    history: Mapping[str, Any], ax: "Axes | None" = None, *, steps: Mapping[str, Any] | None = None
-) -> "Axes":
+def loss_curves(history: Any, ax: "Axes | None" = None, *, steps: Mapping[str, Any] | None = None) -> "Axes":
     """Draws the loss of each run by step, on a logarithmic scale where none is negative.
 
     There a loss of 0 leaves the picture through its bottom. A curve ends before the first loss that is not finite, and
     its run is marked as diverged.
 
     Args:
-      history: the losses of each run, by its name.
+      history: the losses of each run, or what `gdx.train` returned for it, by its name; or of one run without a name.
       ax: the axes to draw on; None for new ones.
       steps: the step of each loss, by the run's name; None where there is one at each step from 0.
 
     Returns:
       The axes.
 
-    >>> import gdx
+    >>> import gdx, jax.numpy as jnp
+    >>> trained = gdx.train(lambda theta, batch: theta**2, gdx.sgd(0.1), jnp.ones(()), jnp.zeros(9))
+    >>> gdx.plot.loss_curves(trained).get_ylabel()
+    'loss'
     >>> ax = gdx.plot.loss_curves({"sgd": [2.0, 1.0, 0.5], "too fast": [2.0, 9.0, float("inf")]})
     >>> ax.get_yscale(), [text.get_text() for text in ax.get_legend().get_texts()]
     ('log', ['sgd', 'too fast (diverged)'])
     """
     ax = axes_or_new(ax)
+    runs = history if isinstance(history, Mapping) else {"training loss": history}
     drawn = []
-    for (name, losses), style in zip(history.items(), line_styles()):
-        losses = np.asarray(losses, float)
+    for (name, losses), style in zip(runs.items(), line_styles()):
+        losses = np.asarray(getattr(losses, "losses", losses), float)
         at = np.arange(len(losses)) if steps is None else np.asarray(steps[name])
         end = finite_length(losses)
         drawn.append(losses[:end])
