@@ -263,10 +263,11 @@ def report(
 ) -> Report:
     """How many bytes the state takes: on each device of a mesh, and per parameter; what is larger than asked, and why.
 
-    That is what cannot be split along the axis, and moments that do not fit their storage format. Other args and errors
-    are those of `state_shardings`: nothing is computed, so that neither the devices nor the memory need be there.
+    That is what cannot be split along the axis, and moments that do not fit their storage format. Nothing is computed,
+    so that neither the devices nor the memory need be there. Errors are those of `state_shardings`.
 
     Args:
+      tx, params, axis, specs: as in `state_shardings`.
       mesh: the devices; None for all of the state on one.
 
     >>> import gdx, jax
