@@ -544,3 +544,9 @@ def test_what_train_returns_is_drawn():
         (line,) = plot.loss_curves(history, pyplot.figure().subplots()).get_lines()
         np.testing.assert_allclose(line.get_ydata(), trained.losses)
         assert line.get_label() == label
+
+
+@pytest.mark.parametrize("history", [3.0, {"sweep": np.ones((2, 3))}])
+def test_losses_have_one_axis(history):
+    with pytest.raises(ValueError, match=r"plot\.loss_curves: .* has shape \(.*\); expected one loss for each step"):
+        plot.loss_curves(history)

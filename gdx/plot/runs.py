@@ -45,6 +45,9 @@ def loss_curves(history: Any, ax: "Axes | None" = None, *, steps: Mapping[str, A
     Returns:
       The axes.
 
+    Raises:
+      ValueError: the losses of a run have more or fewer axes than one.
+
     >>> import gdx, jax.numpy as jnp
     >>> trained = gdx.train(lambda theta, batch: theta**2, gdx.sgd(0.1), jnp.ones(()), jnp.zeros(9))
     >>> gdx.plot.loss_curves(trained).get_ylabel()
@@ -58,6 +61,8 @@ def loss_curves(history: Any, ax: "Axes | None" = None, *, steps: Mapping[str, A
     drawn = []
     for (name, losses), style in zip(runs.items(), line_styles()):
         losses = np.asarray(getattr(losses, "losses", losses), float)
+        if losses.ndim != 1:
+            raise ValueError(f"plot.loss_curves: {name} has shape {losses.shape}; expected one loss for each step")
         at = np.arange(len(losses)) if steps is None else np.asarray(steps[name])
         end = finite_length(losses)
         drawn.append(losses[:end])
