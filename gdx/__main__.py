@@ -79,9 +79,9 @@ def _run(command: Any, arguments: argparse.Namespace) -> int:
         interrupted.set()
 
     interrupted.clear()
-    # in the background of a shell Ctrl-C is ignored
-    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, take) for number in numbers}
+    # in the background of a shell Ctrl-C is ignored; the last one is how several processes are told of it
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+    before = {number: signal.signal(number, take) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     try:
         return ThreadPoolExecutor(1).submit(command.run, arguments).result()
     finally:

@@ -85,7 +85,6 @@ class _Member:
         os.set_blocking(self.pipe, False)
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
         environment = {PROCESS: f"{number},{count},{address},{end}", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-        environment |= {"JAX_ENABLE_PREEMPTION_SERVICE": "false"}  # which would take SIGTERM for itself
         # a session of its own: Ctrl-C reaches only the process that watches, which passes it on
         self.process = subprocess.Popen(command, env=os.environ | environment, pass_fds=[end], start_new_session=True)
         os.close(end)
@@ -109,7 +108,8 @@ def run(command: Sequence[str], count: int, *, devices: int) -> tuple[int, str]:
     """Runs a program in so many processes, each with so many devices, until all have ended, or one fails.
 
     Then it ends the others. Noticed are a process that exits with an error, is killed, or shows no sign of life for 10
-    seconds. Ctrl-C is passed on to all, as SIGTERM. The command is a program that calls `join`, and its arguments.
+    seconds. Ctrl-C is passed on to all, as SIGUSR1: JAX's runtime takes SIGTERM for itself. The command is a program
+    that calls `join`, and its arguments.
 
     Returns:
       The exit code: 0; 130 if they were told to stop; 2 or 1 if one failed. And what went wrong with each that did.
@@ -125,7 +125,7 @@ def run(command: Sequence[str], count: int, *, devices: int) -> tuple[int, str]:
             if interrupted.is_set() and not passed_on:
                 passed_on = True
                 for member in members:
-                    member.process.send_signal(signal.SIGTERM)
+                    member.process.send_signal(signal.SIGUSR1)
             if any(member.failure() for member in members):
                 deadline = min(deadline, time.monotonic() + GRACE)
         failures = {member: text for member in members if (text := member.failure())}
