@@ -17,6 +17,7 @@ import optax
 
 import gdx
 from benchmarks.measure import Ratio, calls_for, came_out, interleaved, ratio, table
+from benchmarks.models import resnet50
 
 try:
     import torch
@@ -54,23 +55,11 @@ def gpt2() -> Any:
     return shapes_of({"wte": (50257, 768), "wpe": (1024, 768), "h": [block] * 12, "ln_f": norm})
 
 
-def resnet50() -> Any:
-    """The parameters of ResNet-50: 161 leaves, 25.6M numbers."""
-
-    def conv(size: int, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
-        return {"kernel": (size, size, inputs, outputs), "scale": (outputs,), "bias": (outputs,)}
-
-    layers, inputs = [conv(7, 3, 64)], 64
-    for width, depth in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for i in range(depth):
-            layers += [conv(1, inputs, width), conv(3, width, width), conv(1, width, 4 * width)]
-            if i == 0:
-                layers += [conv(1, inputs, 4 * width)]
-            inputs = 4 * width
-    return shapes_of({"layers": layers, "fc": {"kernel": (2048, 1000), "bias": (1000,)}})
-
-
-MODELS = {"1000x3.2k": lambda: shapes_of([(3_200,)] * 1000), "GPT-2": gpt2, "ResNet-50": resnet50}
+MODELS = {
+    "1000x3.2k": lambda: shapes_of([(3_200,)] * 1000),
+    "GPT-2": gpt2,
+    "ResNet-50": lambda: shapes_of(resnet50(is_flax=True)),
+}
 
 
 def train_step(tx: Any, params: Any, state: Any, grads: Any) -> tuple[Any, Any]:

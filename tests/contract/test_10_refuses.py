@@ -176,7 +176,9 @@ def test_arguments_by_another_name(make, given, words):
 def test_other_mistakes_are_told_what_to_do():
     with pytest.raises(ValueError, match=r"sgd: learning_rate is -0\.1; .*; to ascend, descend on the negative of the"):
         gdx.sgd(-0.1)
-    with pytest.raises(TypeError, match=r"schedule: got constant_schedule.*is one already: give it to the optimizer"):
+    with pytest.raises(
+        TypeError, match=r"schedule: got constant_schedule.*; what returns a number is one already: give it to the"
+    ):
         gdx.schedule(gdx.schedules.constant_schedule(0.1))
     for made_of in (gdx.schedules.linear_schedule, optax.linear_schedule, lambda: 0.1, float):
         with pytest.raises(TypeError, match=r"sgd: learning_rate is <.*>, which is no function of the step count"):
