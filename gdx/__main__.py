@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import gdx
@@ -83,7 +83,11 @@ def _run(command: Any, arguments: argparse.Namespace) -> int:
     numbers = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
     before = {number: signal.signal(number, take) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     try:
-        return ThreadPoolExecutor(1).submit(command.run, arguments).result()
+        running = ThreadPoolExecutor(1).submit(command.run, arguments)
+        # the system may hand a signal to a thread of XLA's: Python then calls `take` only when this one wakes
+        while not running.done():
+            wait([running], timeout=0.1)
+        return running.result()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
