@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdx.fields import is_concrete, is_number, text
+from gdx.fields import is_concrete, is_number, makes_schedules, text
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ _CHECKS: dict[Any, tuple[Callable[[Any], bool], str]] = {
     int: (_is_finite, "a finite number"),
     bool: (lambda x: isinstance(x, bool | np.bool_), "True or False"),
     types.NoneType: (lambda x: x is None, "None"),
-    Callable: (callable, "a function of the step count"),
+    Callable: (lambda x: callable(x) and not makes_schedules(x), "a function of the step count"),
     Mapping: (lambda x: isinstance(x, Mapping), "a dict"),
     Sequence: (lambda x: isinstance(x, Sequence) or getattr(x, "ndim", 0) > 0, "a list"),
     tuple: (lambda x: isinstance(x, tuple | list) and len(x) == 2, "a pair"),
@@ -104,8 +104,9 @@ def _options(annotation: Any) -> dict[Any, tuple]:
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     options = typing.get_args(annotation) if is_union else (annotation,)
     kinds = {typing.get_origin(option) or option: typing.get_args(option) or (Any, Any) for option in options}
-    if float in kinds:  # an array beside it is of shape ()
-        kinds = {kind: of for kind, of in kinds.items() if kind not in (np.ndarray, jax.Array)}
+    if float in kinds:  # an array beside it is of shape (), and what else makes an ArrayLike is not meant
+        arrays = {*_ARRAY_LIKE} - {float, int, types.NoneType} if complex in kinds else {np.ndarray, jax.Array}
+        kinds = {kind: of for kind, of in kinds.items() if kind not in arrays}
     return kinds if kinds.keys() <= _CHECKS.keys() else {}
 
 

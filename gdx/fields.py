@@ -85,7 +85,7 @@ def to_scalar(
 ) -> Any:
     """`value` as a field holds it: a number (see `to_number`), a schedule, or None."""
     expected = f"expected a finite number{_interval(minimum, below)}, an array of shape () or a schedule"
-    if _makes_schedules(value):
+    if makes_schedules(value):
         raise TypeError(f"{label} is {text(value)}, which is no function of the step count; {expected}: call it first")
     if callable(value) or (optional and value is None):
         return value
@@ -115,7 +115,7 @@ def to_scalar(
     return to_number(value)
 
 
-def _makes_schedules(function: Any) -> bool:
+def makes_schedules(function: Any) -> bool:
     """Whether it is a class, or a function that cannot be called with a count alone."""
     if isinstance(function, types.FunctionType):
         try:

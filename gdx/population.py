@@ -13,7 +13,7 @@ import numpy as np
 from gdx.fields import text
 from gdx.schedules import Schedule
 from gdx.transform import Transform
-from gdx.values import names_of
+from gdx.values import names_of, on_every_device, stacked
 
 
 def stack(optimizers: Iterable[Transform]) -> Transform:
@@ -61,11 +61,7 @@ def stack(optimizers: Iterable[Transform]) -> Transform:
                 f"stack single optimizers"
             )
 
-    def column(*values: Any) -> Any:
-        on_device = any(isinstance(value, jax.Array) for value in values)
-        return jnp.stack(list(map(jnp.asarray, values))) if on_device else np.stack(values)
-
-    return jax.tree.map(column, *members)
+    return stacked(members)
 
 
 def _unlike(tx: Transform, other: Transform) -> str:
@@ -93,7 +89,7 @@ def unstack(batch: Transform) -> list[Transform]:
     sgd(learning_rate=0.2)
     """
     size = members_of(batch)
-    whole = jax.tree.map(_on_every_device, batch)
+    whole = jax.tree.map(on_every_device, batch)
     return [jax.tree.map(operator.itemgetter(i), whole) for i in range(size)]
 
 
@@ -183,13 +179,6 @@ def members_of(batch: Transform) -> int:
     if not named:
         raise ValueError(f"{batch!r} has no hyperparameters to tell members apart")
     return sizes.pop()[0]
-
-
-def _on_every_device(leaf: Any) -> Any:
-    """The same array whole on each device of its mesh: an axis that is split by its type cannot be indexed."""
-    if isinstance(leaf, jax.core.Tracer) or not isinstance(getattr(leaf, "sharding", None), jax.NamedSharding):
-        return leaf
-    return jax.device_put(leaf, jax.NamedSharding(leaf.sharding.mesh, jax.P()))
 
 
 _ARRAYS = (np.ndarray, jax.Array)

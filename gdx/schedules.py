@@ -67,12 +67,12 @@ class Schedule(Value):
             if value is not takes.default:
                 check_type(f"{type(self).__name__}: {name}", value, takes.annotation)
 
-    def _convert(self, name: str, value: Any, source: str = "", is_batch: bool = False) -> tuple[Any, bool]:
-        kept, is_child = super()._convert(name, value, source, is_batch)
+    def _convert(self, name: str, value: Any, source: str = "") -> tuple[Any, bool]:
+        kept, is_child = super()._convert(name, value, source)
         if is_child or not isinstance(value, tuple | list | dict):
             return kept, is_child
         items = jax.tree.map(lambda x: Plain(x) if is_opaque(x) else x, value, is_leaf=lambda x: isinstance(x, Value))
-        return super()._convert(name, items, source, is_batch)
+        return super()._convert(name, items, source)
 
     def validate(self) -> None:
         leaves = jax.tree.leaves(self)

@@ -23,10 +23,11 @@ from typing import Any, Self, dataclass_transform
 import jax
 import numpy as np
 
-from gdx.annotations import ANYTHING, Takes, read_parameter
+from gdx.annotations import ANYTHING, Takes, check_type, read_parameter
 from gdx.fields import (
     Setting,
     hyperparameter,
+    is_concrete,
     is_key,
     is_number,
     is_opaque,
@@ -111,13 +112,16 @@ class Value:
         """What is known of a field."""
         return type(self).__dataclass_fields__[name].metadata  # type: ignore[attr-defined]
 
-    def _convert(self, name: str, value: Any, source: str = "", is_batch: bool = False) -> tuple[Any, bool]:
+    def _convert(self, name: str, value: Any, source: str = "") -> tuple[Any, bool]:
         """A field's value in its canonical form, and whether it is a child of the pytree."""
         label = f"{type(self).__name__}: {name}{source}"
         value, metadata = _copied(label, value), self._metadata(name)
         convert = metadata.get("convert")
         if convert is None:
-            return guessed(label, value, metadata.get("takes", ANYTHING), is_batch)
+            takes = metadata.get("takes", ANYTHING)
+            if takes.floats and (callable(value) or is_transform(value) or isinstance(value, tuple | list | dict)):
+                check_type(label, value, takes.annotation)  # what is no number, where only numbers may be
+            return guessed(label, value, takes)
         value = convert(label, value)
         return value, not (metadata.get("static") or is_opaque(value))
 
@@ -198,7 +202,8 @@ class Value:
         """The same value with some fields changed, named as in `hyperparams`.
 
         Fields that are no numbers can be replaced too, and containers as a whole. Qualified names are passed as
-        `tx.replace(**{"scale_by_adam.b1": 0.8})`.
+        `tx.replace(**{"scale_by_adam.b1": 0.8})`. In a batch a number is that of all members, and a list or array has
+        one for each.
 
         Raises:
           ValueError: a name is unknown, or several values have a field of that name.
@@ -212,23 +217,64 @@ class Value:
                 meant = "" if choices else _meant(name, names)
                 hint = f"did you mean {meant}?" if meant else f"choose from {', '.join(choices or names)}"
                 raise ValueError(f"{type(self).__name__}.replace: {name!r} {problem}; {hint}")
-        return self._put([(names[name].path, value) for name, value in changes.items()])
+        found = [names[name] for name in changes]
+        size = self._size()
+        if size:
+            return self._put_each(found, list(changes.values()), size)
+        return self._put([(each.path, value) for each, value in zip(found, changes.values())])
 
     def _put(self, changes: Sequence[tuple[tuple, Any]]) -> Self:
         """The same value with others at these paths: all put in their places before any is checked."""
         given = self._given()
         children = vars(self)["_structure"].children
-        is_batch = any(map(np.ndim, jax.tree.leaves(self)))
         converted = {name: (value, name in children) for name, value in given.items()}
         for name in dict.fromkeys(path[0] for path, _ in changes):
             given[name] = _with(given[name], [(path[1:], value) for path, value in changes if path[0] == name], self)
-            converted[name] = self._convert(name, given[name], is_batch=is_batch)
+            converted[name] = self._convert(name, given[name])
         changed = self._empty()
-        if not is_batch:
-            changed._check_given(given)
+        changed._check_given(given)
         changed._set(converted)
         changed.validate()
         return changed
+
+    def _put_each(self, found: Sequence["Named"], new: list[Any], size: int) -> Self:
+        """The same in each of so many members of a batch, where what is new may have an item for each."""
+        for i, (each, value) in enumerate(zip(found, new)):
+            if isinstance(value, list | tuple) and not isinstance(each.value, list | tuple):
+                new[i] = np.stack(value) if value and all(map(is_number, value)) else value
+            for shape in map(np.shape, jax.tree.leaves(new[i])):
+                if shape and shape[0] != size:
+                    raise ValueError(
+                        f"{type(self).__name__}.replace: {'.'.join(each.labels)} has shape {shape}; expected a number, "
+                        f"or an array of {size}, with one for each member of the batch"
+                    )
+        leaves, structure = jax.tree.flatten((self, new))
+        has_each = [bool(np.ndim(leaf)) for leaf in leaves]
+
+        def changed(items: Iterable[Any]) -> Any:
+            items = iter(items)
+            member, values = jax.tree.unflatten(
+                structure, [next(items) if each else leaf for each, leaf in zip(has_each, leaves)]
+            )
+            return member._put([(each.path, value) for each, value in zip(found, values)])
+
+        columns = [leaf for each, leaf in zip(has_each, leaves) if each]
+        if not all(map(is_concrete, columns)):
+            return jax.vmap(changed)(columns)
+        return stacked([changed(items) for items in zip(*map(on_every_device, columns))])
+
+    def _size(self) -> int:
+        """How many members it has, if it is a batch: a number that takes no shape has one. 0 if it is none."""
+        for name in vars(self)["_structure"].children:
+            takes = self._metadata(name).get("takes")
+            for leaf in jax.tree.leaves(vars(self)[name], is_leaf=_is_whole):
+                if isinstance(leaf, Value):
+                    size = leaf._size()
+                else:
+                    size = np.shape(leaf)[0] if np.ndim(leaf) and is_float(leaf) and not (takes and takes.arrays) else 0
+                if size:
+                    return size
+        return 0
 
     # which function makes classes like it of functions, if it is made of one
     _keeper = ""
@@ -312,6 +358,23 @@ def _by_name(walk: Iterable[Named]) -> dict[str, Named]:
     return {name(each.labels): each for each in found}
 
 
+def stacked(members: Sequence[Any]) -> Any:
+    """One value of several, each of their numbers with a leading axis of members."""
+
+    def column(*items: Any) -> Any:
+        on_device = any(isinstance(item, jax.Array) for item in items)
+        return jax.numpy.stack(list(map(jax.numpy.asarray, items))) if on_device else np.stack(items)
+
+    return jax.tree.map(column, *members)
+
+
+def on_every_device(leaf: Any) -> Any:
+    """The same array whole on each device of its mesh: an axis that is split by its type cannot be indexed."""
+    if isinstance(leaf, jax.core.Tracer) or not isinstance(getattr(leaf, "sharding", None), jax.NamedSharding):
+        return leaf
+    return jax.device_put(leaf, jax.NamedSharding(leaf.sharding.mesh, jax.P()))
+
+
 class Structure:
     """What decides the program: which fields are children, and the values of all others."""
 
@@ -366,7 +429,7 @@ def unflatten(cls: Any, structure: Structure, children: Any) -> Any:
     return value
 
 
-def guessed(label: str, value: Any, takes: Takes, is_batch: bool = False) -> tuple[Any, bool]:
+def guessed(label: str, value: Any, takes: Takes) -> tuple[Any, bool]:
     """What an argument is kept as, and whether it is a child, where nothing was declared.
 
     Numbers are floats, and integers where the parameter takes floats; an integer anywhere else decides the program, as
@@ -382,12 +445,12 @@ def guessed(label: str, value: Any, takes: Takes, is_batch: bool = False) -> tup
     if isinstance(value, tuple | list | dict):
         leaves, structure = jax.tree_util.tree_flatten_with_path(value, is_leaf=_is_whole)
         names = [f"{label}.{jax.tree_util.keystr(path, simple=True, separator='.')}" for path, _ in leaves]
-        items = [guessed(name, item, takes, is_batch) for name, (_, item) in zip(names, leaves)]
+        items = [guessed(name, item, takes) for name, (_, item) in zip(names, leaves)]
         if items and all(is_child for _, is_child in items):
             return jax.tree.unflatten(structure, [item for item, _ in items]), True
         return value, False
     is_array = isinstance(value, jax.Array | np.ndarray)
-    if is_array and value.ndim and is_float(value) and not (is_batch or takes.arrays):
+    if is_array and value.ndim and is_float(value) and not takes.arrays:
         raise ValueError(
             f"{label} has shape {np.shape(value)}; expected a finite number. Build a batch of optimizers with "
             f"gdx.stack or gdx.grid, and annotate what may have a shape, in a function of your own, as jax.Array"

@@ -57,6 +57,62 @@ def test_schedules_are_points_too():
     np.testing.assert_allclose(updates, [-0.1, -0.2], rtol=1e-6)
 
 
+def pair(make, **settings):
+    return gdx.stack([make(**settings), make(**settings)])
+
+
+BATCHES = {
+    "an optimizer": lambda: pair(gdx.adamw, learning_rate=0.1),
+    "a link": lambda: pair(gdx.scale_by_adam),
+    "one of optax's": lambda: pair(gdx.value(optax.lamb), learning_rate=0.1),
+    "a chain": lambda: pair(lambda: gdx.chain(gdx.value(optax.clip)(1.0), gdx.adam(0.1))),
+    "in a wrapper": lambda: pair(gdx.value(optax.MultiSteps), opt=gdx.adam(0.1), every_k_schedule=2),
+}
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+def test_what_is_replaced_in_a_batch_is_checked_in_each_member(kind):
+    batch = BATCHES[kind]()
+    for values in ([0.5, 0.25], (0.5, 0.25), np.array([0.5, 0.25]), jnp.array([0.5, 0.25])):
+        assert [tx.hyperparams["b1"] for tx in gdx.unstack(batch.replace(b1=values))] == [0.5, 0.25]
+    assert [tx.hyperparams["b1"] for tx in gdx.unstack(batch.replace(b1=0.5))] == [0.5, 0.5]
+    assert batch.replace(b1=0.5) == batch.replace(b1=[0.5, 0.5])
+    out_of_range = [2.0] if kind != "one of optax's" else []
+    for wrong in [np.nan, np.inf, "a", True, *out_of_range]:
+        with pytest.raises((TypeError, ValueError), match=r"b1 is "):
+            batch.replace(b1=wrong)
+        with pytest.raises((TypeError, ValueError), match=r"b1 is "):
+            batch.replace(b1=[0.5, wrong])
+    for wrong in (np.ones(3) / 2, [0.5], jnp.ones((3, 2)) / 2):
+        with pytest.raises(
+            ValueError, match=r"replace: .*b1 has shape .*; expected a number, or an array of 2, with one"
+        ):
+            batch.replace(b1=wrong)
+    single = gdx.unstack(batch)[0]
+    traced = jax.jit(lambda tx, b1: tx.replace(b1=b1))
+    assert gdx.unstack(traced(batch, jnp.array([0.5, 0.25]))) == [single.replace(b1=0.5), single.replace(b1=0.25)]
+    assert gdx.unstack(traced(batch, 0.5)) == [single.replace(b1=0.5)] * 2
+
+
+def test_a_schedule_is_put_into_a_batch():
+    rate = gdx.schedules.linear_schedule(0.1, 0.0, 10)
+    batch = gdx.grid(gdx.sgd, learning_rate=[0.1, 0.2]).replace(learning_rate=rate)
+    assert gdx.unstack(batch) == [gdx.sgd(rate)] * 2
+    each = jax.tree.map(lambda x: np.stack([x, 2 * x]), rate)
+    assert gdx.unstack(batch.replace(learning_rate=each))[1] == gdx.sgd(jax.tree.map(lambda x: 2 * x, rate))
+
+
+def test_arrays_that_are_no_batch_are_replaced_as_a_whole():
+    @gdx.value
+    def weighted(weights: jax.Array, rate: float = 0.1):
+        return optax.chain(optax.stateless(lambda u, _: jax.tree.map(lambda x: x * weights, u)), optax.sgd(rate))
+
+    tx = weighted(jnp.ones(3)).replace(weights=jnp.ones(4), rate=0.2)
+    assert tx.weights.shape == (4,) and tx.rate == 0.2
+    with pytest.raises(ValueError, match="rate is nan"):
+        tx.replace(rate=np.nan)
+
+
 def test_is_a_value_that_one_program_takes():
     batch = gdx.grid(gdx.sgd, learning_rate=[0.1, 0.2])
     assert batch == gdx.grid(gdx.sgd, learning_rate=[0.1, 0.2]) and hash(batch) is not None

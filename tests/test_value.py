@@ -447,6 +447,11 @@ WRONG = {
     "infinity": (np.float32("inf"), ValueError, "inf"),
     "minus infinity": (-np.inf, ValueError, "-inf"),
     "an array": (jnp.ones(3), ValueError, r"\(3,\); expected a finite number.*gdx\.stack.*jax\.Array"),
+    "a list": ([0.1, 0.2], TypeError, r"\[0\.1, 0\.2\]; expected a finite number"),
+    "a dict": ({"w": 0.1}, TypeError, r"\{'w': 0\.1\}; expected a finite number"),
+    "a transform": (gdx.sgd(0.1), TypeError, r"sgd\(learning_rate=0\.1\); expected a finite number"),
+    "a transform of optax": (optax.identity(), TypeError, r"Gradient.*; expected a finite number"),
+    "a factory of schedules": (optax.linear_schedule, TypeError, r"<linear_schedule>; expected a finite number"),
 }
 
 
