@@ -21,10 +21,12 @@ def uncontracted(product: jax.Array) -> jax.Array:
     >>> float(jax.jit(lambda x: gdx.uncontracted(x * x) - 1)(x) * 2**11)
     1.0
     """
-    if jax.config.jax_disable_jit:  # nothing is fused then, and jax_debug_nans would stop at the constant
+    # without jit nothing is fused, and jax_debug_nans would stop at the constant
+    if jax.config.jax_disable_jit or not jnp.isrealobj(product):
         return product
     # barriers and reduce_precision are removed before the compiler fuses
-    return jnp.where(product < jnp.inf, product, jnp.nan) if jnp.isrealobj(product) else product
+    is_finite = jax.lax.lt(product, jax.lax.full_like(product, jnp.inf))
+    return jax.lax.select(is_finite, product, jax.lax.full_like(product, jnp.nan))
 
 
 def alike(product: jax.Array) -> jax.Array:
@@ -46,20 +48,24 @@ def by_itself(x: jax.Array) -> jax.Array:
 
     Of two factors that are constants it would make one, whose product is rounded another way.
     """
-    return _behind_bits(x) if jnp.isrealobj(x) else x
+    return _behind_bits_of_shape(x) if jnp.isrealobj(x) else x
 
 
 @jax.custom_jvp
 def _behind_bits(x: jax.Array) -> jax.Array:
     # one chain of operations: a mesh sends what is used twice twice
     bits = jax.lax.bitcast_convert_type(x, np.dtype(f"int{8 * x.dtype.itemsize}"))
-    nan = np.array(np.nan, x.dtype).view(bits.dtype)
-    return jax.lax.bitcast_convert_type(jnp.minimum(bits, nan), x.dtype)
+    nan = jax.lax.full_like(bits, np.array(np.nan, x.dtype).view(bits.dtype).item())
+    return jax.lax.bitcast_convert_type(jax.lax.min(bits, nan), x.dtype)
 
 
 @_behind_bits.defjvp
 def _behind_bits_jvp(primals: tuple, tangents: tuple) -> tuple:
     return _behind_bits(*primals), tangents[0]
+
+
+# what has a slope of its own is slow to trace: so it is once for each shape, not once for each product
+_behind_bits_of_shape = jax.jit(_behind_bits, inline=True)
 
 
 def compute_dtype(*arrays: Any) -> np.dtype:

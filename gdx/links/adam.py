@@ -124,10 +124,10 @@ class scale_by_adam(Leafwise):
         return mu, nu
 
     def direction(self, shared: _Shared, g: jax.Array, p: jax.Array | None, mu: jax.Array, nu: jax.Array) -> jax.Array:
-        mu_hat = mu * shared.from_mu
+        mu_hat = shared.from_mu * mu
         if shared.from_g is not None:
-            mu_hat = alike(mu_hat) + uncontracted(g * shared.from_g)
-        return mu_hat / (_sqrt(alike(nu * shared.from_nu) + self.eps_root) + shared.eps)
+            mu_hat = alike(mu_hat) + uncontracted(shared.from_g * g)
+        return mu_hat / (_sqrt(alike(shared.from_nu * nu) + self.eps_root) + shared.eps)
 
 
 def _square(x: jax.Array) -> jax.Array:
@@ -138,7 +138,7 @@ def _square(x: jax.Array) -> jax.Array:
 @jax.custom_jvp
 def _sqrt(x: jax.Array) -> jax.Array:
     """The square root, with derivative 0 at 0: there the second moment does not depend on b2."""
-    return jnp.sqrt(x)
+    return jax.lax.sqrt(x)
 
 
 @_sqrt.defjvp

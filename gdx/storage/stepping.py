@@ -93,8 +93,10 @@ def _step(
     dtype: np.dtype,
     dither: Dither | None,
 ) -> list[Any]:
+    real = jnp.finfo(dtype).dtype
+
     def cast(x: Any) -> Any:
-        return None if x is None else x.astype(dtype if jnp.iscomplexobj(x) else jnp.finfo(dtype).dtype)
+        return None if x is None else jax.lax.convert_element_type(x, dtype if jnp.iscomplexobj(x) else real)
 
     def decode(stored: Sequence[Any]) -> list[Any]:
         return [cast(x if format is None else format.decode(x)) for format, x in zip(formats, stored)]
