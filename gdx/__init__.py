@@ -107,6 +107,7 @@ if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == "gdx" and signal.
 from gdx import checkpoint, curvature, landscape, noise, plot, schedules, sharding, storage
 from gdx.compose import chain
 from gdx.fields import Scalar, hyperparameter, static
+from gdx.grouping import groups, times
 from gdx.leafwise import Leafwise
 from gdx.links.adam import adam, adamw, scale_by_adam
 from gdx.links.decay import add_decoupled_weight_decay
@@ -135,6 +136,8 @@ __all__ = [  # noqa: RUF022
     "add_decoupled_weight_decay",
     "chain",
     "value",
+    "groups",
+    "times",
     "schedules",
     "schedule",
     "hyperparams_in_use",

@@ -118,6 +118,28 @@ def noted() -> Iterator[dict[tuple, list[str]]]:
         _notes.reset(token)
 
 
+@contextlib.contextmanager
+def held_together(tx: Any) -> Iterator[None]:
+    """In here `init` is called for parts of a tree; warns where formats hold nothing in any of them."""
+    if _notes.get() is not None:  # whoever asked for the notes judges
+        yield
+        return
+    with noted() as notes:
+        yield
+    whys = [why for found in notes.values() for why in found]
+    if whys and all(whys):
+        warnings.warn(
+            f"{_name(tx)}: no leaf fits its storage format, so all stay whole. One of them: {whys[0]}. {_WHOLE_MEND}",
+            stacklevel=2,
+        )
+
+
+_WHOLE_MEND = (
+    "Choose a smaller minimum_size or block, or leave the format out; gdx.sharding.report(tx, params) lists what stays "
+    "whole"
+)
+
+
 def check_held(tx: Any, params: optax.Params, names: list[str], rows: list[tuple[Any, ...]]) -> None:
     """Warns where formats hold nothing of the moments with these names, given for each parameter; or has it `noted`."""
     notes, leaves, whole = _notes.get(), jax.tree_util.tree_leaves_with_path(params), dict[str, list[str]]()
@@ -133,8 +155,7 @@ def check_held(tx: Any, params: optax.Params, names: list[str], rows: list[tuple
         (path, largest), why = max(zip(leaves, next(iter(whole.values()))), key=lambda pair: np.size(pair[0][1]))
         warnings.warn(
             f"{_name(tx)}: no leaf fits {' or '.join(whole)}, so all stay whole. The largest, at "
-            f"{path_text(path)}, has the shape {np.shape(largest)}: {why}. Choose a smaller minimum_size or "
-            f"block, or leave the format out; gdx.sharding.report(tx, params) lists what stays whole",
+            f"{path_text(path)}, has the shape {np.shape(largest)}: {why}. {_WHOLE_MEND}",
             stacklevel=2,
         )
 

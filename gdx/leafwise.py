@@ -202,7 +202,9 @@ def update_leaves(
         return functools.partial(_stepper(structure), numbers)
 
     parameters = [None] * size if params is None else jax.tree.leaves(params)
-    indices = map(np.uint32, range(size)) if is_random else [None] * size
+    # in the whole tree, of which this may be a group's part with None elsewhere: no two leaves round alike
+    places = enumerate(jax.tree.leaves(updates, is_leaf=lambda x: x is None))
+    indices = [np.uint32(i) for i, x in places if x is not None] if is_random else [None] * size
     leaves = zip(zip(*acting), gradients, parameters, zip(*moments), indices)
     rows = (stepper(_dtypes(g, p, kept))(acts, g, p, kept, index) for acts, g, p, kept, index in leaves)
     new_updates, *new_moments = _columns(rows, 1 + len(links))

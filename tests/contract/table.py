@@ -132,6 +132,12 @@ def sharded(learning_rate: Any, b1: Any = 0.9, weight_decay: Any = 1e-4) -> gdx.
     return gdx.sharding.shard_state(gdx.adamw(learning_rate, b1=b1, weight_decay=weight_decay), _one_device())
 
 
+def grouped(learning_rate: Any, factor: Any = 1.0, weight_decay: Any = 1e-4) -> gdx.Transform:
+    """With all parameters in one group, whose rate is a multiple."""
+    base = gdx.adamw(learning_rate, weight_decay=weight_decay)
+    return gdx.groups(base, {"": {"learning_rate": gdx.times(factor)}})
+
+
 @functools.cache
 def _one_device() -> jax.sharding.Mesh:
     return jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
@@ -160,6 +166,11 @@ def _descent(t: int, g: Any, theta: Any, memory: dict, *, learning_rate: Any, fl
 
 def _measured(t: int, g: Any, theta: Any, memory: dict, *, learning_rate: Any, decay: Any) -> Any:
     return oracle.sgd(t, g, theta, memory, learning_rate=learning_rate)
+
+
+def _grouped(t: int, g: Any, theta: Any, memory: dict, *, learning_rate: Any, factor: Any, weight_decay: Any) -> Any:
+    rest = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": weight_decay}
+    return oracle.adamw(t, g, theta, memory, learning_rate=learning_rate * factor, **rest)
 
 
 def _decay(t: int, g: Any, theta: Any, memory: dict, *, weight_decay: Any) -> Any:
@@ -400,6 +411,18 @@ ROWS = (
         ({"learning_rate": 1e-2, "b1": 0.9, "weight_decay": 0.1},),
         _with_rate((({"b1": 1.0}, ValueError, r"adamw: b1 is 1\.0"),)),
         functools.partial(oracle.adamw, b2=0.999, eps=1e-8),
+        largest_gradient=1e19,
+    ),
+    Row(
+        grouped,
+        ({"learning_rate": 0.1, "factor": 0.3, "weight_decay": 0.1},),
+        _with_rate(
+            (
+                ({"factor": -1.0}, ValueError, r"times: factor is -1\.0; expected a finite number >= 0"),
+                ({"weight_decay": -1.0}, ValueError, r"adamw: weight_decay is -1\.0"),
+            )
+        ),
+        _grouped,
         largest_gradient=1e19,
     ),
     Row(
