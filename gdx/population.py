@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdx.fields import text
+from gdx.numerics import is_real
 from gdx.schedules import Schedule
 from gdx.transform import Transform
 from gdx.values import names_of
@@ -138,13 +139,9 @@ def to_scores(label: str, score: Any, size: int, each: str) -> np.ndarray:
       TypeError: it is no real numbers.
       ValueError: it has another shape.
     """
-    try:
-        array = np.asarray(score)
-        is_real = jnp.issubdtype(array.dtype, np.floating) or jnp.issubdtype(array.dtype, np.integer)
-    except (TypeError, ValueError):  # random keys; lists of several lengths
-        is_real = False
-    if not is_real:
+    if not is_real(score):
         raise TypeError(f"{label}: score is {reprlib.repr(score)}; expected real numbers, one for each {each}")
+    array = np.asarray(score)
     if array.shape != (size,):
         raise ValueError(f"{label}: score has shape {array.shape}; expected ({size},), one number for each {each}")
     return array.astype(float)
