@@ -302,7 +302,7 @@ def range_test(
       TypeError: tx is none of gdx's; points is no integer; as `gdx.train`.
       ValueError: tx is a batch, or has no hyperparameter called learning_rate, or several that are not numbers with
         ratios; low and high are not numbers with 0 < low < high;
-        points is less than 2; no rate ends below the loss that it started from.
+        points is less than 2; the loss is not finite at the start; no rate ends below the loss that it started from.
 
     Source: Smith, Cyclical Learning Rates for Training Neural Networks (2017), section 3.3.
 
@@ -323,6 +323,11 @@ def range_test(
     result = sweep(loss, batch, params, batches, evaluate=_nothing, chunk_size=chunk_size, progress=progress)
     history = np.asarray(result.losses, float)
     start = float(history[0, 0])
+    if not math.isfinite(start):
+        raise ValueError(
+            f"range_test: the loss is {start} at the start, before any step; expected params and batches where it is "
+            f"finite"
+        )
     losses = np.where(result.diverged, np.inf, history[:, -max(history.shape[1] // 10, 1) :].mean(axis=1))
     best = int(np.argmin(losses))
     if not losses[best] < start:
@@ -381,6 +386,8 @@ def _check_call(name: str, loss: Any, tx: Any, batches: Any) -> None:
     _check_function(f"{name}: loss", loss, "the parameters", "a batch", mend=f", as in {usage}")
     if isinstance(tx, type) or not (hasattr(tx, "init") and hasattr(tx, "update")):
         mend = f"; call it, as in {tx.__name__}(...)" if isinstance(tx, type) else f", as in {usage}"
+        if isinstance(tx, list | tuple):
+            mend = "; train several as one batch, as in gdx.sweep(loss, gdx.stack(optimizers), params, batches)"
         raise TypeError(f"{name}: {reprlib.repr(tx)} is no optimizer; expected one such as gdx.sgd(0.1){mend}")
     if isinstance(batches, list):
         raise TypeError(
