@@ -1,4 +1,4 @@
-"""What is a number; arithmetic that is wide enough, and rounds the same way in every program."""
+"""Arithmetic that is wide enough, and rounds the same way in every program."""
 
 from typing import Any
 
@@ -76,12 +76,3 @@ def compute_dtype(*arrays: Any) -> np.dtype:
 def accurate(x: Any) -> jax.Array:
     """The array in at least float32."""
     return jnp.asarray(x, compute_dtype(x))
-
-
-def is_real(x: Any) -> bool:
-    """Whether it is a real number, or an array or list of such."""
-    try:
-        dtype = x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
-        return bool(jnp.issubdtype(dtype, np.floating) or jnp.issubdtype(dtype, np.integer))
-    except (TypeError, ValueError):  # random keys; lists of several lengths
-        return False

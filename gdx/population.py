@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gdx.arguments import is_real
 from gdx.fields import text
-from gdx.numerics import is_real
 from gdx.schedules import Schedule
 from gdx.transform import Transform
 from gdx.values import names_of

@@ -28,8 +28,9 @@ import numpy as np
 import optax
 
 from gdx.annotations import check_type
+from gdx.arguments import is_real
 from gdx.fields import in_default_dtype, is_concrete, is_opaque, static, text
-from gdx.numerics import by_itself, is_real
+from gdx.numerics import by_itself
 from gdx.values import KEEPERS, Value, kept_calls
 
 __all__ = [

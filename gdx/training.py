@@ -1,7 +1,6 @@
 """Training in one compiled program: many steps of one optimizer, or of a whole batch of them."""
 
 import functools
-import inspect
 import math
 import reprlib
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gdx.arguments import check_function
 from gdx.fields import is_number, text, to_bool, to_integer
 from gdx.mesh import sharding_of, types_of, untyped
 from gdx.population import labels, members_of, stack, to_scores
@@ -184,9 +184,9 @@ def sweep(
     members = members_of(optimizers)
     chunk = members if chunk_size is None else min(to_integer("sweep: chunk_size", chunk_size, minimum=1), members)
     evaluate = _keep if evaluate is None else evaluate
-    _check_function("sweep: evaluate", evaluate, "the final parameters")
+    check_function("sweep: evaluate", evaluate, "the final parameters")
     if progress is not None:
-        _check_function("sweep: progress", progress, "the fraction that is done", "the least loss", "how many diverged")
+        check_function("sweep: progress", progress, "the fraction that is done", "the least loss", "how many diverged")
     for name, function in (("loss", loss), ("evaluate", evaluate), ("progress", progress)):
         try:
             hash(function)
@@ -383,7 +383,7 @@ def _nothing(params: Any) -> tuple:
 def _check_call(name: str, loss: Any, tx: Any, batches: Any) -> None:
     """Raises where an argument is not of its kind, or stands in the place of another."""
     usage = f"{name}(loss, {'optimizers' if name == 'sweep' else 'tx'}, params, batches)"
-    _check_function(f"{name}: loss", loss, "the parameters", "a batch", mend=f", as in {usage}")
+    check_function(f"{name}: loss", loss, "the parameters", "a batch", mend=f", as in {usage}")
     if isinstance(tx, type) or not (hasattr(tx, "init") and hasattr(tx, "update")):
         mend = f"; call it, as in {tx.__name__}(...)" if isinstance(tx, type) else f", as in {usage}"
         if isinstance(tx, list | tuple):
@@ -395,26 +395,6 @@ def _check_call(name: str, loss: Any, tx: Any, batches: Any) -> None:
             f"the batches: jax.tree.map(lambda *x: jnp.stack(x), *batches)"
         )
     leading_axis(f"{name}: batches:", batches, "steps", least=1, mend=f", as in {usage}")
-
-
-def _check_function(label: str, function: Any, *arguments: str, mend: str = "") -> None:
-    """Raises unless it is a function that can take these arguments by position."""
-    shown = reprlib.repr(function)
-    is_right = callable(function) and not (
-        isinstance(function, type) and issubclass(function, optax.GradientTransformation)
-    )
-    if is_right:
-        try:
-            # what is written around a function may give it more
-            signature = inspect.signature(function, follow_wrapped=False)
-            shown = f"{getattr(function, '__name__', shown)}{signature}"
-            signature.bind(*arguments)
-        except ValueError:  # it has no signature
-            pass
-        except TypeError:
-            is_right = False
-    if not is_right:
-        raise TypeError(f"{label} is {shown}; expected a function of {' and '.join(arguments)}{mend}")
 
 
 def _steps_of(batches: Any) -> int:

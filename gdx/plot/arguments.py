@@ -1,33 +1,11 @@
 """What pictures take: each function has its arguments checked here before it draws anything."""
 
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from gdx.fields import is_number
-from gdx.numerics import is_real
-
-
-def refuse(label: str, value: Any, expected: str, error: type[Exception] = TypeError) -> Any:
-    """Raises an error that says what was got and what was expected."""
-    raise error(f"{label} is {reprlib.repr(value)}; expected {expected}")
-
-
-def of_kind(label: str, value: Any, kind: type | tuple[type, ...], expected: str) -> Any:
-    """An argument that has a type."""
-    return value if isinstance(value, kind) else refuse(label, value, expected)
-
-
-def number(label: str, value: Any, *, above: float = -np.inf, optional: bool = False) -> Any:
-    """A real number, infinite or NaN too where none is too small, or None if it is optional."""
-    if optional and value is None:
-        return None
-    if is_number(value) and (above == -np.inf or above < float(value) < np.inf):
-        return float(value)
-    bound = "" if above == -np.inf else f" > {above:g}"
-    return refuse(label, value, f"a number{bound}", ValueError if is_number(value) else TypeError)
+from gdx.arguments import is_real, of_kind, refuse
 
 
 def numbers(label: str, value: Any, expected: str, *shapes: tuple[int | None, ...]) -> np.ndarray:

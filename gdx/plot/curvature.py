@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gdx.arguments import number, of_kind
 from gdx.curvature import Density, Edges
-from gdx.plot.arguments import curves, number, of_kind
+from gdx.plot.arguments import curves
 from gdx.plot.style import COLOURS, add_legend, axes_or_new, finite_length, line_styles, mark_lone, run_label
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def spectral_density(
     if not np.isfinite([low, high]).all():
         raise ValueError(f"{label}: the eigenvalues go from {low:g} to {high:g}; expected finite ones")
     span = high - low if high > low else max(abs(high), 1.0)
-    width = number(f"{label}: width", width, above=0, optional=True) or 0.01 * span
+    width = number(f"{label}: width", width, "a number > 0", above=0, optional=True) or 0.01 * span
     points = np.linspace(low - 0.05 * span - 2 * width, high + 0.05 * span + 2 * width, 600)
     heights, errors = (np.asarray(x, float) for x in density.at(points, width))
     highest = heights.max()

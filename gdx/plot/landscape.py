@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gdx.plot.arguments import ascending, by_name, number, numbers, of_kind
+from gdx.arguments import number, of_kind
+from gdx.plot.arguments import ascending, by_name, numbers
 from gdx.plot.style import add_legend, axes_or_new, distinct, line_styles, mark_lone, plain_decades, spans_decades
 
 if TYPE_CHECKING:

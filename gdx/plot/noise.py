@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gdx.plot.arguments import curves, number
+from gdx.arguments import number
+from gdx.plot.arguments import curves
 from gdx.plot.style import add_legend, axes_or_new, line_styles
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def noise_scale(
     label = "plot.noise_scale"
     runs = curves(label, "scales", scales, steps, "scale", (None,), ())
     batch_size, examples = (
-        number(f"{label}: {name}", size, above=0, optional=True)
+        number(f"{label}: {name}", size, "a number > 0", above=0, optional=True)
         for name, size in (("batch_size", batch_size), ("examples", examples))
     )
     ax = axes_or_new(label, ax)

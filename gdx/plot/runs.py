@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gdx.arguments import of_kind
 from gdx.fields import is_number
-from gdx.plot.arguments import ascending, curves, of_kind
+from gdx.plot.arguments import ascending, curves
 from gdx.plot.style import (
     COLOURS,
     add_legend,

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gdx.arguments import of_kind
 from gdx.extra import needs
-from gdx.plot.arguments import of_kind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
