@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gdx.arguments import check_floating, check_function, check_key, is_real, number, refuse
+from gdx.fields import to_integer
 from gdx.numerics import accurate, compute_dtype
 from gdx.trees import paths
 
@@ -55,6 +57,8 @@ def line(measure: Measure, start: Any, end: Any, positions: Any, *, chunk_size: 
     >>> gdx.landscape.line(lambda x: jnp.sum(x**2), jnp.zeros(2), jnp.ones(2), [0.0, 0.5, 1.0, 2.0]).tolist()
     [0.0, 0.5, 2.0, 8.0]
     """
+    check_floating("landscape.line: start", start)
+    check_floating("landscape.line: end", end)
     _check_alike("line", "start", start, "end", end)
     direction = jax.tree.map(lambda a, b: accurate(b) - accurate(a), start, end)
     return _evaluate("line", measure, start, (direction,), {"positions": positions}, chunk_size)
@@ -87,7 +91,11 @@ def plane(
     >>> gdx.landscape.plane(lambda p: p[0] - p[1], jnp.zeros(2), axes, [1.0, 2.0, 3.0], [0.0, 1.0]).tolist()
     [[1.0, 2.0, 3.0], [0.0, 1.0, 2.0]]
     """
+    if not isinstance(directions, tuple | list) or len(directions) != 2:
+        refuse("landscape.plane: directions", directions, "two of them, each a tree like the origin")
+    check_floating("landscape.plane: origin", origin)
     for i, direction in enumerate(directions):
+        check_floating(f"landscape.plane: direction {i}", direction)
         _check_alike("plane", "origin", origin, f"direction {i}", direction)
     return _evaluate("plane", measure, origin, tuple(reversed(directions)), {"y": y, "x": x}, chunk_size)
 
@@ -100,6 +108,8 @@ def normal_direction(key: jax.Array, params: Any) -> Any:
     >>> direction["w"].dtype, round(jnp.std(direction["w"]).item(), 1)
     (dtype('float32'), 1.0)
     """
+    check_key("landscape: key", key)
+    check_floating("landscape: the parameter", params)
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(key, max(len(leaves), 1))
     draws = [jax.random.normal(k, jnp.shape(p), jnp.finfo(compute_dtype(p)).dtype) for k, p in zip(keys, leaves)]
@@ -188,10 +198,16 @@ def random_rise(
     >>> bool(abs(found.mean - 2.0) < 4 * found.error), bool(found.error < 0.1)
     (True, True)
     """
-    if not isinstance(radius, jax.core.Tracer) and not radius > 0:
-        raise ValueError(f"landscape.random_rise: radius is {radius}; expected more than 0")
-    if samples < 2:
-        raise ValueError(f"landscape.random_rise: samples is {samples}; expected at least 2")
+    name = "landscape.random_rise"
+    check_function(f"{name}: loss", loss, "the parameters")
+    check_floating(f"{name}: the parameter", params)
+    check_key(f"{name}: key", key)
+    number(f"{name}: radius", radius, "more than 0", above=0)
+    check_function(f"{name}: direction", direction, "a random key", "the parameters")
+    to_integer(f"{name}: samples", samples, minimum=2)
+    value = jax.eval_shape(loss, params)
+    if not hasattr(value, "dtype") or value.shape != () or not jnp.issubdtype(value.dtype, np.floating):
+        raise TypeError(f"{name}: loss returned {value}; expected a real scalar")
     chunk = _chunk("random_rise", chunk_size, samples)
     return _random_rise(loss, direction, chunk, params, jax.random.split(key, samples), radius)
 
@@ -212,6 +228,10 @@ def _evaluate(
     name: str, measure: Measure, origin: Any, directions: tuple, axes: dict[str, Any], chunk_size: int | None
 ) -> Any:
     """What measure returns at each point of a grid, with a leading axis for each direction."""
+    check_function(f"landscape.{name}: measure", measure, "the parameters")
+    for label, values in axes.items():
+        if not is_real(values):
+            refuse(f"landscape.{name}: {label}", values, "real numbers, (points,)")
     coordinates = {label: jnp.asarray(values, jnp.result_type(float)) for label, values in axes.items()}
     for label, values in coordinates.items():
         if values.ndim != 1 or not values.size:
@@ -245,9 +265,11 @@ def _filter_lengths(p: jax.Array) -> jax.Array:
 
 
 def _chunk(name: str, chunk_size: int | None, points: int) -> int:
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"landscape.{name}: chunk_size is {chunk_size}; expected at least 1, or None for all at once")
-    return points if chunk_size is None else min(chunk_size, points)
+    return (
+        points
+        if chunk_size is None
+        else min(to_integer(f"landscape.{name}: chunk_size", chunk_size, minimum=1), points)
+    )
 
 
 def _check_alike(name: str, ours: str, a: Any, theirs: str, b: Any) -> None:

@@ -3,13 +3,13 @@
 import itertools
 import operator
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from gdx.arguments import is_real
 from gdx.fields import text
 from gdx.schedules import Schedule
 from gdx.transform import Transform
@@ -82,13 +82,14 @@ def unstack(batch: Transform) -> list[Transform]:
     """The single optimizers of a batch, in order.
 
     Raises:
+      TypeError: it is no optimizer of gdx's.
       ValueError: it is no batch.
 
     >>> import gdx
     >>> gdx.unstack(gdx.grid(gdx.sgd, learning_rate=[0.1, 0.2]))[1]
     sgd(learning_rate=0.2)
     """
-    size = members_of(batch)
+    size = members_of(batch, "unstack")
     whole = jax.tree.map(on_every_device, batch)
     return [jax.tree.map(operator.itemgetter(i), whole) for i in range(size)]
 
@@ -103,7 +104,8 @@ def grid(make: Callable[..., Transform], /, **settings: Any) -> Transform:
 
     Raises:
       ValueError: an axis is empty, or a value is out of range, or the members are different programs.
-      TypeError: make is no function, such as an optimizer that is made already, or does not take these keywords.
+      TypeError: make is no function, such as an optimizer that is made already, or does not take these keywords; the
+        numbers of an axis are in something else, such as a set or a generator.
 
     >>> import gdx
     >>> batch = gdx.grid(gdx.adamw, learning_rate=[1e-3, 1e-2], weight_decay=[0.0, 0.1], b2=0.99)
@@ -120,6 +122,12 @@ def grid(make: Callable[..., Transform], /, **settings: Any) -> Transform:
         for name, value in settings.items()
         if _is_axis(value)
     }
+    for name, value in settings.items():
+        if name not in axes and _is_other_axis(value):
+            raise TypeError(
+                f"grid: {name} is {reprlib.repr(value)}; expected its values in a list or an array, as in "
+                f"{name}=[0.1, 0.2]"
+            )
     for name, values in axes.items():
         if not len(values):
             raise ValueError(f"grid: {name} is empty; expected at least one value")
@@ -134,13 +142,9 @@ def to_scores(label: str, score: Any, size: int, each: str) -> np.ndarray:
       TypeError: it is no real numbers.
       ValueError: it has another shape.
     """
-    try:
-        array = np.asarray(score)
-        is_real = jnp.issubdtype(array.dtype, np.floating) or jnp.issubdtype(array.dtype, np.integer)
-    except (TypeError, ValueError):  # random keys; lists of several lengths
-        is_real = False
-    if not is_real:
+    if not is_real(score):
         raise TypeError(f"{label}: score is {reprlib.repr(score)}; expected real numbers, one for each {each}")
+    array = np.asarray(score)
     if array.shape != (size,):
         raise ValueError(f"{label}: score has shape {array.shape}; expected ({size},), one number for each {each}")
     return array.astype(float)
@@ -150,24 +154,31 @@ def labels(batch: Transform) -> list[dict[str, float]]:
     """What tells the members of a batch apart: for each, the hyperparameters that are not the same in all.
 
     Raises:
+      TypeError: it is no optimizer of gdx's.
       ValueError: it is no batch.
 
     >>> import gdx
     >>> gdx.labels(gdx.stack([gdx.adam(0.1), gdx.adam(0.1, b1=0.8)]))
     [{'b1': 0.9}, {'b1': 0.8}]
     """
-    size = members_of(batch)
+    size = members_of(batch, "labels")
     columns = {name: np.asarray(leaf) for name, leaf in batch.hyperparams.items() if isinstance(leaf, _ARRAYS)}
     varying = {name: column.tolist() for name, column in columns.items() if np.any(column != column[0])}
     return [{name: column[i] for name, column in varying.items()} for i in range(size)]
 
 
-def members_of(batch: Transform) -> int:
+def members_of(batch: Transform, label: str = "") -> int:
     """How many members a batch has.
 
     Raises:
+      TypeError: it is no optimizer of gdx's; the label is that of what was called.
       ValueError: it is no batch.
     """
+    if not isinstance(batch, Transform):
+        raise TypeError(
+            f"{label}: batch is {reprlib.repr(batch)}; expected a batch of gdx's optimizers, as gdx.stack or gdx.grid "
+            f"makes it"
+        )
     named = jax.tree_util.tree_leaves_with_path(batch)
     sizes = {np.shape(leaf)[:1] for _, leaf in named}
     for path, leaf in named:
@@ -188,6 +199,12 @@ def _is_axis(value: Any) -> bool:
     if isinstance(value, _ARRAYS):
         return value.ndim == 1 and value.dtype != bool
     return isinstance(value, list | tuple | range) and all(map(_is_point, value))
+
+
+def _is_other_axis(value: Any) -> bool:
+    """Whether it is numbers in no order, or one that is used up by reading it."""
+    is_numbers = isinstance(value, Collection) and not isinstance(value, Mapping | np.ndarray | jax.Array)
+    return isinstance(value, Iterator) or (is_numbers and len(value) > 0 and all(map(_is_point, value)))
 
 
 def _is_point(value: Any) -> bool:

@@ -12,7 +12,8 @@ changed without compiling, batched and differentiated like any hyperparameter of
 
 `gdx.schedule` makes a class of schedules of a function. The result has the same bits whether the numbers are constants,
 arguments or lanes of `vmap`, eagerly and compiled, for one count or an array of them. At every count the slopes in all
-numbers are finite. Steps are computed in the default float dtype: in float32 they are exact up to $2^{24}$.
+numbers are finite. A number of steps between 0 and 1 is refused where it can be read: it is meant for something else.
+Steps are computed in the default float dtype: in float32 they are exact up to $2^{24}$.
 """
 
 import functools
@@ -27,7 +28,8 @@ import numpy as np
 import optax
 
 from gdx.annotations import check_type
-from gdx.fields import is_concrete, is_opaque, static, text
+from gdx.arguments import is_real
+from gdx.fields import in_default_dtype, is_concrete, is_opaque, static, text
 from gdx.numerics import by_itself
 from gdx.values import KEEPERS, Value, kept_calls
 
@@ -78,9 +80,32 @@ class Schedule(Value):
         leaves = jax.tree.leaves(self)
         if all(map(is_concrete, leaves)) and not any(map(np.ndim, leaves)):
             self._made(lambda number: number)
+        if type(self).__module__ == __name__:  # of a function of one's own a name says nothing
+            for name, value in self._given().items():
+                self._check_steps(name, value)
+
+    def _check_steps(self, name: str, value: Any) -> None:
+        """Raises where an argument that counts steps, as optax's names tell, has something else."""
+        numbers = [value] if name.endswith("_steps") or name == "transition_begin" else []
+        if name.startswith("boundaries") and value is not None:
+            numbers = [at[0] if isinstance(at, tuple | list) else at for at in value]
+        # for transitions and boundaries optax gives numbers below 0 a meaning
+        least: Any = 0 if name.endswith("_steps") and name != "transition_steps" else -math.inf
+        expected = f"a number of steps, none of them between 0 and 1{'' if least else ' or below 0'}"
+        for number in filter(is_concrete, numbers):
+            counted = in_default_dtype(np.asarray(number, float))
+            # a fraction of a step is meant for something else, such as a rate in the wrong place
+            if np.any(((counted > 0) & (counted < 1)) | (counted < least)):
+                one = "" if number is value else ": one"
+                raise ValueError(f"{type(self).__name__}: {name}{one} is {text(counted)}; expected {expected}")
+            if name == "boundaries":
+                least, expected = counted, f"a number of steps >= {text(counted)}, the one before it"
 
     def __call__(self, count: Any) -> jax.Array:
         """The value at a step count, or at each of an array of them."""
+        if not is_real(count):
+            shown = reprlib.repr(count)
+            raise TypeError(f"{type(self).__name__}: count is {shown}; expected a step count, or an array of them")
         count = jnp.asarray(count)
         dtype = jnp.result_type(float)
         # adding 0 * t keeps a constant from being worked on at compile time, which rounds differently
@@ -213,7 +238,13 @@ def _half_cosine(count: Any, steps: Any, exponent: Any) -> jax.Array:
 
 
 def _warmed_up(init_value: Any, peak_value: Any, warmup_steps: Any, then: optax.Schedule) -> optax.Schedule:
-    return join_schedules([linear_schedule(init_value, peak_value, warmup_steps), then], [warmup_steps])
+    up = _function_of(linear_schedule)(init_value, peak_value, warmup_steps)
+    return _function_of(join_schedules)([up, then], [warmup_steps])
+
+
+def _function_of(made: Any) -> Callable[..., optax.Schedule]:
+    """What a class of schedules is made of: inside of another the numbers of steps may be no user's, nor whole."""
+    return made._function[0]
 
 
 @schedule
@@ -314,7 +345,7 @@ def warmup_constant_schedule(init_value: Number, peak_value: Number, warmup_step
     >>> float(gdx.schedules.warmup_constant_schedule(0.0, 1.0, warmup_steps=4)(1))
     0.25
     """
-    return linear_schedule(init_value, peak_value, warmup_steps)
+    return _function_of(linear_schedule)(init_value, peak_value, warmup_steps)
 
 
 @schedule
@@ -361,7 +392,8 @@ def warmup_exponential_decay_schedule(
     >>> float(rate(5)), float(rate(20))
     (0.5, 0.5)
     """
-    down = exponential_decay(peak_value, transition_steps, decay_rate, transition_begin, staircase, end_value)
+    decay = _function_of(exponential_decay)
+    down = decay(peak_value, transition_steps, decay_rate, transition_begin, staircase, end_value)
     return _warmed_up(init_value, peak_value, warmup_steps, down)
 
 
@@ -420,7 +452,7 @@ def join_schedules(schedules: Sequence[optax.Schedule], boundaries: Sequence[flo
 
     Args:
       schedules: those of this module, or plain functions of the count.
-      boundaries: where each but the first begins.
+      boundaries: where each but the first begins, none before the one before it.
 
     >>> import gdx
     >>> up, down = gdx.schedules.linear_schedule(0.0, 1.0, 10), gdx.schedules.linear_schedule(1.0, 0.0, 10)

@@ -1,7 +1,6 @@
 """Training in one compiled program: many steps of one optimizer, or of a whole batch of them."""
 
 import functools
-import inspect
 import math
 import reprlib
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gdx.arguments import check_function
 from gdx.fields import is_number, text, to_bool, to_integer
 from gdx.mesh import sharding_of, types_of, untyped
 from gdx.population import labels, members_of, stack, to_scores
@@ -184,9 +184,9 @@ def sweep(
     members = members_of(optimizers)
     chunk = members if chunk_size is None else min(to_integer("sweep: chunk_size", chunk_size, minimum=1), members)
     evaluate = _keep if evaluate is None else evaluate
-    _check_function("sweep: evaluate", evaluate, "the final parameters")
+    check_function("sweep: evaluate", evaluate, "the final parameters")
     if progress is not None:
-        _check_function("sweep: progress", progress, "the fraction that is done", "the least loss", "how many diverged")
+        check_function("sweep: progress", progress, "the fraction that is done", "the least loss", "how many diverged")
     for name, function in (("loss", loss), ("evaluate", evaluate), ("progress", progress)):
         try:
             hash(function)
@@ -302,7 +302,7 @@ def range_test(
       TypeError: tx is none of gdx's; points is no integer; as `gdx.train`.
       ValueError: tx is a batch, or has no hyperparameter called learning_rate, or several that are not numbers with
         ratios; low and high are not numbers with 0 < low < high;
-        points is less than 2; no rate ends below the loss that it started from.
+        points is less than 2; the loss is not finite at the start; no rate ends below the loss that it started from.
 
     Source: Smith, Cyclical Learning Rates for Training Neural Networks (2017), section 3.3.
 
@@ -323,6 +323,11 @@ def range_test(
     result = sweep(loss, batch, params, batches, evaluate=_nothing, chunk_size=chunk_size, progress=progress)
     history = np.asarray(result.losses, float)
     start = float(history[0, 0])
+    if not math.isfinite(start):
+        raise ValueError(
+            f"range_test: the loss is {start} at the start, before any step; expected params and batches where it is "
+            f"finite"
+        )
     losses = np.where(result.diverged, np.inf, history[:, -max(history.shape[1] // 10, 1) :].mean(axis=1))
     best = int(np.argmin(losses))
     if not losses[best] < start:
@@ -378,9 +383,11 @@ def _nothing(params: Any) -> tuple:
 def _check_call(name: str, loss: Any, tx: Any, batches: Any) -> None:
     """Raises where an argument is not of its kind, or stands in the place of another."""
     usage = f"{name}(loss, {'optimizers' if name == 'sweep' else 'tx'}, params, batches)"
-    _check_function(f"{name}: loss", loss, "the parameters", "a batch", mend=f", as in {usage}")
+    check_function(f"{name}: loss", loss, "the parameters", "a batch", mend=f", as in {usage}")
     if isinstance(tx, type) or not (hasattr(tx, "init") and hasattr(tx, "update")):
         mend = f"; call it, as in {tx.__name__}(...)" if isinstance(tx, type) else f", as in {usage}"
+        if isinstance(tx, list | tuple):
+            mend = "; train several as one batch, as in gdx.sweep(loss, gdx.stack(optimizers), params, batches)"
         raise TypeError(f"{name}: {reprlib.repr(tx)} is no optimizer; expected one such as gdx.sgd(0.1){mend}")
     if isinstance(batches, list):
         raise TypeError(
@@ -388,26 +395,6 @@ def _check_call(name: str, loss: Any, tx: Any, batches: Any) -> None:
             f"the batches: jax.tree.map(lambda *x: jnp.stack(x), *batches)"
         )
     leading_axis(f"{name}: batches:", batches, "steps", least=1, mend=f", as in {usage}")
-
-
-def _check_function(label: str, function: Any, *arguments: str, mend: str = "") -> None:
-    """Raises unless it is a function that can take these arguments by position."""
-    shown = reprlib.repr(function)
-    is_right = callable(function) and not (
-        isinstance(function, type) and issubclass(function, optax.GradientTransformation)
-    )
-    if is_right:
-        try:
-            # what is written around a function may give it more
-            signature = inspect.signature(function, follow_wrapped=False)
-            shown = f"{getattr(function, '__name__', shown)}{signature}"
-            signature.bind(*arguments)
-        except ValueError:  # it has no signature
-            pass
-        except TypeError:
-            is_right = False
-    if not is_right:
-        raise TypeError(f"{label} is {shown}; expected a function of {' and '.join(arguments)}{mend}")
 
 
 def _steps_of(batches: Any) -> int:

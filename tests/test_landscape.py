@@ -176,7 +176,7 @@ KEY = jax.random.key(0)
         (lambda: landscape.line(bowl, PARAMS, PARAMS, []), r"line: positions has shape \(0,\); expected \(points,\)"),
         (
             lambda: landscape.line(bowl, PARAMS, PARAMS, [0.0], chunk_size=0),
-            r"line: chunk_size is 0; expected at least",
+            r"line: chunk_size is 0; expected an integer >= 1",
         ),
         (
             lambda: landscape.plane(bowl, PARAMS, (PARAMS, PARAMS["w"]), [0.0], [0.0]),
@@ -196,11 +196,11 @@ KEY = jax.random.key(0)
         ),
         (
             lambda: landscape.random_rise(bowl, PARAMS, KEY, 0.1, samples=1),
-            r"random_rise: samples is 1; expected at least 2",
+            r"random_rise: samples is 1; expected an integer >= 2",
         ),
         (
             lambda: landscape.random_rise(bowl, PARAMS, KEY, 0.1, chunk_size=-1),
-            r"random_rise: chunk_size is -1; expected at least 1",
+            r"random_rise: chunk_size is -1; expected an integer >= 1",
         ),
     ],
 )

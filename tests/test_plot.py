@@ -1,5 +1,6 @@
 """Pictures: on given axes or new ones, headless, also of runs that diverged."""
 
+import inspect
 import itertools
 import re
 import sys
@@ -517,11 +518,12 @@ DRAWINGS = {
 }
 
 
-@pytest.mark.parametrize("draw", DRAWINGS.values(), ids=DRAWINGS)
+@pytest.mark.parametrize("name", DRAWINGS)
 @pytest.mark.parametrize("make", [pyplot.figure, pyplot.subplots, lambda: pyplot.subplots(1, 2)[1], lambda: "left"])
-def test_what_is_no_axes(draw, make):
-    with pytest.raises(TypeError, match=r"plot: ax is .*; expected the axes of one picture, such as figure\.subplots"):
-        draw(make())
+def test_what_is_no_axes(name, make):
+    said = rf"(?s)^plot\.{name}: ax is .*; expected the axes of one picture, such as figure\.subplots"
+    with pytest.raises(TypeError, match=said):
+        DRAWINGS[name](make())
 
 
 def test_a_range_test_shows_the_loss_of_training(ax):
@@ -550,3 +552,130 @@ def test_what_train_returns_is_drawn():
 def test_losses_have_one_axis(history):
     with pytest.raises(ValueError, match=r"plot\.loss_curves: .* has shape \(.*\); expected one loss for each step"):
         plot.loss_curves(history)
+
+
+FOUND = gdx.RangeTest(np.geomspace(1e-3, 1, 4), np.array([1.0, 0.5, 0.2, np.inf]), 1.1, 0.5, 0.1)
+TWO, DENSITY_AND_EDGES = [0.0, 1.0], curved()
+# every function with arguments that it takes, all of them
+CALLS = {
+    "loss_curves": {"history": {"sgd": SCORE}, "steps": {"sgd": [0, 1, 2]}},
+    "sweep": {"labels": LABELS, "score": SCORE, "name": "loss", "limits": (0.1, 1.0)},
+    "range_test": {"result": FOUND},
+    "paths": {
+        "function": bowl,
+        "paths": {"sgd": np.ones((3, 2))},
+        "limits": ((-1, 2), (-3, 4)),
+        "minimum": (0, 0),
+        "legend": True,
+    },
+    "loss_line": {"positions": TWO, "losses": {"loss": [1.0, 2.0]}, "marks": {"end": 1.0}, "name": "loss"},
+    "loss_plane": {
+        "x": TWO,
+        "y": TWO,
+        "losses": np.eye(2),
+        "points": {"minimum": (0.0, 0.0)},
+        "levels": [0.1, 0.5],
+        "name": "loss",
+    },
+    "noise_scale": {"scales": {"sgd": SCORE}, "steps": {"sgd": [0, 1, 2]}, "batch_size": 64, "examples": 1437},
+    "sharpness": {"history": {"sgd": SCORE}, "edge": 20.0, "steps": {"sgd": [0, 1, 2]}},
+    "spectral_density": {"density": DENSITY_AND_EDGES[0], "edges": DENSITY_AND_EDGES[1], "width": 0.1},
+}
+KINDS = [
+    "a",
+    3,
+    -1.0,
+    None,
+    True,
+    object(),
+    {"a": "b"},
+    np.ones(3) * 1j,
+    [[1.0], [1.0, 2.0]],
+    np.ones((2, 2, 2)),
+    {1: None},
+]
+# what is no mistake
+LEGAL = {
+    "a": ["name"],
+    3: ["edge", "width", "batch_size", "examples"],
+    -1.0: ["edge"],
+    True: ["legend"],
+    None: ["ax", "steps", "limits", "minimum", "marks", "points", "levels", "edges", "width", "batch_size", "examples"],
+}
+ARGUMENTS = [(name, argument) for name, given in CALLS.items() for argument in [*given, "ax"]]
+
+
+def test_every_picture_is_in_the_table():
+    assert CALLS.keys() == set(plot.__all__)
+    for name, given in CALLS.items():
+        parameters = inspect.signature(getattr(plot, name)).parameters
+        assert parameters.keys() == {*given, "ax"}
+        getattr(plot, name)(**given).figure.canvas.draw()
+
+
+@pytest.mark.parametrize(("name", "argument"), ARGUMENTS)
+def test_another_kind_of_argument_is_refused_before_anything_is_drawn(ax, name, argument):
+    for wrong in KINDS:
+        if any(type(wrong) is type(x) and wrong == x and argument in names for x, names in LEGAL.items()):
+            continue
+        for given in {argument: wrong}, {argument: wrong, "ax": ax}:
+            if argument == "ax" and given["ax"] is ax:
+                continue
+            with pytest.raises((TypeError, ValueError), match=rf"(?s)^plot\.{name}: .*; expected .") as caught:
+                getattr(plot, name)(**{**CALLS[name], **given})
+            assert type(caught.value) in (TypeError, ValueError)
+    assert not pyplot.get_fignums() and not ax.has_data() and not ax.get_xlabel()
+
+
+SHAPES = {
+    "loss_curves: sgd has shape (1, 3); expected one loss for each step": (
+        "loss_curves",
+        {"history": {"sgd": [SCORE]}},
+    ),
+    "loss_curves: steps of sgd has shape (2,); expected (3,), one for each loss": (
+        "loss_curves",
+        {"steps": {"sgd": [0, 1]}},
+    ),
+    "loss_curves: steps has no 'sgd'; expected the step of each loss": ("loss_curves", {"steps": {"adam": [0, 1, 2]}}),
+    "loss_curves: sgd is array([0.+1.j": ("loss_curves", {"history": {"sgd": np.ones(3) * 1j}}),
+    "noise_scale: sgd has shape (2, 2); expected one scale for each step": (
+        "noise_scale",
+        {"scales": {"sgd": np.ones((2, 2))}},
+    ),
+    "noise_scale: steps of sgd has shape (); expected (3,), one for each scale": ("noise_scale", {"steps": {"sgd": 1}}),
+    "noise_scale: batch_size is 0; expected a number > 0": ("noise_scale", {"batch_size": 0}),
+    "sharpness: sgd has shape (1, 3); expected one largest eigenvalue": ("sharpness", {"history": {"sgd": [SCORE]}}),
+    "sharpness: steps of sgd has shape (4,); expected (3,), one for": ("sharpness", {"steps": {"sgd": [0, 1, 2, 3]}}),
+    "loss_line: marks: a is 'b'; expected a number": ("loss_line", {"marks": {"a": "b"}}),
+    "loss_line: loss has shape (3,); expected (2,), one for each position, or (lines, 2)": (
+        "loss_line",
+        {"losses": {"loss": SCORE}},
+    ),
+    "loss_line: positions has shape (1, 2); expected (points,)": ("loss_line", {"positions": [TWO]}),
+    "loss_plane: points: a has shape (3,); expected (x, y)": ("loss_plane", {"points": {"a": (1, 2, 3)}}),
+    "loss_plane: levels is [2.0, 1.0]; expected at least 2 ascending heights": ("loss_plane", {"levels": [2.0, 1.0]}),
+    "loss_plane: levels is [2.0]; expected at least 2 ascending heights": ("loss_plane", {"levels": [2.0]}),
+    "paths: sgd has shape (4, 3); expected (steps, 2), one point": ("paths", {"paths": {"sgd": np.ones((4, 3))}}),
+    "paths: sgd has shape (4,); expected (steps, 2), one point": ("paths", {"paths": {"sgd": np.ones(4)}}),
+    "paths: a is 'b'; expected real numbers, (steps, 2)": ("paths", {"paths": {"a": "b"}}),
+    "paths: limits is ((2, -1), (-3, 4)); expected ((left, right)": ("paths", {"limits": ((2, -1), (-3, 4))}),
+    "paths: minimum has shape (3,); expected a point (x, y)": ("paths", {"minimum": (0, 0, 0)}),
+    "paths: function of 40000 points has shape (40000, 2); expected a scalar of each": (
+        "paths",
+        {"function": lambda point: point},
+    ),
+    "sweep: labels is [{'learning_rate': 'a'}": ("sweep", {"labels": [{"learning_rate": "a"}] * 3}),
+    "spectral_density: width is 0.0; expected a number > 0": ("spectral_density", {"width": 0.0}),
+    "spectral_density: the eigenvalues go from nan to nan; expected finite ones": (
+        "spectral_density",
+        {"density": jax.tree.map(lambda x: x * np.nan, DENSITY_AND_EDGES[0])},
+    ),
+}
+
+
+@pytest.mark.parametrize("words", SHAPES)
+def test_other_shapes_are_refused_before_anything_is_drawn(ax, words):
+    name, given = SHAPES[words]
+    with pytest.raises((TypeError, ValueError), match=rf"^plot\.{re.escape(words)}"):
+        getattr(plot, name)(**{**CALLS[name], **given, "ax": ax})
+    assert not pyplot.get_fignums() and not ax.has_data() and not ax.get_xlabel()

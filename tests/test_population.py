@@ -1,5 +1,7 @@
 """Batches of optimizers: made, labelled, taken apart, and used wherever a pytree with a leading axis is."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -251,3 +253,47 @@ def test_refuses(case):
     make, error, words = REFUSED[case]
     with pytest.raises(error, match=words):
         make()
+
+
+@pytest.mark.parametrize("what", [gdx.labels, gdx.unstack])
+@pytest.mark.parametrize(
+    "wrong", ["a", 3, None, object(), {"a": 1}, np.ones(2), optax.sgd(0.1), [gdx.sgd(0.1)], gdx.sgd]
+)
+def test_what_is_no_optimizer_is_no_batch(what, wrong):
+    said = rf"(?s)^{what.__name__}: batch is .*; expected a batch of gdx's optimizers, as gdx\.stack or gdx\.grid"
+    with pytest.raises(TypeError, match=said):
+        what(wrong)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        set,
+        frozenset,
+        iter,
+        lambda rates: (rate for rate in rates),
+        lambda rates: map(float, rates),
+        collections.deque,
+        lambda rates: dict.fromkeys(rates).keys(),
+        lambda rates: dict(enumerate(rates)).values(),
+    ],
+    ids=["set", "frozenset", "iterator", "generator", "map", "deque", "keys", "values"],
+)
+def test_an_axis_is_a_list_or_an_array(make):
+    for settings in ({"learning_rate": make([0.1, 0.2])}, {"learning_rate": [0.1], "b1": make([0.1, 0.2])}):
+        name = [*settings][-1]
+        said = rf"^grid: {name} is .*; expected its values in a list or an array, as in {name}=\[0\.1"
+        with pytest.raises(TypeError, match=said):
+            gdx.grid(gdx.adam, **settings)
+
+
+def test_a_container_of_something_else_is_the_same_in_every_member():
+    taken = []
+
+    def make(learning_rate, names):
+        taken.append(names)
+        return gdx.sgd(learning_rate)
+
+    for names in ({"a", "b"}, {"a": 0.1}, "ab", frozenset(), ["a", "b"], {0.1: 0.2}):
+        assert len(gdx.labels(gdx.grid(make, learning_rate=[0.1, 0.2], names=names))) == 2
+        assert taken[-2:] == [names] * 2

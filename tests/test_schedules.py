@@ -520,3 +520,81 @@ PIECES = schedules.piecewise_constant_schedule
 def test_refuses_what_an_annotation_does_not_say(words):
     with pytest.raises((TypeError, ValueError), match=rf"^\w+: {re.escape(words)}"):
         OTHERS[words]()
+
+
+STEPS = [case for case in NUMBERS if case[2].endswith("_steps") or case[2] == "transition_begin"]
+
+
+@pytest.mark.parametrize(("name", "settings", "parameter"), STEPS)
+def test_refuses_what_is_no_number_of_steps(name, settings, parameter):
+    make, is_transition = getattr(schedules, name), parameter.startswith("transition")
+    for wrong in (0.1, np.float32(0.5), jnp.float32(0.75), *(() if is_transition else (-0.5, -1, -20.0))):
+        for refused in (
+            lambda x: make(**{**settings, parameter: x}),
+            lambda x: make(**settings).replace(**{parameter: x}),
+        ):
+            # less than the warm-up that is counted in
+            said = rf"^{name}: {parameter} (is {float(wrong):g}|- warmup_steps is -).*; expected a .*number"
+            with pytest.raises(ValueError, match=said):
+                refused(wrong)
+    changed = {**settings, parameter: -2 if is_transition else 25}
+    if name in CASES:
+        np.testing.assert_allclose(along(make(**changed), COUNTS), of_optax(name, changed), rtol=1e-5, atol=1e-7)
+    almost = {**settings, parameter: 25 * (1 + 1e-15)}
+    assert make(**almost) == make(**{**settings, parameter: 25})
+    # what is not read is not checked
+    moved = jax.tree.map(lambda x: x * 0.9 + 0.3, make(**settings))
+    np.testing.assert_allclose(moved(7), jax.jit(lambda rate: rate(7))(moved), rtol=1e-5)
+
+
+BOUNDARIES = {
+    "falling": (lambda: schedules.join_schedules([half] * 3, [20, 10]), "10.* >= 20.*, the one before"),
+    "falling in an array": (lambda: schedules.join_schedules([half] * 3, np.array([20, 10])), "10.* >= 20"),
+    "falling once": (lambda: schedules.join_schedules([half] * 4, [5, 9, 8.0]), "8.* >= 9"),
+    "no whole one": (
+        lambda: schedules.join_schedules([half] * 3, [0.5, 10]),
+        r"0\.5; expected a number of steps, none of them between 0 and 1",
+    ),
+    "replaced": (
+        lambda: schedules.join_schedules([half] * 3, [5, 10]).replace(boundaries=[10, 5]),
+        "5.* >= 10",
+    ),
+    "one replaced": (
+        lambda: schedules.join_schedules([half] * 3, [5, 10]).replace(**{"boundaries.0": 11}),
+        "10.* >= 11",
+    ),
+    "keys": (lambda: PIECES(1.0, {0.1: 1000}), r"0\.1; expected a number of steps, none of them between 0 and 1"),
+    "pairs": (
+        lambda: PIECES(1.0, [(5, 0.1), (0.5, 0.1)]),
+        r"0\.5; expected a number of steps, none of them between 0 and 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BOUNDARIES)
+def test_refuses_boundaries_that_are_no_steps_one_after_the_other(case):
+    make, words = BOUNDARIES[case]
+    with pytest.raises(ValueError, match=rf"^(join|piecewise_constant)_schedules?: boundaries.*: one is {words}"):
+        make()
+
+
+def test_boundaries_that_optax_takes_are_taken():
+    parts = [optax.linear_schedule(0.0, 1.0, 10), optax.constant_schedule(3.0), optax.linear_schedule(1.0, 0.0, 10)]
+    for boundaries in ([5, 5], [0, 7], [-3, 7], [0, 0]):
+        expected = of_optax("join_schedules", {"schedules": parts, "boundaries": boundaries})
+        np.testing.assert_allclose(along(schedules.join_schedules(parts, boundaries), COUNTS), expected, atol=1e-7)
+    settings = {"init_value": 1.0, "boundaries_and_scales": {20: 0.5, 5: 0.1}}
+    expected = of_optax("piecewise_constant_schedule", settings)
+    np.testing.assert_allclose(along(PIECES(**settings), COUNTS), expected, rtol=1e-6)
+
+
+def test_a_function_of_ones_own_may_call_anything_steps():
+    rate = gdx.schedule(lambda peak, warmup_steps=0.5: lambda count: peak * warmup_steps)
+    assert rate(1.0)(3) == 0.5 and rate(1.0, 0.25).replace(warmup_steps=0.125)(3) == 0.125
+
+
+@pytest.mark.parametrize("count", ["a", None, 1j, True, object(), {"a": 1}, ["a"], [[1], [2, 3]], jax.random.key(0)])
+@pytest.mark.parametrize("rate", [warmup(), schedules.constant_schedule(1.0), decayed(1.0, 3)])
+def test_refuses_a_count_that_is_none(rate, count):
+    with pytest.raises(TypeError, match=rf"(?s)^{type(rate).__name__}: count is .*; expected a step count, or an"):
+        rate(count)

@@ -301,6 +301,15 @@ REFUSED = {
         lambda: gdx.range_test(loss, GRID, START, EXAMPLES),
         r"tx is a batch, of learning_rate=<float64\[8\]>; expected one optimizer, as in gdx\.unstack",
     ),
+    **{
+        f"{value} at the start": (
+            lambda value=value: gdx.range_test(
+                lambda theta, batch: bowl(theta, batch) + value, gdx.sgd(0.1), jnp.ones(2), EXAMPLES
+            ),
+            rf"range_test: the loss is {value} at the start, before any step; expected params and batches where",
+        )
+        for value in (np.nan, np.inf, -np.inf)
+    },
     "nothing trains": (
         lambda: gdx.range_test(bowl, gdx.sgd(0.1), jnp.ones(2), EXAMPLES, low=1, high=10),
         r"no learning rate from 1 to 10 ends below the loss of the start, 4; try others",
@@ -364,6 +373,9 @@ def test_refuses_arguments_in_each_others_places(way):
             run(loss, wrong)
     with pytest.raises(TypeError, match=rf"{way}: batches is a list of 23; .*jax\.tree\.map.*jnp\.stack"):
         run(loss, tx, list(EXAMPLES))
+    for several in ([gdx.sgd(0.1), gdx.sgd(0.2)], (optax.sgd(0.1),)):
+        with pytest.raises(TypeError, match=rf"{way}: .* is no optimizer; .* as in gdx\.sweep\(loss, gdx\.stack\("):
+            run(loss, several)
     if way != "train":
         with pytest.raises(TypeError, match=rf"{way}: .*; expected .* of gdx's"):
             run(loss, optax.sgd(0.1))

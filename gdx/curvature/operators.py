@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gdx.arguments import check_floating, check_function, of_kind
 from gdx.checks import check_params
 from gdx.compat import has_no_derivative
 from gdx.fields import is_concrete
@@ -79,6 +80,14 @@ class _Averaged(Operator):
         return _losses(self, None)
 
     def __call__(self, vector: Any) -> Any:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            if field.metadata.get("static"):
+                check_function(
+                    f"{type(self).__name__}: {field.name}",
+                    getattr(self, field.name),
+                    "parameters or outputs",
+                    "a batch",
+                )
         check_params(self, self.params)
         check_vector(f"{type(self).__name__}:", self.params, vector)
         params = jax.tree.map(accurate, self.params)
@@ -226,8 +235,12 @@ class Preconditioned(Operator):
         return self.operator.params
 
     def __call__(self, vector: Any) -> Any:
+        check_operator("Preconditioned", self.operator)
+        check_floating("Preconditioned: scale", self.scale)
+        check_vector("Preconditioned:", self.params, self.scale, "scale")
+
         def scaled(tree: Any) -> Any:
-            return jax.tree.map(lambda x, s: x * s.astype(x.dtype), tree, self.scale)
+            return jax.tree.map(lambda x, s: x * jnp.asarray(s, x.dtype), tree, self.scale)
 
         return scaled(self.operator(scaled(vector)))
 
@@ -264,6 +277,7 @@ def adam_preconditioned(operator: Operator, tx: Transform, state: Any) -> Precon
     >>> [round(x, 3) for x in matrix(jnp.ones(2)).tolist()]  # curvature over the gradient's size: 1 / 1 and 9 / 45
     [1.0, 0.2]
     """
+    check_operator("adam_preconditioned", operator)
     numbers = tx.hyperparams if isinstance(tx, Transform) else {}
     if not {"b1", "b2", "eps", "eps_root"} <= set(numbers):
         raise TypeError(
@@ -306,19 +320,25 @@ def _is_adam(state: Any) -> bool:
     return {"count", "nu"} <= set(getattr(state, "_fields", ()))
 
 
-def check_vector(label: str, params: Any, vector: Any) -> None:
+def check_operator(label: str, operator: Any) -> None:
+    """Raises unless it is an operator whose parameters are floating-point arrays."""
+    of_kind(f"{label}: operator", operator, Operator, "one such as gdx.curvature.Hessian(loss, params, batches)")
+    check_params(operator, operator.params)
+
+
+def check_vector(label: str, params: Any, vector: Any, what: str = "vector") -> None:
     """Raises unless a vector has the structure and shapes of the parameters, and is real where they are."""
     given: Any = jax.tree.structure(vector)
     expected = jax.tree.structure(params)
     if given != expected:
         raise ValueError(
-            f"{label} the vector's tree is {given}, that of the parameters {expected}; "
-            f"pass a vector with the tree of the parameters"
+            f"{label} the {what}'s tree is {given}, that of the parameters {expected}; "
+            f"pass a {what} with the tree of the parameters"
         )
     for (path, p), v in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(vector)):
         if np.shape(v) != np.shape(p) or (jnp.iscomplexobj(v) and not jnp.iscomplexobj(p)):
             raise ValueError(
-                f"{label} the vector at {path_text(path)} is {jnp.result_type(v)}{list(np.shape(v))}, the parameter "
+                f"{label} the {what} at {path_text(path)} is {jnp.result_type(v)}{list(np.shape(v))}, the parameter "
                 f"there {jnp.result_type(p)}{list(np.shape(p))}; expected that shape, and real where the parameter is"
             )
 

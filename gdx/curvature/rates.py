@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gdx.arguments import number
 from gdx.fields import is_concrete
 from gdx.links.adam import adam, adamw
 from gdx.links.descent import gradient_descent
@@ -68,11 +69,13 @@ def best_learning_rate(smallest: Any, largest: Any, optimizer: Callable[..., Tra
     >>> best.learning_rate.item(), best.momentum.item(), best.contraction.item()
     (0.25, 0.25, 0.5)
     """
-    if optimizer not in (gradient_descent, momentum, nesterov):
+    if not any(optimizer is known for known in (gradient_descent, momentum, nesterov)):
         raise TypeError(
             f"best_learning_rate: optimizer is {optimizer!r}; expected gdx.gradient_descent, gdx.momentum or "
             f"gdx.nesterov"
         )
+    number("best_learning_rate: smallest", smallest)
+    number("best_learning_rate: largest", largest)
     dtype = jnp.promote_types(jnp.result_type(smallest, largest), jnp.result_type(float))
     low, high = (jnp.asarray(x, dtype) for x in (smallest, largest))
     if is_concrete(low) and is_concrete(high) and not (high > 0 and low <= high):

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdx.checks import check_params
+from gdx.arguments import check_function, check_key, is_real, number, refuse
 from gdx.curvature.krylov import dot, from_vector, lanczos, measured, near, on_vectors, to_vector
-from gdx.curvature.operators import Operator
+from gdx.curvature.operators import Operator, check_operator
 from gdx.fields import is_concrete, to_integer
 from gdx.mesh import on_any_mesh
 
@@ -102,12 +102,11 @@ def spectrum_edges(
     (1.0, 100.0, True)
     """
     name = "spectrum_edges"
-    size = _check_size(name, operator, krylov_size)
+    size = _check_size(name, operator, key, krylov_size, progress)
     _check_count(name, "rounds", rounds)
-    if not tolerance > 0:
-        raise ValueError(f"{name}: tolerance is {tolerance}; expected a positive number, such as 1e-3")
+    tolerance = number(f"{name}: tolerance", tolerance, "a positive number, such as 1e-3", above=0)
     meter = None if progress is None else Meter(progress, size, rounds)
-    edges = _edges(operator, key, size, rounds, float(tolerance), meter)
+    edges = _edges(operator, key, size, rounds, tolerance, meter)
     _check_finite(name, operator, (edges.smallest.value, edges.largest.value))
     return edges
 
@@ -133,6 +132,9 @@ class Density(NamedTuple):
         Returns:
           The mean over the probes and its standard error (NaN for one probe), each of shape (points,).
         """
+        number("Density.at: width", width, "a positive number", above=0)
+        if not is_real(points) or np.ndim(points) != 1 or not np.size(points):
+            refuse("Density.at: points", points, "real numbers, (points,), at least one")
         points, width = (jnp.asarray(x, self.nodes.dtype) for x in (points, width))
 
         def of_probe(nodes: jax.Array, weights: jax.Array) -> jax.Array:
@@ -173,7 +175,7 @@ def spectral_density(
     True
     """
     name = "spectral_density"
-    size = _check_size(name, operator, krylov_size)
+    size = _check_size(name, operator, key, krylov_size, progress)
     _check_count(name, "probes", probes)
     density = _density(operator, key, size, probes, None if progress is None else Meter(progress, size, probes))
     _check_finite(name, operator, density.nodes)
@@ -213,7 +215,7 @@ def trace(operator: Operator, key: jax.Array, *, samples: int = 32, progress: Pr
     >>> gdx.curvature.trace(hessian, jax.random.key(0)).value.item()
     10.0
     """
-    _check_size("trace", operator, 2)
+    _check_size("trace", operator, key, 2, progress)
     _check_count("trace", "samples", samples)
     found = _trace(operator, key, samples, None if progress is None else Meter(progress, 1, samples))
     _check_finite("trace", operator, found.value)
@@ -324,9 +326,12 @@ def _mean_and_error(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.mean(samples, axis=0), error if count > 1 else jnp.full_like(error, jnp.nan)
 
 
-def _check_size(name: str, operator: Operator, krylov_size: int) -> int:
+def _check_size(name: str, operator: Operator, key: jax.Array, krylov_size: int, progress: Progress | None) -> int:
     """The number of products in a round, once the operator has parameters."""
-    check_params(operator, operator.params)
+    check_operator(name, operator)
+    check_key(f"{name}: key", key)
+    if progress is not None:
+        check_function(f"{name}: progress", progress, "the fraction that is done")
     number = sum(np.size(x) * (2 if jnp.iscomplexobj(x) else 1) for x in jax.tree.leaves(operator.params))
     if number == 0:
         raise ValueError(f"{name}: the operator has no parameters; expected at least one")

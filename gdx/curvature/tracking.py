@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gdx.checks import check_params
+from gdx.arguments import check_floating, check_key, of_kind
 from gdx.curvature.krylov import from_vector, lanczos, on_vectors, to_vector
-from gdx.curvature.operators import Operator, check_vector
+from gdx.curvature.operators import Operator, check_operator, check_vector
 from gdx.fields import to_integer
 from gdx.mesh import on_any_mesh
 
@@ -41,6 +41,10 @@ def init_sharpness(params: Any, key: jax.Array) -> SharpnessState:
     >>> state.value.item(), state.error.item(), round(jnp.linalg.norm(state.vector["w"]).item(), 3)
     (0.0, inf, 1.0)
     """
+    check_floating("init_sharpness: the parameter", params)
+    check_key("init_sharpness: key", key)
+    if not jax.tree.leaves(params):
+        raise ValueError("init_sharpness: there are no parameters; expected at least one")
     return _unknown(params, key)
 
 
@@ -75,7 +79,8 @@ def update_sharpness(state: SharpnessState, operator: Operator, *, products: int
     """
     if to_integer("update_sharpness: products", products) < 2:
         raise ValueError(f"update_sharpness: products is {products}; expected at least 2")
-    check_params(operator, operator.params)
+    check_operator("update_sharpness", operator)
+    of_kind("update_sharpness: state", state, SharpnessState, "what init_sharpness or update_sharpness returned")
     check_vector("update_sharpness: in the state,", operator.params, state.vector)
     return _followed(operator, state, products)
 

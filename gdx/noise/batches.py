@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gdx.arguments import check_key, refuse
 from gdx.fields import is_concrete, to_integer
 from gdx.trees import leading_axis
 
@@ -48,7 +49,7 @@ def epochs(key: jax.Array, data: Any, batch_size: int, number: int = 1) -> jax.A
     >>> batches.shape, len(set(batches[:3].ravel().tolist()))
     ((6, 3), 9)
     """
-    size = _check_sizes("epochs", data, batch_size, number=number)
+    size = _check_sizes("epochs", key, data, batch_size, number=number)
     steps = size // batch_size
     return _permutations(key, size, number)[:, : steps * batch_size].reshape(number * steps, batch_size)
 
@@ -79,7 +80,7 @@ def padded_epochs(key: jax.Array, data: Any, batch_size: int, number: int = 1) -
     >>> gdx.train(loss, gdx.sgd(0.1), jnp.zeros(()), batches).losses.shape
     (60,)
     """
-    size = _check_sizes("padded_epochs", data, batch_size, number=number)
+    size = _check_sizes("padded_epochs", key, data, batch_size, number=number)
     steps = -(-size // batch_size)
     filled = jnp.concatenate([jnp.arange(size), jnp.zeros(steps * batch_size - size, int)])
     examples = _permutations(key, size, number)[:, filled].reshape(number * steps, batch_size)
@@ -112,7 +113,7 @@ def with_replacement(key: jax.Array, data: Any, batch_size: int, steps: int = 1)
     >>> gdx.train(loss, gdx.sgd(0.1), jnp.zeros(()), keys).losses.shape
     (50,)
     """
-    size = _check_sizes("with_replacement", data, batch_size, steps=steps)
+    size = _check_sizes("with_replacement", key, data, batch_size, steps=steps)
     return jax.random.randint(key, (steps, batch_size), 0, size, jnp.int32)
 
 
@@ -129,6 +130,8 @@ def take(data: Any, examples: jax.Array) -> Any:
     ((2, 8, 8), [2, 7])
     """
     size = leading_axis("noise.take:", data, "examples")
+    if not jnp.issubdtype(getattr(examples, "dtype", type(examples)), np.integer):
+        refuse("noise.take: examples", examples, "an array of integers, the indices of examples")
     if is_concrete(examples) and np.size(examples) and not 0 <= np.min(examples) <= np.max(examples) < size:
         raise IndexError(
             f"noise.take: examples are {np.min(examples)} to {np.max(examples)}; expected 0 to {size - 1}, the indices "
@@ -143,8 +146,9 @@ def _permutations(key: jax.Array, size: int, number: int) -> jax.Array:
     return jax.vmap(lambda key: jax.random.permutation(key, order))(jax.random.split(key, number))
 
 
-def _check_sizes(name: str, data: Any, batch_size: int, **counts: int) -> int:
-    """The number of examples; raises unless batches of this size can be drawn from them."""
+def _check_sizes(name: str, key: Any, data: Any, batch_size: int, **counts: int) -> int:
+    """The number of examples; raises unless batches of this size can be drawn from them with this key."""
+    check_key(f"noise.{name}: key", key)
     size = (
         data
         if isinstance(data, int | np.integer) and not isinstance(data, bool)

@@ -4,7 +4,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from gdx.arguments import check_floating, is_real, number, refuse
 from gdx.fields import is_concrete
 from gdx.numerics import accurate
 from gdx.trees import leading_axis
@@ -51,8 +53,10 @@ class Noise(NamedTuple):
         Raises:
           ValueError: batch_size is less than 1, or larger than examples (of numbers that can be read here).
         """
+        number("noise.Noise.variance: batch_size", batch_size)
+        number("noise.Noise.variance: examples", examples, optional=True)
         concrete = is_concrete(batch_size) and is_concrete(examples)
-        if concrete and (batch_size < 1 or (examples is not None and batch_size > examples)):
+        if concrete and not 1 <= batch_size <= (np.inf if examples is None else examples):
             most = "" if examples is None else f" and at most {examples}, the number of examples"
             raise ValueError(f"noise.Noise.variance: batch_size is {batch_size}; expected at least 1{most}")
         size, fraction = _number(batch_size, self.covariance_trace), 1.0
@@ -79,7 +83,8 @@ class Noise(NamedTuple):
         Raises:
           ValueError: examples is less than 1.
         """
-        if is_concrete(examples) and examples < 1:
+        number("noise.Noise.within: examples", examples)
+        if is_concrete(examples) and not examples >= 1:
             raise ValueError(f"noise.Noise.within: examples is {examples}; expected at least 1")
         share = 1 / _number(examples, self.covariance_trace)
         return Noise(self.squared_norm + self.covariance_trace * share, self.covariance_trace * (1 - share))
@@ -114,6 +119,11 @@ def estimate(small: Any, big: Any, *, small_batch: Any, big_batch: Any) -> Noise
     >>> round(noise.squared_norm.item(), 3), round(noise.covariance_trace.item(), 3), round(noise.scale.item(), 3)
     (0.8, 6.4, 8.0)
     """
+    for name, size in (("small_batch", small_batch), ("big_batch", big_batch)):
+        number(f"noise.estimate: {name}", size)
+    for name, norm in (("small", small), ("big", big)):
+        if not is_real(norm):
+            refuse(f"noise.estimate: {name}", norm, "the squared norm of a gradient")
     if is_concrete(small_batch) and is_concrete(big_batch) and not 1 <= small_batch < big_batch:
         raise ValueError(
             f"noise.estimate: small_batch is {small_batch} and big_batch is {big_batch}; expected "
@@ -146,17 +156,19 @@ def of_gradients(gradients: Any, batch_size: Any = 1) -> Noise:
     >>> gdx.noise.of_gradients({"w": jnp.array([[1.0, 0.0], [3.0, 0.0]])})
     Noise(squared_norm=Array(3., dtype=float32), covariance_trace=Array(2., dtype=float32))
     """
-    number = leading_axis("noise.of_gradients:", gradients, "micro-batches")
-    if number < 2:
-        raise ValueError(f"noise.of_gradients: there is {number} gradient; expected at least 2 to see them scatter")
-    if is_concrete(batch_size) and batch_size < 1:
+    count = leading_axis("noise.of_gradients:", gradients, "micro-batches")
+    if count < 2:
+        raise ValueError(f"noise.of_gradients: there is {count} gradient; expected at least 2 to see them scatter")
+    check_floating("noise.of_gradients: the gradient", gradients)
+    number("noise.of_gradients: batch_size", batch_size)
+    if is_concrete(batch_size) and not batch_size >= 1:
         raise ValueError(f"noise.of_gradients: batch_size is {batch_size}; expected at least 1")
     wide = jax.tree.map(accurate, gradients)
     means = jax.tree.map(lambda g: jnp.mean(g, axis=0), wide)
     scatter = squared_norm(jax.tree.map(lambda g, mean: g - mean[None], wide, means))
     size = _number(batch_size, scatter)
-    trace = scatter * (size / (number - 1))
-    return Noise(squared_norm(means) - trace * (1 / (size * number)), trace)
+    trace = scatter * (size / (count - 1))
+    return Noise(squared_norm(means) - trace * (1 / (size * count)), trace)
 
 
 def squared_norm(tree: Any) -> jax.Array:

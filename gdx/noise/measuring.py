@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gdx.arguments import check_floating, check_function
 from gdx.checks import check_state
 from gdx.fields import Scalar, hyperparameter, to_integer
 from gdx.noise.batches import Batches
@@ -63,10 +64,12 @@ def value_and_grad(loss: Loss, number: int) -> Callable[[Any, Any], tuple[tuple[
     >>> value.item(), gradient.item(), micro_batches.squared_norm.item()  # of -2 and -6: every second example each
     (5.0, -4.0, 20.0)
     """
+    check_function("noise.value_and_grad: loss", loss, "the parameters", "a batch")
     if to_integer("noise.value_and_grad: number", number) < 2:
         raise ValueError(f"noise.value_and_grad: number is {number}; expected at least 2 micro-batches to compare")
 
     def wrapped(params: Any, batch: Any) -> tuple[tuple[jax.Array, MicroBatches], Any]:
+        check_floating("noise.value_and_grad: the parameter", params)
         size = leading_axis("noise.value_and_grad:", batch, "examples")
         if not size or size % number:
             raise ValueError(

@@ -1,10 +1,14 @@
 """Pictures of curvature: the density of a spectrum, and sharpness against the edge of stability while training."""
 
 from collections.abc import Mapping
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gdx.arguments import number, of_kind
+from gdx.curvature import Density, Edges
+from gdx.plot.arguments import curves
 from gdx.plot.style import COLOURS, add_legend, axes_or_new, finite_length, line_styles, mark_lone, run_label
 
 if TYPE_CHECKING:
@@ -27,6 +31,10 @@ def spectral_density(
     Returns:
       The axes.
 
+    Raises:
+      TypeError: an argument is of another kind.
+      ValueError: an eigenvalue is infinite or NaN, or width not positive.
+
     >>> import gdx, jax, jax.numpy as jnp
     >>> bowl = lambda theta, batch: 0.5 * jnp.sum(jnp.arange(1.0, 11.0) * theta**2)
     >>> hessian = gdx.curvature.Hessian(bowl, jnp.ones(10), batches=jnp.zeros(1))
@@ -34,16 +42,21 @@ def spectral_density(
     >>> gdx.plot.spectral_density(density).get_xlabel()
     'eigenvalue (loss per parameter squared)'
     """
-    ax = axes_or_new(ax)
-    ends = [np.min(density.nodes), np.max(density.nodes)]
+    label = "plot.spectral_density"
+    of_kind(f"{label}: density", density, Density, "what gdx.curvature.spectral_density returned")
+    of_kind(f"{label}: edges", edges, (Edges, NoneType), "what gdx.curvature.spectrum_edges returned, or None")
+    values = np.ravel(density.nodes)
     if edges is not None:
-        ends = [min(ends[0], float(edges.smallest.value)), max(ends[1], float(edges.largest.value))]
-    low, high = map(float, ends)
+        values = np.append(values, [edges.smallest.value, edges.largest.value])
+    low, high = float(np.min(values)), float(np.max(values))
+    if not np.isfinite([low, high]).all():
+        raise ValueError(f"{label}: the eigenvalues go from {low:g} to {high:g}; expected finite ones")
     span = high - low if high > low else max(abs(high), 1.0)
-    width = 0.01 * span if width is None else width
+    width = number(f"{label}: width", width, "a number > 0", above=0, optional=True) or 0.01 * span
     points = np.linspace(low - 0.05 * span - 2 * width, high + 0.05 * span + 2 * width, 600)
     heights, errors = (np.asarray(x, float) for x in density.at(points, width))
     highest = heights.max()
+    ax = axes_or_new(label, ax)
     # below one in a million of the peak a Gaussian only falls on, and says nothing of the spectrum
     floor = max(1e-6 * highest, np.finfo(float).tiny)
     ax.plot(points, np.maximum(heights, 0.1 * floor), color=COLOURS[0], linewidth=1.8, label="density")
@@ -82,28 +95,30 @@ def sharpness(
       The axes.
 
     Raises:
-      ValueError: edge lacks a run.
+      TypeError: an argument is of another kind.
+      ValueError: edge or steps lacks a run, or has another shape.
 
     >>> import gdx
     >>> ax = gdx.plot.sharpness({"gradient descent": [5.0, 15.0, 21.0, 19.0]}, edge=2 / 0.1)
     >>> [text.get_text() for text in ax.get_legend().get_texts()]
     ['gradient descent', 'edge of stability: 20']
     """
-    edges = edge if isinstance(edge, Mapping) else dict.fromkeys(history, edge)
-    missing = [name for name in history if name not in edges]
+    label = "plot.sharpness"
+    runs = curves(label, "history", history, steps, "largest eigenvalue", (None,))
+    edges = edge if isinstance(edge, Mapping) else dict.fromkeys(runs, edge)
+    missing = [name for name in runs if name not in edges]
     if missing:
-        raise ValueError(f"plot.sharpness: edge has no {missing[0]!r}; expected a number, or one for each run")
-    ax = axes_or_new(ax)
-    values, lowest = [float(x) for x in edges.values()], 0.0
-    for (name, curve), style in zip(history.items(), line_styles()):
-        curve = np.asarray(curve, float)
-        at = np.arange(len(curve)) if steps is None else np.asarray(steps[name])
+        raise ValueError(f"{label}: edge has no {missing[0]!r}; expected a number, or one for each run")
+    edges = {name: number(f"{label}: edge", x) for name, x in edges.items()}
+    ax = axes_or_new(label, ax)
+    values, lowest = list(edges.values()), 0.0
+    for (name, (at, curve)), style in zip(runs.items(), line_styles()):
         end = finite_length(curve)
         (line,) = ax.plot(at[:end], curve[:end], label=run_label(name, end < len(curve)), **style)
         mark_lone(line)
         lowest = min([lowest, *curve[:end]])
         if len(set(values)) > 1:  # each run has its own
-            limit = float(edges[name])
+            limit = edges[name]
             ax.axhline(limit, color=style["color"], linestyle=":", linewidth=1.4, label=f"edge of {name}: {limit:.3g}")
     if len(set(values)) == 1:
         ax.axhline(values[0], color="black", linestyle=":", linewidth=1.4, label=f"edge of stability: {values[0]:.3g}")

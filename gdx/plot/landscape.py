@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gdx.arguments import number, of_kind
+from gdx.plot.arguments import ascending, by_name, numbers
 from gdx.plot.style import add_legend, axes_or_new, distinct, line_styles, mark_lone, plain_decades, spans_decades
 
 if TYPE_CHECKING:
@@ -34,29 +36,40 @@ def loss_line(
     Returns:
       The axes.
 
+    Raises:
+      TypeError: an argument is of another kind.
+      ValueError: losses have not one number for each position.
+
     >>> import gdx, jax.numpy as jnp, numpy as np
     >>> positions = np.linspace(-0.5, 1.5, 21)
     >>> losses = gdx.landscape.line(lambda x: jnp.sum(x**2), jnp.zeros(2), jnp.ones(2), positions)
     >>> gdx.plot.loss_line(positions, {"training": losses}, marks={"start": 0, "end": 1}).get_xlabel()
     'position on the line'
     """
-    ax = axes_or_new(ax)
-    positions, drawn = np.asarray(positions, float), []
-    for (label, values), style in zip(losses.items(), line_styles()):
-        rows = np.atleast_2d(np.where(np.isfinite(values), values, np.nan).astype(float))
+    label = "plot.loss_line"
+    positions = numbers(f"{label}: positions", positions, "(points,)", (None,))
+    count, lines = len(positions), by_name(f"{label}: losses", losses, "the losses of a curve")
+    expected = f"({count},), one for each position, or (lines, {count})"
+    lines = {key: numbers(f"{label}: {key}", x, expected, (count,), (None, count)) for key, x in lines.items()}
+    marks = by_name(f"{label}: marks", {} if marks is None else marks, "a position")
+    marks = {key: number(f"{label}: marks: {key}", x) for key, x in marks.items()}
+    of_kind(f"{label}: name", name, str, "text")
+    ax, drawn = axes_or_new(label, ax), []
+    for (key, values), style in zip(lines.items(), line_styles()):
+        rows = np.atleast_2d(np.where(np.isfinite(values), values, np.nan))
         mean = rows.mean(axis=0)  # NaN where a line is
         drawn.append(mean)
-        (curve,) = ax.plot(positions, mean, label=label, **style)
+        (curve,) = ax.plot(positions, mean, label=key, **style)
         mark_lone(curve)
         if len(rows) > 1:
             ax.fill_between(positions, *_range(rows), color=curve.get_color(), alpha=0.2, linewidth=0)
     if drawn and spans_decades(np.stack(drawn)):
         ax.set_yscale("log")
         plain_decades(ax.yaxis)
-    for label, position in (marks or {}).items():
+    for key, position in marks.items():
         ax.axvline(position, color="0.5", linewidth=1, linestyle=":")
         ax.annotate(
-            label,
+            key,
             (position, 1),
             xycoords=ax.get_xaxis_transform(),
             textcoords="offset points",
@@ -100,7 +113,9 @@ def loss_plane(
       The axes.
 
     Raises:
-      ValueError: there are not 2 coordinates or more of each, or not one loss for each pair.
+      TypeError: an argument is of another kind.
+      ValueError: there are not 2 coordinates or more of each, or not one loss for each pair; a point is none of the
+        plane; levels do not ascend.
 
     >>> import gdx, jax.numpy as jnp, numpy as np
     >>> x, directions = np.linspace(-1, 1, 9), (jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]))
@@ -108,26 +123,33 @@ def loss_plane(
     >>> gdx.plot.loss_plane(x, x, losses, points={"minimum": (0, 0)}).get_ylabel()
     'second direction'
     """
-    heights = np.ma.masked_invalid(np.asarray(losses, float))
-    if heights.shape != (np.size(y), np.size(x)) or min(heights.shape) < 2:
-        raise ValueError(
-            f"plot.loss_plane: losses has shape {heights.shape}, for {np.size(x)} x and {np.size(y)} y; expected "
-            f"(rows, columns), one for each y and each x and at least 2 of both; draw one row with plot.loss_line"
-        )
-    ax = axes_or_new(ax)
+    label = "plot.loss_plane"
+    x, y = (
+        numbers(f"{label}: {key}", value, "one coordinate for each", (None,)) for key, value in (("x", x), ("y", y))
+    )
+    shape = len(y), len(x)
+    expected = f"(rows, columns), one for each y and each x, here {shape}, and at least 2 of both"
+    expected = f"{expected}; draw one row with plot.loss_line"
+    heights = np.ma.masked_invalid(numbers(f"{label}: losses", losses, expected, *[shape] * (min(shape) > 1)))
+    if levels is not None:
+        levels = ascending(f"{label}: levels", levels, "at least 2 ascending heights", None)
+    marked = by_name(f"{label}: points", {} if points is None else points, "a point (x, y)")
+    marked = {key: numbers(f"{label}: points: {key}", point, "(x, y)", (2,)) for key, point in marked.items()}
+    of_kind(f"{label}: name", name, str, "text")
+    ax = axes_or_new(label, ax)
     from matplotlib.colors import BoundaryNorm
     from matplotlib.patheffects import withStroke
 
-    levels = _levels(heights) if levels is None else np.asarray(levels, float)
+    levels = _levels(heights) if levels is None else levels
     if levels is not None:
         norm = BoundaryNorm(levels, 256, extend="both")
         filled = ax.contourf(x, y, heights, levels=levels, cmap="viridis", norm=norm, extend="both")
         ax.contour(x, y, heights, levels=levels, colors="white", linewidths=0.5, alpha=0.7)
         bar = ax.figure.colorbar(filled, ax=ax, label=name, spacing="uniform")
         bar.set_ticks(levels, labels=distinct(levels))
-    for label, (a, b) in (points or {}).items():
+    for key, (a, b) in marked.items():
         ax.plot(a, b, "o", color="white", markeredgecolor="black", markersize=7, zorder=3)
-        text = ax.annotate(label, (a, b), textcoords="offset points", xytext=(7, 5), color="white", fontweight="bold")
+        text = ax.annotate(key, (a, b), textcoords="offset points", xytext=(7, 5), color="white", fontweight="bold")
         text.set_path_effects([withStroke(linewidth=2, foreground="black")])
     ax.set_xlabel("first direction")
     ax.set_ylabel("second direction")

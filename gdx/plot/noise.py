@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gdx.arguments import number
+from gdx.plot.arguments import curves
 from gdx.plot.style import add_legend, axes_or_new, line_styles
 
 if TYPE_CHECKING:
@@ -34,24 +36,32 @@ def noise_scale(
     Returns:
       The axes.
 
+    Raises:
+      TypeError: an argument is of another kind.
+      ValueError: scales have another shape, steps lacks a run or has another shape, or a number is not positive.
+
     >>> import gdx
     >>> gdx.plot.noise_scale({"sgd": [20.0, 150.0, 800.0]}, batch_size=64).get_ylabel()
     'noise scale (examples)'
     """
-    ax = axes_or_new(ax)
-    for (name, values), style in zip(scales.items(), line_styles()):
-        values = np.atleast_1d(np.asarray(values, float))
-        at = np.arange(len(values)) if steps is None else np.atleast_1d(np.asarray(steps[name]))
+    label = "plot.noise_scale"
+    runs = curves(label, "scales", scales, steps, "scale", (None,), ())
+    batch_size, examples = (
+        number(f"{label}: {name}", size, "a number > 0", above=0, optional=True)
+        for name, size in (("batch_size", batch_size), ("examples", examples))
+    )
+    ax = axes_or_new(label, ax)
+    for (name, (at, values)), style in zip(runs.items(), line_styles()):
         shown = np.where(np.isfinite(values) & (values > 0), values, np.nan)
         if len(values) <= 30:
             style |= {"marker": "o", "markersize": 5, "zorder": 3}
         ax.plot(at, shown, label=name, **style)
     # the scale rises as the loss falls: the lower right and the upper left corner are free
-    for label, size, x, side in (("batch size", batch_size, 0.98, "right"), ("examples", examples, 0.02, "left")):
+    for name, size, x, side in (("batch size", batch_size, 0.98, "right"), ("examples", examples, 0.02, "left")):
         if size is not None:
             ax.axhline(size, color="0.4", linewidth=1)
             ax.annotate(
-                f"{label}: {size:g}",
+                f"{name}: {size:g}",
                 (x, size),
                 xycoords=ax.get_yaxis_transform(),
                 textcoords="offset points",

@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gdx.arguments import refuse
+from gdx.fields import to_bool
+from gdx.plot.arguments import ascending, by_name, numbers
 from gdx.plot.style import axes_or_new, finite_length, line_styles, run_label
 
 if TYPE_CHECKING:
@@ -37,20 +40,39 @@ def paths(
     Returns:
       The axes.
 
+    Raises:
+      TypeError: an argument is of another kind.
+      ValueError: a path has another shape, limits do not ascend, or function returns no scalar.
+
     >>> import gdx, jax.numpy as jnp
     >>> bowl = lambda x: x[0] ** 2 + 10 * x[1] ** 2
     >>> ax = gdx.plot.paths(bowl, {"sgd": [[4.0, 2.0], [3.0, -1.0], [2.0, 0.5]]}, minimum=(0.0, 0.0))
     >>> [text.get_text() for text in ax.get_legend().get_texts()]
     ['sgd', 'start', 'minimum']
     """
-    ax = axes_or_new(ax)
-    walks = {name: np.asarray(points, float).reshape(-1, 2) for name, points in paths.items()}
+    label = "plot.paths"
+    if not callable(function):
+        refuse(f"{label}: function", function, "a function of a point, an array of shape (2,)")
+    walks = {
+        name: numbers(f"{label}: {name}", points, "(steps, 2), one point for each step", (None, 2), (0,)).reshape(-1, 2)
+        for name, points in by_name(f"{label}: paths", paths, "the points of a run").items()
+    }
     finite = {name: finite_length(points.sum(axis=1)) for name, points in walks.items()}
     diverged = {name for name, points in walks.items() if finite[name] < len(points)}
     if limits is None:
         limits = _limits([points[: 1 if name in diverged else None] for name, points in walks.items()])
-    (left, right), (bottom, top) = limits
-    _contours(ax, function, np.linspace(left, right, 200), np.linspace(bottom, top, 200))
+    (left, right), (bottom, top) = ascending(
+        f"{label}: limits", limits, "((left, right), (bottom, top))", 2, 2
+    ).tolist()
+    if minimum is not None:
+        minimum = numbers(f"{label}: minimum", minimum, "a point (x, y)", (2,)).tolist()
+    legend = to_bool(f"{label}: legend", legend)
+    x, y = np.linspace(left, right, 200), np.linspace(bottom, top, 200)
+    points = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
+    heights = jax.jit(jax.vmap(function))(jnp.asarray(points, float))
+    heights = numbers(f"{label}: function of {len(points)} points", heights, "a scalar of each", (len(points),))
+    ax = axes_or_new(label, ax)
+    _contours(ax, x, y, heights.reshape(len(y), len(x)))
     for index, ((name, points), style) in enumerate(zip(walks.items(), line_styles())):
         points = points[: finite[name]]
         if name in diverged:  # it would cross the picture to and fro on its way to infinity
@@ -88,11 +110,8 @@ def _limits(walks: list[np.ndarray]) -> tuple[tuple[float, float], tuple[float, 
     return (left, right), (bottom, top)
 
 
-def _contours(ax: "Axes", function: Callable[[jax.Array], jax.Array], x: np.ndarray, y: np.ndarray) -> None:
-    """Contours of the function, equally far apart in the logarithm of its height above the lowest point."""
-    grid = np.stack(np.meshgrid(x, y), axis=-1)
-    heights = np.asarray(jax.jit(jax.vmap(function))(jnp.asarray(grid.reshape(-1, 2), float)), float)
-    heights = heights.reshape(grid.shape[:2])
+def _contours(ax: "Axes", x: np.ndarray, y: np.ndarray, heights: np.ndarray) -> None:
+    """Contours of a function, equally far apart in the logarithm of its height above the lowest point."""
     finite = heights[np.isfinite(heights)]
     if not len(finite) or finite.max() == finite.min():
         return

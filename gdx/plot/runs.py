@@ -1,14 +1,15 @@
 """Pictures of runs: loss curves, sweeps of hyperparameters, range tests of the learning rate."""
 
 import contextlib
-import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gdx.arguments import of_kind
 from gdx.fields import is_number
+from gdx.plot.arguments import ascending, curves
 from gdx.plot.style import (
     COLOURS,
     add_legend,
@@ -24,6 +25,7 @@ from gdx.plot.style import (
     words,
 )
 from gdx.population import to_scores
+from gdx.training import RangeTest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +48,8 @@ def loss_curves(history: Any, ax: "Axes | None" = None, *, steps: Mapping[str, A
       The axes.
 
     Raises:
-      ValueError: the losses of a run have more or fewer axes than one.
+      TypeError: an argument is of another kind.
+      ValueError: the losses of a run have more or fewer axes than one, or steps lacks a run or has another shape.
 
     >>> import gdx, jax.numpy as jnp
     >>> trained = gdx.train(lambda theta, batch: theta**2, gdx.sgd(0.1), jnp.ones(()), jnp.zeros(9))
@@ -56,14 +59,12 @@ def loss_curves(history: Any, ax: "Axes | None" = None, *, steps: Mapping[str, A
     >>> ax.get_yscale(), [text.get_text() for text in ax.get_legend().get_texts()]
     ('log', ['sgd', 'too fast (diverged)'])
     """
-    ax = axes_or_new(ax)
-    runs = history if isinstance(history, Mapping) else {"training loss": history}
-    drawn = []
-    for (name, losses), style in zip(runs.items(), line_styles()):
-        losses = np.asarray(getattr(losses, "losses", losses), float)
-        if losses.ndim != 1:
-            raise ValueError(f"plot.loss_curves: {name} has shape {losses.shape}; expected one loss for each step")
-        at = np.arange(len(losses)) if steps is None else np.asarray(steps[name])
+    label = "plot.loss_curves"
+    history = history if isinstance(history, Mapping) else {"training loss": history}
+    history = {name: getattr(losses, "losses", losses) for name, losses in history.items()}
+    runs = curves(label, "history", history, steps, "loss", (None,))
+    ax, drawn = axes_or_new(label, ax), []
+    for (name, (at, losses)), style in zip(runs.items(), line_styles()):
         end = finite_length(losses)
         drawn.append(losses[:end])
         (line,) = ax.plot(at[:end], losses[:end], label=run_label(name, end < len(losses)), **style)
@@ -120,7 +121,8 @@ def sweep(
     ('learning rate', ['best: 0.2', 'diverged'])
     """
     if not isinstance(labels, Sequence) or any(
-        not isinstance(point, Mapping) or point.keys() != labels[0].keys() for point in labels
+        not isinstance(point, Mapping) or point.keys() != labels[0].keys() or not all(map(is_number, point.values()))
+        for point in labels
     ):
         raise TypeError(
             f"plot.sweep: labels is {reprlib.repr(labels)}; expected a list, the same hyperparameters of each point, "
@@ -129,9 +131,10 @@ def sweep(
     if not labels or not labels[0]:
         raise ValueError("plot.sweep: the points differ in no hyperparameter; expected labels such as gdx.labels gives")
     score = to_scores("plot.sweep", score, len(labels), "label")
-    if limits is not None and not _are_limits(limits):
-        raise ValueError(f"plot.sweep: limits is {limits!r}; expected (low, high) with low < high")
-    ax = axes_or_new(ax)
+    if limits is not None:
+        limits = tuple(ascending("plot.sweep: limits", limits, "(low, high) with low < high", 2).tolist())
+    of_kind("plot.sweep: name", name, str, "text")
+    ax = axes_or_new("plot.sweep", ax)
     figure = ax.get_figure(root=True)
     if figure is not None and figure.get_layout_engine() is None:
         with contextlib.suppress(RuntimeError):  # a colour bar that was made without one
@@ -163,13 +166,17 @@ def range_test(result: Any, ax: "Axes | None" = None) -> "Axes":
     Returns:
       The axes.
 
+    Raises:
+      TypeError: an argument is of another kind.
+
     >>> import gdx, jax.numpy as jnp
     >>> bowl = lambda theta, batch: jnp.sum(theta**2)
     >>> found = gdx.range_test(bowl, gdx.sgd(0.1), jnp.ones(2), jnp.zeros((20, 1)), points=9)
     >>> gdx.plot.range_test(found).get_xlabel()
     'learning rate'
     """
-    ax = axes_or_new(ax)
+    of_kind("plot.range_test: result", result, RangeTest, "what gdx.range_test returned")
+    ax = axes_or_new("plot.range_test", ax)
     rates, losses = np.asarray(result.learning_rates), np.asarray(result.losses)
     # what failed would hide all else
     shown = np.where(losses - losses.min() <= 10 * abs(result.start - losses.min()), losses, np.nan)
@@ -188,11 +195,6 @@ def range_test(result: Any, ax: "Axes | None" = None) -> "Axes":
     ax.grid(alpha=0.3)
     add_legend(ax)
     return ax
-
-
-def _are_limits(limits: Any) -> bool:
-    is_pair = isinstance(limits, tuple | list | np.ndarray) and len(limits) == 2
-    return is_pair and all(map(is_number, limits)) and -math.inf < limits[0] < limits[1] < math.inf
 
 
 def _curve(

@@ -1,12 +1,12 @@
 """What all pictures share: colours, lines, new axes, legends."""
 
 import itertools
-import reprlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gdx.arguments import of_kind
 from gdx.extra import needs
 
 if TYPE_CHECKING:
@@ -19,16 +19,14 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLES = ("-", "--", "-.", (0, (1, 1.2)), (0, (5, 1, 1, 1, 1, 1)), (0, (9, 2)), (0, (4, 1, 4, 1, 1, 1)))
 
 
-def axes_or_new(ax: "Axes | None") -> "Axes":
+def axes_or_new(label: str, ax: "Axes | None") -> "Axes":
     with needs("plot"):
         from matplotlib import axes
     if ax is None:
         from matplotlib import pyplot
 
         return pyplot.subplots(layout="constrained")[1]
-    if not isinstance(ax, axes.Axes):
-        raise TypeError(f"plot: ax is {reprlib.repr(ax)}; expected the axes of one picture, such as figure.subplots()")
-    return ax
+    return of_kind(f"{label}: ax", ax, axes.Axes, "the axes of one picture, such as figure.subplots()")
 
 
 def add_legend(ax: "Axes") -> None:
