@@ -2,7 +2,7 @@
 
 - Optimizers: `gradient_descent`, `sgd`, `momentum`, `nesterov`, `adam`, `adamw`
 - Links: `scale_by_learning_rate`, `scale_by_momentum`, `scale_by_adam`, `add_decoupled_weight_decay`
-- Composing: `chain`, `value` (any optimizer, link or wrapper of optax as a value)
+- Composing: `chain`, `value` (any optimizer, link or wrapper of optax as a value), `groups`, `times` (changes by path)
 - Schedules: `gdx.schedules` (the usual ones, as values), `schedule`, `hyperparams_in_use`
 - Training: `train`, `Trained`
 - Sweeps: `grid`, `stack`, `unstack`, `labels`, `sweep`, `Sweep`, `range_test`, `RangeTest`
