@@ -56,6 +56,13 @@ def check_chain_state(tx: Any, state: Any, length: int) -> None:
         )
 
 
+def state_kinds(state: Any) -> list[type]:
+    """The kinds of the NamedTuples in a state, outermost first."""
+    found = list[type]()
+    jax.tree.leaves(state, is_leaf=lambda x: found.append(type(x)) if hasattr(x, "_fields") else None)  # type: ignore
+    return found
+
+
 def check_state_like(tx: Any, state: Any, expected: Any) -> None:
     """Raises unless the state has the structure and the shapes of this one."""
     structure: Any = jax.tree.structure(state)
