@@ -335,10 +335,10 @@ def foreign_update(
 
 def _check_own(tx: Transform, state: Any, new: Any, init: Callable[[Any], Any], params: Any) -> None:
     """Raises where a step has handed back some of a state untouched, or another structure, and the state is no own."""
-    leaves, structure = jax.tree.flatten(state)
-    news, new_structure = jax.tree.flatten(new)
-    is_looked_at = structure == new_structure and leaves and not any(map(operator.is_, leaves, news))
-    if is_looked_at or isinstance(state, optax.EmptyState) and isinstance(new, optax.EmptyState):
+    leaves, news = jax.tree.leaves(state), jax.tree.leaves(new)
+    structure: Any = jax.tree.structure(state)
+    is_looked_at = leaves and not any(map(operator.is_, leaves, news)) and structure == jax.tree.structure(new)
+    if is_looked_at or (isinstance(state, optax.EmptyState) and isinstance(new, optax.EmptyState)):
         return
     # to make a state without arrays takes less time than to trace it
     expected = jax.eval_shape(init, params) if leaves else init(params)
