@@ -344,7 +344,7 @@ def _check_state(tx: Any, params: Any, state: Any) -> None:
     def kinds(tree: Any) -> list[type]:
         return [kind for kind in state_kinds(tree) if kind not in others]
 
-    made = _made(tx, params)
+    made = _made(tx, params) if jax.tree.leaves(params) else None  # they may be in the state
     own, arrays = kinds(made), {path: np.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(made)}
     found = [node for node in (nodes_of(state) if arrays else [state]) if kinds(node) == own]
     if (arrays and not jax.tree.leaves(state)) or (own and kinds(state) and not found):

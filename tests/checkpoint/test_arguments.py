@@ -250,6 +250,7 @@ def test_the_state_of_another_optimizer_or_of_other_parameters(tx, checkpoints):
             (PARAMS, state),
             (PARAMS, (state, PARAMS)),
             (PARAMS, (state, jnp.ones(7))),
+            ({}, (PARAMS, state)),
             (PARAMS, {"state": state, "average": PARAMS}),
             (PARAMS, nnx.state(nnx.Optimizer(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), tx, wrt=nnx.Param))),
             ({"trained": PARAMS, "statistics": jnp.ones(7)}, state),
