@@ -37,7 +37,9 @@ def check_state(tx: Any, state: Any, kind: Any) -> None:
     """Raises unless the state is of this kind and its count, if it has one, an integer scalar."""
     if not isinstance(state, kind):
         fields = ", ".join(getattr(kind, "_fields", ()))
-        raise TypeError(f"{_name(tx)}: the state is {_kind(state)}, expected {kind.__name__}({fields}). {_STATE_MEND}")
+        raise TypeError(
+            f"{_name(tx)}: the state is {kind_of(state)}, expected {kind.__name__}({fields}). {_STATE_MEND}"
+        )
     # a NamedTuple without the field has the tuple's method of that name
     count = state.count if "count" in getattr(kind, "_fields", ()) else 0
     if not (jnp.issubdtype(jnp.result_type(count), np.integer) and jnp.shape(count) == ()):
@@ -51,25 +53,48 @@ def check_chain_state(tx: Any, state: Any, length: int) -> None:
     """Raises unless the state is a tuple with one state for each link."""
     if type(state) is not tuple or len(state) != length:
         raise TypeError(
-            f"{_name(tx)}: the state is {_kind(state)}, expected a tuple of {length}, one state for each link. "
+            f"{_name(tx)}: the state is {kind_of(state)}, expected a tuple of {length}, one state for each link. "
             f"{_STATE_MEND}"
         )
 
 
-def check_state_like(tx: Any, state: Any, expected: Any) -> None:
-    """Raises unless the state has the structure and the shapes of this one."""
+def kind_of(state: Any) -> str:
+    """A state in words, for errors."""
+    if isinstance(state, dict):
+        return f"a dict with keys {sorted(map(str, state))}"
+    if type(state) is tuple:
+        return f"a tuple of {len(state)}: ({', '.join(type(s).__name__ for s in state)})"
+    return f"a {type(state).__name__}"
+
+
+def nodes_of(state: Any) -> list[Any]:
+    """All that there is in a state, itself first, and each before what is in it."""
+    found = list[Any]()
+    jax.tree.leaves(state, is_leaf=lambda x: bool(found.append(x)))  # type: ignore[func-returns-value]
+    return found
+
+
+def state_kinds(state: Any) -> list[type]:
+    """The kinds of the NamedTuples in a state, outermost first."""
+    return [type(x) for x in nodes_of(state) if hasattr(x, "_fields")]
+
+
+def check_state_like(tx: Any, state: Any, expected: Any, *, dtypes: bool = False) -> None:
+    """Raises unless the state has the structure, shapes and, if asked for, dtypes of this one."""
     structure: Any = jax.tree.structure(state)
     if structure != jax.tree.structure(expected):
         theirs, ours = (dict.fromkeys(paths(t)) for t in (state, expected))
         unlike = [path for path in (*ours, *theirs) if (path in ours) != (path in theirs)]
         what = f", with other leaves: {', '.join(unlike[:3])}" if unlike else ""
-        raise TypeError(f"{_name(tx)}: the state is {_kind(state)}, expected {_kind(expected)}{what}. {_STATE_MEND}")
+        raise TypeError(
+            f"{_name(tx)}: the state is {kind_of(state)}, expected {kind_of(expected)}{what}. {_STATE_MEND}"
+        )
     for i, (leaf, other) in enumerate(zip(jax.tree.leaves(state), jax.tree.leaves(expected))):
-        if np.shape(leaf) != np.shape(other):
-            raise ValueError(
-                f"{_name(tx)}: the state is {_array(leaf)} at {_path(state, i)}, expected the shape {np.shape(other)}. "
-                f"{_STATE_MEND}"
-            )
+        has_shape = np.shape(leaf) == np.shape(other)
+        if not has_shape or (dtypes and jnp.result_type(leaf) != other.dtype):
+            expected = f"the dtype {other.dtype}" if has_shape else f"the shape {np.shape(other)}"
+            said = f"{_name(tx)}: the state is {_array(leaf)} at {_path(state, i)}, expected {expected}"
+            raise (TypeError if has_shape else ValueError)(f"{said}. {_STATE_MEND}")
 
 
 def check_like(tx: Any, updates: optax.Updates, name: str, tree: Any) -> None:
@@ -285,14 +310,6 @@ def _array(leaf: Any) -> str:
     if hasattr(leaf, "dtype"):
         return f"{leaf.dtype if leaf.dtype != jax.dtypes.float0 else 'float0'}[{','.join(map(str, leaf.shape))}]"
     return f"{type(leaf).__name__} {leaf!r}"
-
-
-def _kind(state: Any) -> str:
-    if isinstance(state, dict):
-        return f"a dict with keys {sorted(map(str, state))}"
-    if type(state) is tuple:
-        return f"a tuple of {len(state)}: ({', '.join(type(s).__name__ for s in state)})"
-    return f"a {type(state).__name__}"
 
 
 def _name(tx: Any) -> str:

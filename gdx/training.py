@@ -12,11 +12,12 @@ import numpy as np
 import optax
 
 from gdx.arguments import check_function
+from gdx.checks import check_state_like
 from gdx.fields import is_number, text, to_bool, to_integer
 from gdx.mesh import sharding_of, types_of, untyped
 from gdx.population import labels, members_of, stack, to_scores
 from gdx.transform import Transform
-from gdx.trees import leading_axis
+from gdx.trees import check_arrays, leading_axis
 from gdx.values import names_of
 
 Loss = Callable[[Any, Any], jax.Array]
@@ -69,9 +70,10 @@ def train(
       remat: whether the derivative through it keeps memory for $\sqrt{K}$ steps rather than for $K$.
 
     Raises:
-      TypeError: loss is no function of two or returns something else than a real scalar; tx is no transform; batches
-        is a list; remat is neither True nor False.
-      ValueError: the leaves of batches do not have one leading axis in common.
+      TypeError: loss is no function of two or returns something else than a real scalar; tx is no transform; params or
+        batches hold something else than arrays, or batches is a list; the state is that of another transform, or in
+        other dtypes; remat is neither True nor False.
+      ValueError: the leaves of batches do not have one leading axis in common; the state has other shapes.
 
     >>> import gdx, jax, jax.numpy as jnp
     >>> bowl = lambda theta, batch: jnp.sum((theta - batch) ** 2)
@@ -80,11 +82,22 @@ def train(
     >>> bool(jax.grad(final)(gdx.sgd(0.1)).learning_rate < 0)
     True
     """
-    _check_call("train", loss, tx, batches)
+    _check_call("train", loss, tx, params, batches)
     start = jax.tree.map(jnp.asarray, params)
-    carry = (start, tx.init(start) if state is None else state)
     scan = _rematerialised_scan if to_bool("train: remat", remat) else jax.lax.scan
-    (params, state), losses = scan(training_step(loss, tx), carry, batches)
+    given, own = state, None
+    if given is None:
+        state = tx.init(start)
+    else:  # optax's transforms take that of another, or in other dtypes
+        check_arrays("train: state", given)
+        own = jax.eval_shape(tx.init, start)
+        check_state_like(tx, given, own)
+    try:
+        (params, state), losses = scan(training_step(loss, tx), (start, state), batches)
+    except TypeError as error:
+        if given is not None and "carry" in str(error):
+            check_state_like(tx, given, own, dtypes=True)
+        raise
     return Trained(jax.tree.map(_as_placed, params, start), state, losses)
 
 
@@ -175,7 +188,7 @@ def sweep(
     >>> result.diverged.tolist(), result.ranking(result.losses[:, -1])
     ([False, False, True], [1, 0])
     """
-    _check_call("sweep", loss, optimizers, batches)
+    _check_call("sweep", loss, optimizers, params, batches)
     if not isinstance(optimizers, Transform):
         raise TypeError(
             f"sweep: optimizers is {reprlib.repr(optimizers)}; expected a batch of gdx's, as in "
@@ -312,7 +325,7 @@ def range_test(
     >>> 0.24 < found.suggested < 0.26, 0.45 < found.edge < 0.55
     (True, True)
     """
-    _check_call("range_test", loss, tx, batches)
+    _check_call("range_test", loss, tx, params, batches)
     if not isinstance(tx, Transform):
         raise TypeError(f"range_test: tx is {reprlib.repr(tx)}; expected one of gdx's optimizers, such as gdx.sgd(0.1)")
     if not (is_number(low) and is_number(high) and 0 < low < high < math.inf):
@@ -380,7 +393,7 @@ def _nothing(params: Any) -> tuple:
     return ()
 
 
-def _check_call(name: str, loss: Any, tx: Any, batches: Any) -> None:
+def _check_call(name: str, loss: Any, tx: Any, params: Any, batches: Any) -> None:
     """Raises where an argument is not of its kind, or stands in the place of another."""
     usage = f"{name}(loss, {'optimizers' if name == 'sweep' else 'tx'}, params, batches)"
     check_function(f"{name}: loss", loss, "the parameters", "a batch", mend=f", as in {usage}")
@@ -389,11 +402,13 @@ def _check_call(name: str, loss: Any, tx: Any, batches: Any) -> None:
         if isinstance(tx, list | tuple):
             mend = "; train several as one batch, as in gdx.sweep(loss, gdx.stack(optimizers), params, batches)"
         raise TypeError(f"{name}: {reprlib.repr(tx)} is no optimizer; expected one such as gdx.sgd(0.1){mend}")
+    check_arrays(f"{name}: params", params)
     if isinstance(batches, list):
         raise TypeError(
             f"{name}: batches is a list of {len(batches)}; expected arrays with a leading axis of steps. Make them of "
             f"the batches: jax.tree.map(lambda *x: jnp.stack(x), *batches)"
         )
+    check_arrays(f"{name}: batches", batches)
     leading_axis(f"{name}: batches:", batches, "steps", least=1, mend=f", as in {usage}")
 
 

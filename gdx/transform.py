@@ -22,6 +22,7 @@ float32.
 import contextlib
 import dataclasses
 import functools
+import operator
 import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +34,7 @@ import numpy as np
 import optax
 
 from gdx import values
-from gdx.checks import check_gradients, check_params, check_state, check_state_like
+from gdx.checks import check_gradients, check_params, check_state, check_state_like, state_kinds
 from gdx.fields import hyperparameter, static, text
 from gdx.numerics import compute_dtype
 from gdx.values import KEEPERS, Value, is_float, kept_calls
@@ -145,12 +146,16 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
         return CountedState(count, self.at(count).init_tree(params))
 
     def _update(self, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> tuple[Any, Any]:
-        updates = jax.tree.map(_widened, updates)
-        if not self.has_schedule:
-            return self.at(None).update_tree(updates, state, params, **extra_args)
-        check_state(self, state, CountedState)
-        updates, inner_state = self.at(state.count).update_tree(updates, state.inner_state, params, **extra_args)
-        return updates, CountedState(optax.safe_increment(state.count), inner_state)
+        updates, count, inner = jax.tree.map(_widened, updates), None, state
+        if self.has_schedule:
+            check_state(self, state, CountedState)
+            count, inner = state
+        at = self.at(count)
+        updates, new = at.update_tree(updates, inner, params, **extra_args)
+        _check_own(
+            self, inner, new, functools.partial(jax.eval_shape, at.init_tree), updates if params is None else params
+        )
+        return updates, CountedState(optax.safe_increment(count), new) if self.has_schedule else new
 
     def _counts(self, state: Any) -> Iterator[tuple[Any, Any]]:
         """Where the schedules in it are, each with the count in a state at which the next step calls it."""
@@ -310,22 +315,35 @@ def foreign_update(
     tx: Transform, made: Any, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]
 ) -> tuple[Any, Any]:
     """The update of what does not keep gdx's rules, for tx: its state is held to the dtypes that it has."""
+    like, wide = updates if params is None else params, jax.tree.map(_wide, state)
     # it promotes as JAX does by default
     with jax.numpy_dtype_promotion("standard"):
         # an object that is no transform, such as MultiSteps, takes them as it is
         update = optax.with_extra_args_support(made).update if _is_transform(made) else made.update
         try:
             # both in as many bits, which jax.lax.cond compares
-            updates, new = update(jax.tree.map(_widened, updates), jax.tree.map(_wide, state), params, **extra_args)
+            updates, new = update(jax.tree.map(_widened, updates), wide, params, **extra_args)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             # what it trips over may be the state of another transform, unless one of gdx's has said what it is
             if not _CHECKED.match(str(error)):
-                check_state_like(tx, state, jax.eval_shape(made.init, updates if params is None else params))
+                check_state_like(tx, state, jax.eval_shape(made.init, like))
             raise
+        _check_own(tx, wide, new, made.init, like)
     structure: Any = jax.tree.structure(new)
-    if structure != jax.tree.structure(state):
-        return updates, new
-    return updates, jax.tree.map(_like, new, state)
+    return updates, jax.tree.map(_like, new, state) if structure == jax.tree.structure(state) else new
+
+
+def _check_own(tx: Transform, state: Any, new: Any, init: Callable[[Any], Any], params: Any) -> None:
+    """Raises where a step has handed back some of a state untouched, or another structure, and the state is no own."""
+    leaves, news = jax.tree.leaves(state), jax.tree.leaves(new)
+    structure: Any = jax.tree.structure(state)
+    is_looked_at = leaves and not any(map(operator.is_, leaves, news)) and structure == jax.tree.structure(new)
+    if is_looked_at or (isinstance(state, optax.EmptyState) and isinstance(new, optax.EmptyState)):
+        return
+    # to make a state without arrays takes less time than to trace it
+    expected = jax.eval_shape(init, params) if leaves else init(params)
+    if state_kinds(state) != state_kinds(expected):
+        check_state_like(tx, state, expected)
 
 
 _CHECKED = re.compile(r"\w+: (the (gradient|parameter|state)|update needs)")

@@ -1,5 +1,6 @@
 """Trees of arrays: where a leaf is, in words, and the leading axis that all leaves share."""
 
+import reprlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,21 @@ def paths(tree: Any) -> Iterator[str]:
     """Where each leaf of a tree is, as text."""
     for path, _ in jax.tree_util.tree_leaves_with_path(tree):
         yield path_text(path)
+
+
+def check_arrays(label: str, tree: Any) -> None:
+    """Raises unless all leaves of a tree are arrays or numbers."""
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        if not is_array(x):
+            raise TypeError(f"{label} is {reprlib.repr(x)} at {path_text(path)}; expected arrays")
+
+
+def is_array(x: Any) -> bool:
+    """Whether it is a number or an array of such, or of random keys."""
+    kinds = (np.number, np.bool_, jax.dtypes.prng_key)
+    return isinstance(x, bool | int | float | complex) or (
+        hasattr(x, "dtype") and any(jax.dtypes.issubdtype(x.dtype, kind) for kind in kinds)
+    )
 
 
 def leading_axis(label: str, tree: Any, axis: str, *, least: int = 0, mend: str = "") -> int:

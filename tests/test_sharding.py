@@ -248,6 +248,9 @@ def init(**kwargs):
     return gdx.sharding.shard_state(**{"tx": gdx.adam(0.1), "mesh": mesh, **kwargs}).init(params)
 
 
+ABSTRACT = jax.sharding.AbstractMesh((8,), ("data",))
+
+
 def other_mesh():
     return jax.make_mesh((4,), ("data",), axis_types=(AUTO,), devices=jax.devices()[4:])
 
@@ -290,6 +293,19 @@ def other_mesh():
             lambda: gdx.sharding.state_shardings(gdx.adam(0.1), put(make_params(), make_mesh(4)), make_mesh()),
             ValueError,
             r"state_shardings: the parameter at \['odd'\] is on .*'data': 4.*, expected on .*'data': 8",
+        ),
+        *(
+            (lambda ask=ask, given=given: ask(gdx.adam(0.1), *given), TypeError, f"{ask.__name__}: {words}")
+            for ask in (gdx.sharding.report, gdx.sharding.state_shardings)
+            for given, words in (
+                ((make_params(), "data"), "mesh is 'data'; expected a mesh of devices"),
+                ((make_params(), 8), "mesh is 8; expected a mesh of devices"),
+                ((make_params(), ABSTRACT, "data", "data"), "specs is 'data' at the root; expected a PartitionSpec"),
+                ((make_params(), ABSTRACT, "data", ABSTRACT), "specs is .* at the root; expected a PartitionSpec"),
+                (("data", ABSTRACT), "params is 'data' at the root; expected arrays"),
+                (({"w": abs}, ABSTRACT), r"params is .* at \['w'\]; expected arrays"),
+                ((ABSTRACT, ABSTRACT), "params is .* at the root; expected arrays"),
+            )
         ),
     ],
 )

@@ -517,3 +517,62 @@ def test_links_that_round_train_under_strict_promotion(rounds):
     with jax.numpy_dtype_promotion("strict"):
         found = gdx.train(lambda p, b: jnp.sum((p - b) ** 2), tx, start, batches)
     assert found.params.dtype == jnp.bfloat16 and bool(jnp.all(abs(found.params - jnp.bfloat16(0.33)) < 0.01))
+
+
+@pytest.mark.parametrize("wrong", ["a", b"a", abs, np.array(["a", "b"])], ids=str)
+@pytest.mark.parametrize("way", [gdx.train, gdx.sweep, gdx.range_test])
+def test_what_is_no_array(way, wrong):
+    tx = GRID if way is gdx.sweep else gdx.sgd(0.1)
+    for tree, place in ((wrong, "the root"), ({**START, "b": wrong}, r"\['b'\]")):
+        with pytest.raises(TypeError, match=f"{way.__name__}: params is .* at {place}; expected arrays"):
+            way(loss, tx, tree, EXAMPLES)
+        with pytest.raises(TypeError, match=f"{way.__name__}: batches is .* at {place}; expected arrays"):
+            way(loss, tx, START, tree)
+        if way is gdx.train:
+            for optimizer in (tx, optax.sgd(0.1)):
+                with pytest.raises(TypeError, match=f"train: state is .* at {place}; expected arrays"):
+                    gdx.train(loss, optimizer, START, EXAMPLES, state=tree)
+
+
+def test_batches_may_be_keys_and_numbers_of_few_bits():
+    keys = {"key": jax.random.split(jax.random.key(0), 3), "x": jnp.ones(3, "bfloat16"), "flag": jnp.ones(3, bool)}
+
+    def noisy(params, batch):
+        return jnp.sum((params - jax.random.normal(batch["key"])) ** 2)
+
+    assert gdx.train(noisy, gdx.sgd(0.1), jnp.ones(2), keys).losses.shape == (3,)
+
+
+MAKERS = (gdx.sgd, gdx.momentum, gdx.adam, gdx.adamw, optax.sgd, optax.adam, optax.lion, gdx.value(optax.sgd))
+
+
+def goes_on(tx, state, **settings):
+    with jax.numpy_dtype_promotion("standard"):  # optax's need it
+        return gdx.train(loss, tx, START, EXAMPLES, state=state, **settings).state
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_the_state_of_another_optimizer_is_refused(make):
+    tx = make(0.1)
+    own = tx.init(START)
+    for state in (other(0.1).init(START) for other in MAKERS):
+        if jax.tree.structure(state) == jax.tree.structure(own):
+            goes_on(tx, state)
+        else:
+            with pytest.raises(TypeError, match=r"^\w+: the state is .*, expected .*init\(params\) as the target"):
+                goes_on(tx, state)
+    if jax.tree.leaves(own):
+        with pytest.raises(ValueError, match=r"^\w+: the state is float32\[9,1\] at .*, expected the shape \(8, 1\)"):
+            goes_on(tx, tx.init({**START, "b": jnp.zeros((9, 1))}))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("make", [gdx.momentum, gdx.adam, optax.adam, optax.adamw, optax.rmsprop])
+def test_a_state_of_few_bits_is_refused(make, remat):
+    """Where the step would make it wider; what of optax's is a value keeps it as it is."""
+    few = jax.tree.map(lambda x: x.astype("bfloat16") if x.ndim else x, make(0.1).init(START))
+    said = r"^\w+: .*state.* is bfloat16\[5,8\](.*expected the dtype float32|, which is not how)"
+    with pytest.raises(TypeError, match=said):
+        goes_on(make(0.1), few, remat=remat)
+    if make is optax.adam:
+        assert goes_on(gdx.value(make)(0.1), few, remat=remat)[0].mu["a"].dtype == "bfloat16"

@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,12 @@ import numpy as np
 import optax
 
 from gdx.checkpoint import manifest
-from gdx.checkpoint.checksums import checksum
+from gdx.checkpoint.checksums import checksum, plain
+from gdx.checks import kind_of, nodes_of, state_kinds
 from gdx.compat import wrap_key_data
 from gdx.extra import needs
 from gdx.fields import to_integer
+from gdx.trees import path_text
 
 
 class CheckpointError(ValueError):
@@ -59,7 +61,7 @@ class Checkpoints:
 
     Raises:
       TypeError: keep is no integer, or directory no path.
-      ValueError: keep is less than 1, or directory empty or an address such as gs://bucket/run.
+      ValueError: keep is less than 1, or directory empty, an address such as gs://bucket/run, or no path.
       MissingExtra: Orbax is not installed.
 
     >>> import gdx, jax.numpy as jnp, tempfile
@@ -78,20 +80,24 @@ class Checkpoints:
         self.keep = _integer("Checkpoints: keep", keep, 1)
         with needs("checkpoint"):
             import orbax.checkpoint  # noqa: F401 - missing now rather than at the first save
-        is_path = isinstance(directory, str | os.PathLike)
+        is_path, path = isinstance(directory, str | os.PathLike), None
         # pathlib makes one slash of two, and a drive is one letter
-        if not is_path or re.match(r"$|\w{2,}:/", str(directory)):
+        if is_path and not re.match(r"$|\w{2,}:/|.*\0", str(directory)):
+            with contextlib.suppress(RuntimeError):  # ~ of nobody
+                path = Path(directory).expanduser().absolute()
+        if path is None:
             raise (ValueError if is_path else TypeError)(
                 f"Checkpoints: directory is {str(directory) if is_path else directory!r}; expected a path of the file "
                 f"system, such as 'run', or that under which a bucket is mounted"
             )
-        self.directory = Path(directory).expanduser().absolute()
+        self.directory = path
         self._is_closed = False
 
     @property
     def steps(self) -> list[int]:
         """The steps of the checkpoints in the directory, oldest first, and the one that this object is writing."""
-        if not self.directory.exists():
+        # pathlib's raises where a name is too long
+        if not os.path.exists(self.directory):
             return []
         # Orbax's list has the step that is being written, but not what others wrote, nor all after a failed write
         if not self._manager.is_saving_in_progress():
@@ -112,19 +118,23 @@ class Checkpoints:
           step: the number of steps taken.
           tx: the optimizer, whose fields are saved too.
           params: the parameters.
-          state: the optimizer's state.
+          state: the optimizer's state, or what holds it, such as a pair of it and an average. What `tx.init(params)`
+            makes must be in it, as its NamedTuples show, without arrays of shapes that are not there; where none is
+            in it, as in flax's `nnx.state(optimizer)`, nothing is compared.
           extra: what else the run needs to go on, as JSON has it: numbers, texts, lists and dictionaries.
 
         Raises:
           CheckpointError: there is a checkpoint of this step or a later one, or it could not be written.
-          TypeError: step is no integer, tx no optimizer, a leaf no array, or extra is not JSON; params or state is
-            missing, or in the place of the other.
-          ValueError: step is negative, two leaves have the same path, or `close` was called.
+          TypeError: step is no integer, tx no optimizer, a leaf no array or traced, or extra is not JSON; params or
+            state is missing, or in the place of the other; the state is that of another optimizer.
+          ValueError: step is negative, two leaves have the same path, an array was donated, or `close` was called; the
+            state is that of other parameters.
         """
         import orbax.checkpoint as ocp
 
         step = _integer("save: step", step, 0)
         _check_order("save(step, tx, params, state)", tx, params, state)
+        _check_state(tx, params, state)
         if self._is_closed:
             raise ValueError(
                 f"save: these Checkpoints of {self.directory} are closed, by close() or the end of their `with`; "
@@ -142,7 +152,9 @@ class Checkpoints:
                     f"save: {self.directory / str(other)} is an empty folder with the name of a later checkpoint, "
                     f"beside which Orbax saves none; remove it"
                 )
-        arrays = {path: manifest.plain(leaf, path) for path, leaf in manifest.leaves(params, state).items()}
+        arrays = {path: plain(f"save: {path}", x) for path, x in manifest.leaves(params, state).items()}
+        # those on the host may change while they are written
+        arrays = {path: x.copy() if isinstance(x, np.ndarray) else x for path, x in arrays.items()}
         content = manifest.manifest(step, tx, params, state, extra, {path: checksum(x) for path, x in arrays.items()})
         keys = _keys(arrays)
         # Orbax takes no array without elements, and no tree without arrays
@@ -236,7 +248,7 @@ class Checkpoints:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            problem = "is no directory" if self.directory.is_file() else f"cannot be made ({_line(error)})"
+            problem = "is no directory" if os.path.isfile(self.directory) else f"cannot be made ({_line(error)})"
             raise CheckpointError(f"{self.directory} {problem}; give Checkpoints one that can be written") from error
         policy = ocp.checkpoint_managers.LatestN(self.keep)
         options = ocp.CheckpointManagerOptions(preservation_policy=policy)
@@ -324,13 +336,49 @@ def _check_order(call: str, tx: Any, params: Any, state: Any) -> None:
         raise TypeError(f"{call.partition('(')[0]}: {problem}. The order of the arguments is {call}{bundles}")
 
 
+def _check_state(tx: Any, params: Any, state: Any) -> None:
+    """Raises where the state cannot be, nor hold, one that the optimizer has for these parameters."""
+    # parameters may be NamedTuples themselves, and only some of them the optimizer's
+    others = {optax.MaskedNode, *state_kinds(params)}
+
+    def kinds(tree: Any) -> list[type]:
+        return [kind for kind in state_kinds(tree) if kind not in others]
+
+    made = _made(tx, params) if jax.tree.leaves(params) else None  # they may be in the state
+    own, arrays = kinds(made), {path: np.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(made)}
+    found = [node for node in (nodes_of(state) if arrays else [state]) if kinds(node) == own]
+    if (arrays and not jax.tree.leaves(state)) or (own and kinds(state) and not found):
+        raise TypeError(
+            f"save: state is {kind_of(state)}, and holds none of {type(tx).__name__}, {kind_of(made)}; expected what "
+            f"tx.init(params) or the last update returned, or that with something beside it in a dictionary"
+        )
+
+    def strange(node: Any) -> list[str]:
+        # a batch of states has many counts
+        leaves = jax.tree_util.tree_leaves_with_path(node) if own and arrays else []
+        at = [(path, np.shape(x)) for path, x in leaves if arrays.get(path) != ()]
+        return [f"{shape} at {path_text(path)}" for path, shape in at if shape not in arrays.values()]
+
+    unlike = [strange(node) for node in found]
+    if unlike and all(unlike):
+        raise ValueError(
+            f"save: state has the shape {unlike[-1][0]}, which tx.init(params) makes nowhere; expected the state of "
+            f"these parameters"
+        )
+
+
 def _is_state(tx: Any, tree: Any, params: Any) -> bool:
     """Whether a tree has the structure of the optimizer's state for these parameters."""
+    made, structure = _made(tx, params), cast(Any, jax.tree.structure(tree))
+    return made is not None and bool(structure == jax.tree.structure(made))
+
+
+def _made(tx: Any, params: Any) -> Any:
+    """The optimizer's state for these parameters, in shapes; None where they are none."""
     try:
-        made: Any = jax.tree.structure(jax.eval_shape(tx.init, params))
-    except Exception:  # of what are no parameters
-        return False
-    return bool(made == jax.tree.structure(tree))
+        return jax.eval_shape(tx.init, params)
+    except Exception:
+        return None
 
 
 def _keys(paths: Iterable[str]) -> dict[str, str]:

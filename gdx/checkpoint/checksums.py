@@ -1,5 +1,7 @@
 """The checksum of an array: one for one content, on any mesh."""
 
+import contextlib
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gdx.fields import is_key
 from gdx.storage.dither import lowbias32, positions
+from gdx.trees import is_array
 
 
 def checksum(x: Any) -> str:
@@ -23,7 +27,11 @@ def checksum(x: Any) -> str:
     probability $2^{-64}$; it is no protection from who wants to deceive. Places $i$ count modulo $2^{32}$.
 
     Args:
-      x: an array of numbers; of an array that several processes hold, all of them must call.
+      x: an array of numbers or random keys; of an array that several processes hold, all of them must call.
+
+    Raises:
+      TypeError: it is neither, or traced.
+      ValueError: it was donated or deleted.
 
     Source: lowbias32 is Wellons, Prospecting for hash functions (2018).
 
@@ -31,11 +39,33 @@ def checksum(x: Any) -> str:
     >>> gdx.checkpoint.checksum(jnp.arange(4.0)) == gdx.checkpoint.checksum(jnp.arange(4.0)[::-1])
     False
     """
-    if not isinstance(x, jax.Array):
-        x = np.asarray(x)
-        if x.dtype.itemsize >= 8:  # JAX would cast it to 32 bits
-            x = tuple(np.moveaxis(np.ascontiguousarray(x)[..., None].view(np.uint32), -1, 0))
+    x = plain("checksum: x", x)
+    if not isinstance(x, jax.Array) and x.dtype.itemsize >= 8:  # JAX would cast it to 32 bits
+        x = tuple(np.moveaxis(np.ascontiguousarray(x)[..., None].view(np.uint32), -1, 0))
     return "".join(f"{int(number):08x}" for number in np.asarray(_sums(x)))
+
+
+def plain(label: str, x: Any) -> Any:
+    """A leaf as an array of numbers, such as the data of random keys.
+
+    Raises:
+      TypeError, ValueError: as `checksum`.
+    """
+    if isinstance(x, jax.core.Tracer):
+        raise TypeError(f"{label} is {reprlib.repr(x)}, which has no value while jax.jit traces it; call this outside")
+    if isinstance(x, jax.Array):
+        if x.is_deleted():
+            raise ValueError(f"{label} was donated or deleted; call this before the step that it is donated to")
+        return jax.random.key_data(x) if is_key(x) else x
+    array = np.asarray(None)
+    with contextlib.suppress(ValueError):  # a list of lists of several lengths
+        array = np.asarray(x)
+    if not is_array(array):
+        raise TypeError(
+            f"{label} is {reprlib.repr(x)}; expected an array or a number. Leave out what is neither, as "
+            f"equinox.filter(model, equinox.is_array) does"
+        )
+    return array
 
 
 @jax.jit

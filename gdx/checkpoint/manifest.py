@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,25 +73,6 @@ def storage(state: Any) -> dict[str, str]:
     """The storage format of each moment that is packed."""
     nodes = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_packed)
     return {f"state{jax.tree_util.keystr(path)}": repr(x.format) for path, x in nodes if is_packed(x)}
-
-
-def plain(x: Any, path: str) -> Any:
-    """A leaf as an array of numbers: the data of random keys, and a copy of what is on the host.
-
-    Raises:
-      TypeError: it is neither.
-    """
-    if is_key(x):
-        return jax.random.key_data(x)
-    if isinstance(x, jax.Array):
-        return x
-    array = np.array(x)
-    if array.dtype.kind in "OSUMm":
-        raise TypeError(
-            f"save: {path} is {reprlib.repr(x)}; expected an array or a number. Leave out what is neither, as "
-            f"equinox.filter(model, equinox.is_array) does"
-        )
-    return array
 
 
 def is_key(x: Any) -> bool:

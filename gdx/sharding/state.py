@@ -18,11 +18,11 @@ from gdx.mesh import constrained, hidden_axes, is_inside_shard_map, names_of, sh
 from gdx.sharding.placement import Plan, check_devices, plan_of
 from gdx.storage.blocks import is_packed
 from gdx.transform import Transform, to_transform
-from gdx.trees import path_text
+from gdx.trees import check_arrays, path_text
 
 
-def _to_mesh(label: str, value: Any) -> Mesh:
-    if not isinstance(value, Mesh):
+def _to_mesh(label: str, value: Any, *others: type) -> Any:
+    if not isinstance(value, (Mesh, *others)):
         raise TypeError(f"{label} is {reprlib.repr(value)}; expected a mesh of devices, such as jax.make_mesh returns")
     return value
 
@@ -85,7 +85,7 @@ class shard_state(Transform):
     specs: Any = static(default=None, convert=_to_specs)
 
     def validate(self) -> None:
-        _check_axis("shard_state", self.mesh, self.axis)
+        _check_layout("shard_state", self.mesh, self.axis, self.specs)
 
     def init_tree(self, params: optax.Params) -> optax.OptState:
         self._check_outside()
@@ -160,6 +160,8 @@ def state_shardings(
       A tree like the state with a `NamedSharding` for each array.
 
     Raises:
+      TypeError: tx is no transform, mesh no mesh of devices, params holds something else than arrays, or specs than
+        PartitionSpecs.
       ValueError: the mesh has no such axis, specs has nothing for a parameter, or a parameter is on another mesh or
         does not divide as its spec says.
 
@@ -282,17 +284,17 @@ def report(
     state of 45,793,312 bytes, 1.016 per parameter
       [0].inner_state.trace['b']          28  7 numbers, fewer than minimum_size=4096
     """
-    tx = to_transform("report: tx", tx)
+    tx, params = to_transform("report: tx", tx), _bare("report", params)
     # traced anew, which notes why moments are whole
     with noted() as notes, jax.disable_jit():
-        state = jax.eval_shape(lambda params: tx.init(params), _bare(params))
+        state = jax.eval_shape(lambda params: tx.init(params), params)
     nodes = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_packed)
     whys = [[_noted(notes, path)] * len(jax.tree.leaves(node)) for path, node in nodes]
-    leaves, count = jax.tree_util.tree_leaves_with_path(state), sum(map(np.size, jax.tree.leaves(_bare(params))))
+    leaves, count = jax.tree_util.tree_leaves_with_path(state), sum(map(np.size, jax.tree.leaves(params)))
     rows = [(jax.tree_util.keystr(path), x, why) for (path, x), why in zip(leaves, itertools.chain(*whys))]
     if mesh is None:
         return Report(tuple(Leaf(path, None, _nbytes(x), _nbytes(x), "", why) for path, x, why in rows), count)
-    _check_axis("report", mesh, axis)
+    _check_layout("report", mesh, axis, specs)
     plan, placed = plan_of("report", state, params, mesh, axis, specs), []
     for (path, x, why_whole), spec, follows in zip(rows, plan.state, plan.follows):
         part = x.update(shape=NamedSharding(mesh, spec).shard_shape(x.shape))
@@ -325,12 +327,13 @@ def _abstract(
     name: str, tx: optax.GradientTransformation, params: Any, mesh: Mesh | AbstractMesh, axis: str, specs: Any
 ) -> tuple[Any, Plan]:
     """The state in shapes and dtypes, and its plan, for the function of this name."""
-    _check_axis(name, mesh, axis)
-    state = jax.jit(_init).eval_shape(to_transform(f"{name}: tx", tx), _bare(params))
+    _check_layout(name, mesh, axis, specs)
+    state = jax.jit(_init).eval_shape(to_transform(f"{name}: tx", tx), _bare(name, params))
     return state, plan_of(name, state, params, mesh, axis, specs)
 
 
-def _bare(params: Any) -> Any:
+def _bare(name: str, params: Any) -> Any:
+    check_arrays(f"{name}: params", params)
     return jax.tree.map(lambda p: jax.ShapeDtypeStruct(np.shape(p), jnp.result_type(p)), params)
 
 
@@ -342,7 +345,9 @@ def _init(tx: Transform, params: optax.Params) -> optax.OptState:
     return tx.init(params)
 
 
-def _check_axis(name: str, mesh: Mesh | AbstractMesh, axis: str) -> None:
+def _check_layout(name: str, mesh: Mesh | AbstractMesh, axis: str, specs: Any) -> None:
+    _to_mesh(f"{name}: mesh", mesh, AbstractMesh)
+    _to_specs(f"{name}: specs", specs)
     if axis not in mesh.axis_names:
         raise ValueError(
             f"{name}: the mesh has no axis {axis!r}; expected one of {', '.join(map(repr, mesh.axis_names))}"

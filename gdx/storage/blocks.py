@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -26,10 +27,10 @@ class Packed:
       format: what decodes it, part of the tree structure.
 
     >>> import gdx, jax.numpy as jnp
-    >>> format = gdx.storage.SignedFourthRoot8(block=4, minimum_size=1)
+    >>> format = gdx.storage.SignedFourthRoot8(block=8, minimum_size=1)
     >>> packed = format.encode(jnp.array([8.0, -8.0, 0.0, 0.1]), gdx.storage.Dither(1, 0))
     >>> packed
-    Packed(codes=int8[4], scales=float32[1], format=storage.SignedFourthRoot8(block=4, minimum_size=1))
+    Packed(codes=int8[4], scales=float32[1], format=storage.SignedFourthRoot8(block=8, minimum_size=1))
     >>> packed.shape, packed.nbytes, f"{packed.decode()[3]:.2f}"
     ((4,), 8, '0.11')
     """
@@ -126,15 +127,16 @@ class Blocks(Format):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("block", "minimum_size"):
-            to_integer(f"{type(self).__name__}: {name}", getattr(self, name), minimum=1)
+        # where a block of 8 bits has but 2 numbers, each takes 3 bytes with the scale's; with 1, more than in float32
+        for name, minimum in (("block", 8), ("minimum_size", 1)):
+            to_integer(f"{type(self).__name__}: {name}", getattr(self, name), minimum=minimum)
         if self.axis >= 0:
             raise ValueError(f"{type(self).__name__}: axis is {self.axis}; expected -1, the last axis, or less")
 
     @property
     def least(self) -> int:
         """How many numbers a block has at least."""
-        return max(self.block // 4, 1)
+        return self.block // 4
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         return math.prod(shape) >= self.minimum_size and self.layout(shape) is not None
@@ -164,7 +166,10 @@ class Blocks(Format):
         return None
 
     def encode(self, x: jax.Array, dither: Dither) -> Packed:
+        self._check_encoded(x, dither)
         layout, x = self.layout(x.shape), x.astype(jnp.float32)
+        if layout is None:
+            raise ValueError(f"{self}: encode got an array of shape {x.shape}: {self.misfit(x.shape)}")
         bits = layout.split(dither.bits(x.shape, self.seed)) if self.stochastic else None
         # of the whole array, and with blocks seen as matrices: three times as fast on CPUs
         wide = max(width for width in range(1, 17) if layout.block % width == 0)
@@ -174,6 +179,8 @@ class Blocks(Format):
         return layout.join(self.encode_blocks(layout.split(x), largest, bits))
 
     def decode(self, stored: Packed) -> jax.Array:
+        if not is_packed(stored):
+            raise TypeError(f"{self}: decode got {reprlib.repr(stored)}; expected what encode returns, a Packed array")
         layout = self.layout(stored.shape)
         return layout.join(self.decode_blocks(layout.split(stored)))
 
@@ -344,7 +351,7 @@ class SignedFourthRoot8(_FourthRoot8):
     not for `momentum`, `b1` and `b2`, which act over many steps.
 
     Args:
-      block: how many neighbours share a scale, see `Blocks`.
+      block: how many neighbours share a scale, see `Blocks`; at least 8, so that in no shape is float32 smaller.
       minimum_size: smaller arrays stay in float32.
       axis: along which blocks lie. On TPUs, whose tiles blocks along the last one tear apart, a step with -2
         moves half the bytes; on other devices, three times as many. The error is smaller where neighbours are alike
@@ -353,10 +360,10 @@ class SignedFourthRoot8(_FourthRoot8):
 
     Raises:
       TypeError: an argument is no integer.
-      ValueError: block or minimum_size is below 1, or axis not negative.
+      ValueError: block is below 8, minimum_size below 1, or axis not negative.
 
     >>> import gdx, jax.numpy as jnp
-    >>> format = gdx.storage.SignedFourthRoot8(block=4, minimum_size=1)
+    >>> format = gdx.storage.SignedFourthRoot8(block=8, minimum_size=1)
     >>> packed = format.encode(jnp.array([1.0, -0.25, 1e-3, 0.0]), gdx.storage.Dither(1, 0))
     >>> packed.codes.tolist(), packed.scales.tolist()
     ([127, -90, 22, 0], [1.0])
@@ -381,7 +388,7 @@ class FourthRoot8(_FourthRoot8):
     Args and errors are those of `SignedFourthRoot8`.
 
     >>> import gdx, jax.numpy as jnp
-    >>> format = gdx.storage.FourthRoot8(block=4, minimum_size=1)
+    >>> format = gdx.storage.FourthRoot8(block=8, minimum_size=1)
     >>> packed = format.encode(jnp.array([1.0, 1e-4, 1e-20, 0.0]), gdx.storage.Dither(1, 0))
     >>> packed.codes.tolist(), packed.scales.tolist()
     ([255, 26, 1, 0], [1.0])

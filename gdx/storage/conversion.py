@@ -9,6 +9,7 @@ import numpy as np
 
 from gdx.storage.blocks import Packed, is_packed
 from gdx.storage.dither import Dither
+from gdx.trees import check_arrays
 
 
 def convert(state: Any, like: Any) -> Any:
@@ -25,6 +26,8 @@ def convert(state: Any, like: Any) -> Any:
       A state with the structure, shapes and dtypes of `like`, and the values of `state`.
 
     Raises:
+      TypeError: a leaf is no array, or cannot be converted without losing what it is: a complex number in a real one,
+        a fraction in an integer, a random key in another.
       ValueError: the states differ in more than formats and counts.
 
     >>> import gdx, jax.numpy as jnp
@@ -35,6 +38,8 @@ def convert(state: Any, like: Any) -> Any:
     >>> state[0].count.item(), state[0].nu["w"].codes.max().item()
     (1, 255)
     """
+    check_arrays("convert: state", state)
+    check_arrays("convert: like", like)
     values, targets = dict(_leaves(state)), dict(_leaves(like))
     missing = [path for path in targets if path not in values and not _is_count(targets[path])]
     extra = [path for path in values if path not in targets and not _is_count(values[path])]
@@ -44,6 +49,12 @@ def convert(state: Any, like: Any) -> Any:
             raise ValueError(
                 f"convert: the state {what} {', '.join(map(jax.tree_util.keystr, paths[:3]))}, unlike the one to go "
                 f"to; pass tx.init(params) of an optimizer with the same links, and the same parameters"
+            )
+    for path, target in targets.items():
+        if path in values and not _holds(_dtype(target), _dtype(values[path])):
+            raise TypeError(
+                f"convert: the state is {_dtype(values[path])} at {jax.tree_util.keystr(path)}, of which the one to go "
+                f"to, {_dtype(target)}, holds only a part; convert that leaf yourself, or take it from tx.init(params)"
             )
     leaves = [_recast(values.get(path, target), target, index) for index, (path, target) in enumerate(targets.items())]
     return jax.tree.unflatten(jax.tree.structure(like, is_leaf=is_packed), leaves)
@@ -72,6 +83,20 @@ def _recast(value: Any, target: Any, index: int) -> Any:
     if isinstance(target, Packed):
         return target.format.encode(value, Dither(np.uint32(0), np.uint32(index)))
     return value if value.dtype == target.dtype else value.astype(target.dtype)  # keys refuse to be cast, even to keys
+
+
+def _dtype(x: Any) -> Any:
+    return np.dtype(np.float32) if is_packed(x) else jnp.result_type(x)
+
+
+# a key is none of the others
+_KINDS = (np.bool_, np.integer, np.floating, np.complexfloating, jax.dtypes.prng_key)
+
+
+def _holds(target: Any, dtype: Any) -> bool:
+    """Whether an array of this dtype keeps its kind in the target's."""
+    rank, most = ([jnp.issubdtype(x, kind) for kind in _KINDS].index(True) for x in (dtype, target))
+    return dtype == target or (rank <= most < len(_KINDS) - 1)
 
 
 def _is_count(x: Any) -> bool:

@@ -67,6 +67,15 @@ class Format:
         """What is stored of zeros, shaped and sharded like this array."""
         return self.encode(jnp.zeros_like(like), Dither(np.uint32(0), np.uint32(0)))
 
+    def _check_encoded(self, x: Any, dither: Any) -> None:
+        """Raises unless they are a real array and, if it draws from one, a dither."""
+        if not (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, np.floating)):
+            raise TypeError(f"{self}: encode got {reprlib.repr(x)}; expected an array of real numbers")
+        if self.stochastic and not isinstance(dither, Dither):
+            raise TypeError(
+                f"{self}: dither is {reprlib.repr(dither)}; expected gdx.storage.Dither(step, leaf), of two integers"
+            )
+
     def __repr__(self) -> str:
         # the name by which users reach it
         room = "storage." if type(self).__module__.startswith("gdx.storage") else ""
@@ -190,6 +199,7 @@ class StochasticBfloat16(Format):
     seed: int = 0
 
     def encode(self, x: jax.Array, dither: Dither) -> jax.Array:
+        self._check_encoded(x, dither)
         # it ends in a conversion: from an integer of half the size XLA on CPU copies both moments
         return rounded_at_random(x.astype(jnp.float32), dither.bits(x.shape, self.seed)).astype(jnp.bfloat16)
 

@@ -1,6 +1,7 @@
 """What checkpoints take and refuse, before anything is written."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import equinox
 import flax.nnx as nnx
@@ -109,6 +110,10 @@ def test_nothing_is_saved_after_the_end(used, tmp_path):
         ("gs://bucket/run", ValueError),
         ("s3:/bucket", ValueError),
         (Path("gs://bucket/run"), ValueError),
+        ("a\0b", ValueError),
+        (Path("a\0b"), ValueError),
+        ("~nosuchuser/x", ValueError),
+        (Path("~nosuchuser"), ValueError),
         (None, TypeError),
         (b"run", TypeError),
         (3, TypeError),
@@ -122,13 +127,17 @@ def test_what_is_no_directory(directory, error, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("place", ["/proc/run", "file/run"])
+@pytest.mark.parametrize("place", ["/proc/run", "file/run", "a" * 300, "/".join(["a" * 200] * 30)], ids=len)
 def test_a_directory_that_cannot_be_made(place, tmp_path):
     (tmp_path / "file").write_text("hello")
     tx = gdx.sgd(0.1)
     said = rf"{place} cannot be made \(.*Error: .*; give Checkpoints one that"
-    with Checkpoints(tmp_path / place) as checkpoints, pytest.raises(CheckpointError, match=said):
-        checkpoints.save(1, tx, PARAMS, tx.init(PARAMS))
+    with Checkpoints(tmp_path / place) as checkpoints:
+        with pytest.raises(CheckpointError, match=said):
+            checkpoints.save(1, tx, PARAMS, tx.init(PARAMS))
+        assert checkpoints.steps == []
+        with pytest.raises(CheckpointError, match="restore: there is no checkpoint in "):
+            checkpoints.restore(tx, PARAMS, tx.init(PARAMS))
 
 
 @pytest.mark.parametrize(
@@ -178,3 +187,77 @@ def test_a_leaf_that_is_no_array(leaf, checkpoints):
     with pytest.raises(TypeError, match=r"save: params\.activation is .* as equinox.filter"):
         checkpoints.save(1, tx, model, tx.init(params))
     checkpoints.save(1, tx, params, tx.init(params))
+
+
+def other_than(leaf, params):
+    """Parameters and state of which one leaf is another."""
+    state = gdx.adam(0.1).init(params)
+    yield {"b": leaf}, state
+    yield params, (state[0]._replace(mu={"b": leaf}), state[1])
+    yield params, (state, {"average": leaf})
+
+
+def test_an_array_that_was_donated(checkpoints):
+    gone = jnp.ones(16)
+    gone.delete()
+    for params, state in other_than(gone, PARAMS):
+        with pytest.raises(ValueError, match=r"save: (params|state).* was donated or deleted; call this before"):
+            checkpoints.save(1, gdx.adam(0.1), params, state)
+    assert not checkpoints.steps
+
+
+def test_what_is_traced(checkpoints):
+    @jax.jit
+    def save(leaf):
+        for params, state in other_than(leaf, PARAMS):
+            with pytest.raises(TypeError, match=r"save: (params|state).*, which has no value while jax\.jit traces it"):
+                checkpoints.save(1, gdx.adam(0.1), params, state)
+        return leaf
+
+    save(jnp.ones(16))
+    assert not checkpoints.steps
+
+
+SIX = [make(0.1) for make in (gdx.gradient_descent, gdx.sgd, gdx.momentum, gdx.nesterov, gdx.adam, gdx.adamw)]
+OTHERS = [*SIX, gdx.sgd(0.1, 0.9), *(gdx.chain(optax.clip(1.0), tx) for tx in SIX), optax.adam(0.1), optax.lion(0.1)]
+
+
+class Average(NamedTuple):
+    weights: dict
+    state: tuple
+
+
+@pytest.mark.parametrize("tx", OTHERS, ids=repr)
+def test_the_state_of_another_optimizer_or_of_other_parameters(tx, checkpoints):
+    """What could not be restored is not saved; what holds the state, and a state of some of the parameters, is."""
+    state, other = tx.init(PARAMS), tx.init({"b": jnp.ones(5)})
+    arrays, step = jax.tree.leaves(state), 0
+    for foreign in (theirs.init(PARAMS) for theirs in OTHERS):
+        parts = (foreign, *foreign) if arrays else (foreign,)
+        if jax.tree.structure(state) not in map(jax.tree.structure, parts):
+            with pytest.raises(TypeError, match=r"save: state is .*, and holds none of .*; expected what tx\.init"):
+                checkpoints.save(step, tx, PARAMS, foreign)
+    for nothing in (None, (), {}) * bool(arrays):
+        with pytest.raises(TypeError, match=r"save: state is .*, and holds none of .*; expected what tx\.init"):
+            checkpoints.save(step, tx, PARAMS, nothing)
+    for wrong in (other, (other, PARAMS), {"state": other}) * bool(arrays):
+        with pytest.raises(ValueError, match=r"save: state has the shape \(5,\) at .*, which tx\.init\(params\) makes"):
+            checkpoints.save(step, tx, PARAMS, wrong)
+    assert not checkpoints.directory.exists()
+    lanes = jax.vmap(tx.init)({"b": jnp.ones((3, 16))})
+    for step, (params, legal) in enumerate(
+        [
+            (PARAMS, state),
+            (PARAMS, (state, PARAMS)),
+            (PARAMS, (state, jnp.ones(7))),
+            ({}, (PARAMS, state)),
+            (PARAMS, {"state": state, "average": PARAMS}),
+            (PARAMS, nnx.state(nnx.Optimizer(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), tx, wrt=nnx.Param))),
+            ({"trained": PARAMS, "statistics": jnp.ones(7)}, state),
+            ((PARAMS, Average({}, ())), state),
+            ({"b": jnp.ones((3, 16))}, lanes),
+            *([(PARAMS, Average(PARAMS, state)), (PARAMS, (state, other))] * bool(arrays)),
+        ]
+    ):
+        checkpoints.save(step, tx, params, legal)
+        checkpoints.restore(tx, params, legal)

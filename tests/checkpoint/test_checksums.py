@@ -85,3 +85,22 @@ def test_no_mesh_changes_it(shape, kind):
 def test_of_scalars_and_nothing():
     assert checksum(np.float32(1)) == checksum(jnp.float32(1)) != checksum(jnp.float32(2))
     assert checksum(np.zeros((0, 3))) == "0" * 16
+
+
+@pytest.mark.parametrize("wrong", ["a", b"a", None, abs, {"w": 1.0}, ["a"], [1, [2, 3]], np.array(["a"])], ids=str)
+def test_what_is_no_array_of_numbers(wrong):
+    with pytest.raises(TypeError, match=r"checksum: x is .*; expected an array or a number"):
+        checksum(wrong)
+
+
+def test_what_has_no_value():
+    with pytest.raises(TypeError, match=r"checksum: x is .*, which has no value while jax\.jit traces it"):
+        jax.jit(checksum)(jnp.ones(3))
+    gone = jnp.ones(3)
+    gone.delete()
+    with pytest.raises(ValueError, match="checksum: x was donated or deleted"):
+        checksum(gone)
+
+
+def test_a_key_has_that_of_its_data():
+    assert checksum(jax.random.key(3)) == checksum(jax.random.key_data(jax.random.key(3)))

@@ -121,6 +121,53 @@ def test_states_of_another_kind(row):
         tx.update(state, params, params)
 
 
+class forward(gdx.Transform):
+    """Keeps nothing, and never looks at its state."""
+
+    def init_tree(self, params):
+        return optax.EmptyState()
+
+    def update_tree(self, updates, state, params=None, **extra_args):
+        return updates, state
+
+
+SIX = [make(0.1) for make in (gdx.gradient_descent, gdx.sgd, gdx.momentum, gdx.nesterov, gdx.adam, gdx.adamw)]
+OTHERS = [
+    *SIX,
+    gdx.sgd(0.1, 0.9),
+    gdx.adam(gdx.schedules.constant_schedule(0.1)),
+    *(chained for tx in SIX for chained in (gdx.chain(optax.clip(1.0), tx), gdx.chain(tx, forward()))),
+    *(gdx.value(make)(0.1) for make in (optax.sgd, optax.adam, optax.amsgrad, optax.adabelief, optax.yogi)),
+    *(gdx.value(optax.MultiSteps)(tx, 2) for tx in (SIX[1], SIX[4])),
+]
+
+
+@pytest.mark.parametrize("tx", OTHERS, ids=repr)
+def test_states_of_every_other_transform(tx):
+    params, refused = {"w": jnp.ones(3)}, 0
+    own = jax.tree.structure(tx.init(params))
+    for state in (other.init(params) for other in OTHERS):
+        if jax.tree.structure(state) == own:
+            tx.update(params, state, params)
+        else:
+            with pytest.raises((TypeError, ValueError), match=r"^\w+: .*(state is|number of updates and s)"):
+                tx.update(params, state, params)
+            refused += 1
+    assert refused > len(OTHERS) // 2
+
+
+def test_states_that_a_transform_leaves_or_extends():
+    def update(updates, state, params=None):
+        return updates, {**state, len(state): jnp.zeros(())}
+
+    params, kept = {"w": jnp.ones(3)}, {0: jnp.ones(2)}
+    growing = gdx.chain(optax.GradientTransformation(lambda params: kept, update), gdx.sgd(0.1))
+    state = growing.init(params)
+    for steps in range(1, 4):
+        _, state = growing.update(params, state, params)
+        assert len(state[0]) == 1 + steps
+
+
 KEEPING = [
     gdx.scale_by_momentum(),
     gdx.sgd(0.1, momentum=0.9),

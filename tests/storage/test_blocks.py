@@ -294,7 +294,7 @@ def test_a_step_in_blocks_has_the_bits_of_one_on_whole_leaves(axis, shape, monke
 @pytest.mark.parametrize(
     ("settings", "error", "words"),
     [
-        ({"block": 0}, ValueError, "block is 0"),
+        *(({"block": block}, ValueError, f"block is {block}; (?=expected .* >= 8$)") for block in (-1, 0, 1, 3, 7)),
         ({"minimum_size": 1.5}, TypeError, "minimum_size is 1.5"),
         ({"axis": 0}, ValueError, "axis is 0"),
         ({"seed": True}, TypeError, "seed is True"),

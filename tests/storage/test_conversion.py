@@ -109,3 +109,35 @@ def test_resumes_bit_for_bit(tmp_path, formats, rounding):
         ]
     restored = jax.tree.unflatten(jax.tree.structure(target), leaves)
     assert_same_bits(some_steps(tx, *restored, range(3, 6)), expected)
+
+
+NUMBERS = [True, 3, 1.5, 1j, jax.random.key(0), jax.random.key(0, impl="rbg")]
+
+
+@pytest.mark.parametrize("there", range(len(NUMBERS)))
+@pytest.mark.parametrize("here", range(len(NUMBERS)))
+def test_no_number_loses_its_kind(here, there):
+    """A boolean in an integer, that in a real number and that in a complex one lose nothing; a key is nothing else."""
+    state, like = ((optax.EmaState(jnp.int32(1), {"w": jnp.asarray(NUMBERS[i])}),) for i in (here, there))
+    if here == there or here < there < 4:
+        found = convert(state, like)[0].ema["w"]
+        assert found.dtype == like[0].ema["w"].dtype and (found.item() if here < 4 else found) == NUMBERS[here]
+        return
+    with pytest.raises(TypeError, match=r"convert: the state is .* at \[0\]\.ema\['w'\], of which the one to go to, "):
+        convert(state, like)
+
+
+def test_a_complex_moment_is_not_packed():
+    state, like = ({"w": x} for x in (jnp.ones((16, 256), complex), FourthRoot8().zeros(jnp.ones((16, 256)))))
+    with pytest.raises(TypeError, match=r"the state is complex64 at \['w'\], of which the one to go to, float32"):
+        convert(state, like)
+
+
+@pytest.mark.parametrize("wrong", ["a", b"a", abs, np.array(["a"]), np.array([None])], ids=str)
+def test_what_is_no_state(wrong):
+    state = gdx.adam(0.1).init(PARAMS)
+    for tree, place in ((wrong, "the root"), ((state[0]._replace(mu={"w": wrong}), state[1]), r"\[0\]\.mu\['w'\]")):
+        with pytest.raises(TypeError, match=f"convert: state is .* at {place}; expected arrays"):
+            convert(tree, state)
+        with pytest.raises(TypeError, match=f"convert: like is .* at {place}; expected arrays"):
+            convert(state, tree)

@@ -1,6 +1,7 @@
 """bfloat16 rounded at random: unbiased, with the right variance, and exact where nothing is to be rounded."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -171,3 +172,36 @@ def test_random_rounding_brings_its_own_count():
     _, second = tx.update(g, first)
     assert isinstance(second, gdx.CountedState) and (first.count, second.count) == (1, 2)
     assert np.any(first.inner_state.trace != second.inner_state.trace)
+
+
+ENCODING = [StochasticBfloat16(), gdx.storage.FourthRoot8(), gdx.storage.SignedFourthRoot8(block=8, minimum_size=1)]
+
+
+@pytest.mark.parametrize("format", ENCODING, ids=repr)
+@pytest.mark.parametrize(
+    "wrong",
+    ["a", None, 1.0, [1.0] * 4096, {"w": jnp.ones(4096)}, jnp.ones(4096, int), jnp.ones(4096, complex)],
+    ids=str,
+)
+def test_what_is_no_real_array_is_not_encoded(format, wrong):
+    with pytest.raises(TypeError, match=rf"{re.escape(repr(format))}: encode got .*; expected an array of real num"):
+        format.encode(wrong, Dither(1, 0))
+
+
+@pytest.mark.parametrize("format", ENCODING, ids=repr)
+@pytest.mark.parametrize("wrong", [None, 1, "a", (1, 0), jax.random.key(0)])
+def test_what_is_no_dither(format, wrong):
+    with pytest.raises(TypeError, match=r"(?s)dither is .*; expected gdx\.storage\.Dither\(step, leaf\)"):
+        format.encode(jnp.ones(4096), wrong)
+
+
+@pytest.mark.parametrize(("format", "size"), [(ENCODING[1], 10), (ENCODING[1], 63), (ENCODING[2], 1)])
+def test_an_array_too_small_for_a_block(format, size):
+    with pytest.raises(ValueError, match=rf"encode got an array of shape \({size},\): .*(fewer than|no block of)"):
+        format.encode(jnp.ones(size), Dither(1, 0))
+
+
+@pytest.mark.parametrize("wrong", ["a", None, 1.0, jnp.ones(4096)], ids=str)
+def test_what_was_not_encoded_in_blocks(wrong):
+    with pytest.raises(TypeError, match=r"decode got .*; expected what encode returns, a Packed array"):
+        ENCODING[1].decode(wrong)
