@@ -227,7 +227,7 @@ class Average(NamedTuple):
     state: tuple
 
 
-@pytest.mark.parametrize("tx", OTHERS, ids=repr)
+@pytest.mark.parametrize("tx", OTHERS, ids=lambda tx: type(tx).__name__)
 def test_the_state_of_another_optimizer_or_of_other_parameters(tx, checkpoints):
     """What could not be restored is not saved; what holds the state, and a state of some of the parameters, is."""
     state, other = tx.init(PARAMS), tx.init({"b": jnp.ones(5)})
