@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from gdx.fields import is_number, text, to_bool, to_integer
-from gdx.mesh import sharding_of, types_of, untyped
+from gdx.mesh import as_placed, types_of, untyped
 from gdx.population import labels, members_of, stack, to_scores
 from gdx.transform import Transform
 from gdx.trees import leading_axis
@@ -85,13 +85,7 @@ def train(
     carry = (start, tx.init(start) if state is None else state)
     scan = _rematerialised_scan if to_bool("train: remat", remat) else jax.lax.scan
     (params, state), losses = scan(training_step(loss, tx), carry, batches)
-    return Trained(jax.tree.map(_as_placed, params, start), state, losses)
-
-
-def _as_placed(p: jax.Array, start: jax.Array) -> jax.Array:
-    """A parameter on its mesh as it was at the start, or what it is where either is traced."""
-    sharding = None if isinstance(p, jax.core.Tracer) or isinstance(start, jax.core.Tracer) else sharding_of(start)
-    return p if sharding is None else jax.device_put(p, sharding)
+    return Trained(jax.tree.map(as_placed, params, start), state, losses)
 
 
 class Sweep(NamedTuple):
