@@ -314,9 +314,11 @@ def foreign_update(
     with jax.numpy_dtype_promotion("standard"):
         # an object that is no transform, such as MultiSteps, takes them as it is
         update = optax.with_extra_args_support(made).update if _is_transform(made) else made.update
+        # both in as many bits, which jax.lax.cond compares; beside wide parameters, few bits are what it was asked for
+        is_narrow = params is None or any(jnp.result_type(p).itemsize < 4 for p in jax.tree.leaves(params))
+        old = jax.tree.map(_wide, state) if is_narrow else state
         try:
-            # both in as many bits, which jax.lax.cond compares
-            updates, new = update(jax.tree.map(_widened, updates), jax.tree.map(_wide, state), params, **extra_args)
+            updates, new = update(jax.tree.map(_widened, updates), old, params, **extra_args)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             # what it trips over may be the state of another transform, unless one of gdx's has said what it is
             if not _CHECKED.match(str(error)):
