@@ -22,7 +22,7 @@ from gdx.trees import paths
 
 
 class Mean(NamedTuple):
-    """An average in few bits.
+    """An average.
 
     Attributes:
       count: int32 scalar, the number of updates so far.
@@ -34,7 +34,7 @@ class Mean(NamedTuple):
 
 
 class CompensatedMean(NamedTuple):
-    """An average in float32 or float64.
+    """The mean of all parameters, in float32 or float64.
 
     Attributes:
       count: int32 scalar, the number of updates so far.
@@ -67,9 +67,9 @@ class AverageState(NamedTuple):
 
 
 class averaging(Leafwise):
-    """Moves an average towards what it is given, by this weight, and rounds it at random."""
+    """Moves an average towards what it is given, by this weight."""
 
-    State: ClassVar = Mean
+    State: ClassVar[Any] = Mean
 
     weight: Scalar = hyperparameter()
     dtype: np.dtype | Format | None = static(default=None)
@@ -81,14 +81,15 @@ class averaging(Leafwise):
     def start(self, p: jax.Array) -> tuple[Any, ...]:
         return (moment_like(p, self.dtype),)
 
-    def step(self, shared: tuple, g: jax.Array, p: None, average: jax.Array, *rest: Any) -> tuple[jax.Array, ...]:
+    def step(self, shared: Any, g: jax.Array, p: Any, *moments: Any, **dither: Any) -> tuple[jax.Array, ...]:
+        (average,) = moments
         return g, average + uncontracted(self.weight * (g - average))
 
 
 class compensated_averaging(averaging):
     """The same, with what rounding leaves out added in the next step."""
 
-    State: ClassVar = CompensatedMean
+    State: ClassVar[Any] = CompensatedMean
 
     @property
     def formats(self) -> tuple[Any, ...]:
@@ -97,9 +98,8 @@ class compensated_averaging(averaging):
     def start(self, p: jax.Array) -> tuple[Any, ...]:
         return moment_like(p, self.dtype), moment_like(p, jnp.bfloat16)
 
-    def step(  # type: ignore[override]
-        self, shared: tuple, g: jax.Array, p: None, average: jax.Array, compensation: jax.Array
-    ) -> tuple[jax.Array, ...]:
+    def step(self, shared: Any, g: jax.Array, p: Any, *moments: Any, **dither: Any) -> tuple[jax.Array, ...]:
+        average, compensation = moments
         change = uncontracted(self.weight * ((g - average) - compensation))
         return g, *_compensated_sum(average, change, compensation)
 
@@ -127,8 +127,10 @@ def _to_format(label: str, value: Any) -> np.dtype | Format | None:
     return value
 
 
-def _link(weight: Any, dtype: Any) -> averaging:
-    return (averaging if isinstance(dtype, Format) else compensated_averaging)(weight, dtype)
+def _link(weight: Any, decay: Any, dtype: Any) -> averaging:
+    # each step moves a mean of n by 1 / n: in float32 it would soon stand still
+    is_compensated = decay is None and not isinstance(dtype, Format)
+    return (compensated_averaging if is_compensated else averaging)(weight, dtype)
 
 
 class average_parameters(Transform):
@@ -148,18 +150,20 @@ class average_parameters(Transform):
     What counts are the parameters that each `update` is given, and the newest ones when the average is read, by
     `read_average`. So it is of what they really were, also where a link rounds them, or something else moves them.
 
-    State: `AverageState(total, rest, weight, mean, inner_state)`. The average takes 6 bytes per parameter, and 2 with
-    `StochasticBfloat16`.
+    State: `AverageState(total, rest, weight, mean, inner_state)`. The average takes 4 bytes per parameter, 6 without
+    decay, and 2 with `StochasticBfloat16`. In a loop on two CPU cores a step of AdamW with 10M parameters takes 1.6 times
+    as long with it, 2 times in that format, and 3 times without decay, where the compiler makes copies.
 
     Args:
       tx: the transform, gdx's or optax's.
       decay: $\beta$ in [0, 1); the average spans about $1 / (1 - \beta)$ steps. None for the mean of all.
       start: how many steps are made before the first that counts. Until then the average is the parameters.
-      every: each how many steps one counts, which also costs so much less time.
-      dtype: in which the average is kept: float32 (None) or float64, and in bfloat16 what rounding left out, so that
-        it moves by any step down to $2^{-33}$ of itself; or a format of `gdx.storage` that rounds at random. Where
-        that has a number each $u$, and parameters are $d$ from the average, this one has an error of about
-        $\sqrt{u d / 2}$, but hardly less than $u / 2$, however long it is.
+      every: each how many steps one counts.
+      dtype: in which the average is kept: None for float32, or the parameter's where that is wider. Without decay what
+        rounding leaves out of it is kept too, in bfloat16, so that it stays exact for a million steps and more; with
+        one, it stands still where it is as near as $2^{-25} / (1 - \beta)$ of its size. Or a format of `gdx.storage`
+        that rounds at random: where that has a number each $u$, and parameters are $d$ from the average, this one has
+        an error of about $\sqrt{u d / 2}$, but hardly less than $u / 2$, however long it is.
 
     Raises:
       TypeError: tx is no transform, or start or every no integer.
@@ -190,8 +194,9 @@ class average_parameters(Transform):
     dtype: np.dtype | Format | None = static(default=None, convert=_to_format, kw_only=True)
 
     def init_tree(self, params: optax.Params) -> AverageState:
-        numbers = (jnp.zeros([], jnp.result_type(float)) for _ in range(3))
-        return AverageState(*numbers, _link(0.0, self.dtype)._init(params), self.tx._init(params))
+        total, rest, weight = (jnp.zeros([], jnp.result_type(float)) for _ in range(3))
+        mean = _link(0.0, self.decay, self.dtype)._init(params)
+        return AverageState(total, rest, weight, mean, self.tx._init(params))
 
     def update_tree(
         self, updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
@@ -217,7 +222,7 @@ def _moved(state: AverageState, params: Any, decay: Any, start: int, every: int,
     """The state with these parameters in the mean, and the weight that the next ones will have."""
 
     def move() -> Any:
-        return _link(state.weight, dtype)._update(params, state.mean, None, {})[1]
+        return _link(state.weight, decay, dtype)._update(params, state.mean, None, {})[1]
 
     def keep() -> Any:
         return state.mean._replace(count=optax.safe_increment(state.mean.count))
@@ -227,8 +232,9 @@ def _moved(state: AverageState, params: Any, decay: Any, start: int, every: int,
     change = new if decay is None else uncontracted(new * ((1 - state.total) - state.rest))
     total, rest = _compensated_sum(state.total, change, state.rest)
     counts = (mean.count > start) & ((mean.count - (start + 1)) % every == 0)
-    numbers = (jnp.where(counts, x, y) for x, y in ((total, state.total), (rest, state.rest), (new / total, 0)))
-    return AverageState(*numbers, mean, None)
+    now, before = (total, rest, new / total), (state.total, state.rest, jnp.zeros_like(total))
+    total, rest, weight = (jnp.where(counts, x, y) for x, y in zip(now, before))
+    return AverageState(total, rest, weight, mean, None)
 
 
 def read_average(state: Any, params: optax.Params) -> optax.Params:
@@ -258,7 +264,8 @@ def read_average(state: Any, params: optax.Params) -> optax.Params:
             f"gdx.average_parameters(tx), as its init or update returned it, or part of it with one average"
         )
     total, _, weight, mean, _ = found[0]
-    averages, structure = jax.tree.flatten(mean.average, is_leaf=_is_leaf)
+    averages = jax.tree.leaves(mean.average, is_leaf=_is_leaf)
+    structure: Any = jax.tree.structure(mean.average, is_leaf=_is_leaf)
     rests = [None] * len(averages) if isinstance(mean, Mean) else structure.flatten_up_to(mean.compensation)
     try:
         kept = structure.flatten_up_to(params)

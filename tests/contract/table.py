@@ -417,8 +417,16 @@ ROWS = (
         ),
         _with_rate(
             (
-                ({"decay": 1.0}, ValueError, r"average_parameters: decay is 1\.0; expected a finite number in \[0, 1\)"),
-                ({"decay": -0.5}, ValueError, r"average_parameters: decay is -0\.5; expected a finite number in \[0, 1\)"),
+                (
+                    {"decay": 1.0},
+                    ValueError,
+                    r"average_parameters: decay is 1\.0; expected a finite number in \[0, 1\)",
+                ),
+                (
+                    {"decay": -0.5},
+                    ValueError,
+                    r"average_parameters: decay is -0\.5; expected a finite number in \[0, 1\)",
+                ),
                 ({"decay": "0.9"}, TypeError, r"average_parameters: decay is '0\.9'; expected a finite number"),
                 ({"momentum": 1.0}, ValueError, r"sgd: momentum is 1\.0"),
                 ({"start": -1}, ValueError, r"average_parameters: start is -1; expected an integer >= 0"),
