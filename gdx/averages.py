@@ -151,8 +151,8 @@ class average_parameters(Transform):
     `read_average`. So it is of what they really were, also where a link rounds them, or something else moves them.
 
     State: `AverageState(total, rest, weight, mean, inner_state)`. The average takes 4 bytes per parameter, 6 without
-    decay, and 2 with `StochasticBfloat16`. In a loop on two CPU cores a step of AdamW with 10M parameters takes 1.6 times
-    as long with it, 2 times in that format, and 3 times without decay, where the compiler makes copies.
+    decay, and 2 with `StochasticBfloat16`. In a loop on two CPU cores a step of AdamW with 10M parameters takes 1.6
+    times as long with it, 2 times in that format, and 3 times without decay, where the compiler makes copies.
 
     Args:
       tx: the transform, gdx's or optax's.
