@@ -6,6 +6,7 @@
 - Schedules: `gdx.schedules` (the usual ones, as values), `schedule`, `hyperparams_in_use`
 - Training: `train`, `Trained`
 - Sweeps: `grid`, `stack`, `unstack`, `labels`, `sweep`, `Sweep`, `range_test`, `RangeTest`
+- Averages: `average_parameters`, `read_average`
 - Few bits: `gdx.storage` (formats), `round_stochastically`, `round_with_compensation`, `round_with_master`
 - Theory: `gdx.curvature` (spectra, best rates), `gdx.noise` (mini-batches), `gdx.landscape` (slices of the loss)
 - Machines: `gdx.sharding` (state over a device mesh), `gdx.checkpoint` (saved, and restored onto another mesh)
@@ -105,6 +106,7 @@ if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == "gdx" and signal.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from gdx import checkpoint, curvature, landscape, noise, plot, schedules, sharding, storage
+from gdx.averages import average_parameters, read_average
 from gdx.compose import chain
 from gdx.fields import Scalar, hyperparameter, static
 from gdx.grouping import groups, times
@@ -151,6 +153,8 @@ __all__ = [  # noqa: RUF022
     "Sweep",
     "range_test",
     "RangeTest",
+    "average_parameters",
+    "read_average",
     "storage",
     "round_stochastically",
     "round_with_compensation",

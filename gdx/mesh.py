@@ -29,6 +29,12 @@ def sharding_of(x: Any) -> NamedSharding | None:
     return sharding if isinstance(sharding, NamedSharding) and not sharding.mesh.empty else None
 
 
+def as_placed(x: jax.Array, like: jax.Array) -> jax.Array:
+    """An array on a mesh as another one is, or what it is where either is traced."""
+    sharding = None if isinstance(x, jax.core.Tracer) or isinstance(like, jax.core.Tracer) else sharding_of(like)
+    return x if sharding is None else jax.device_put(x, sharding)
+
+
 def parts(entry: Any, mesh: Mesh | AbstractMesh) -> int:
     """Into how many one dimension is split, given its entry in a PartitionSpec."""
     return math.prod(mesh.shape[name] for name in names_of(entry))

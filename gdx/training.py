@@ -14,7 +14,7 @@ import optax
 from gdx.arguments import check_function
 from gdx.checks import check_state_like
 from gdx.fields import is_number, text, to_bool, to_integer
-from gdx.mesh import sharding_of, types_of, untyped
+from gdx.mesh import as_placed, types_of, untyped
 from gdx.population import labels, members_of, stack, to_scores
 from gdx.transform import Transform
 from gdx.trees import check_arrays, leading_axis
@@ -98,13 +98,7 @@ def train(
         if given is not None and "carry" in str(error):
             check_state_like(tx, given, own, dtypes=True)
         raise
-    return Trained(jax.tree.map(_as_placed, params, start), state, losses)
-
-
-def _as_placed(p: jax.Array, start: jax.Array) -> jax.Array:
-    """A parameter on its mesh as it was at the start, or what it is where either is traced."""
-    sharding = None if isinstance(p, jax.core.Tracer) or isinstance(start, jax.core.Tracer) else sharding_of(start)
-    return p if sharding is None else jax.device_put(p, sharding)
+    return Trained(jax.tree.map(as_placed, params, start), state, losses)
 
 
 class Sweep(NamedTuple):

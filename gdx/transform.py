@@ -315,13 +315,15 @@ def foreign_update(
     tx: Transform, made: Any, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]
 ) -> tuple[Any, Any]:
     """The update of what does not keep gdx's rules, for tx: its state is held to the dtypes that it has."""
-    like, wide = updates if params is None else params, jax.tree.map(_wide, state)
+    like = updates if params is None else params
+    # both in as many bits, which jax.lax.cond compares; beside wide parameters, few bits are what it was asked for
+    is_narrow = params is None or any(jnp.result_type(p).itemsize < 4 for p in jax.tree.leaves(params))
+    wide = jax.tree.map(_wide, state) if is_narrow else state
     # it promotes as JAX does by default
     with jax.numpy_dtype_promotion("standard"):
         # an object that is no transform, such as MultiSteps, takes them as it is
         update = optax.with_extra_args_support(made).update if _is_transform(made) else made.update
         try:
-            # both in as many bits, which jax.lax.cond compares
             updates, new = update(jax.tree.map(_widened, updates), wide, params, **extra_args)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             # what it trips over may be the state of another transform, unless one of gdx's has said what it is

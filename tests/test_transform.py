@@ -440,3 +440,14 @@ def test_a_copy_holds_the_same_devices():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     tx = gdx.sharding.shard_state(gdx.adam(0.1), mesh)
     assert copy.deepcopy(tx) == tx
+
+
+@pytest.mark.parametrize("format", ["bfloat16", gdx.storage.StochasticBfloat16()], ids=str)
+def test_few_bits_stay_so_inside_a_wrapper_of_optax(format):
+    """What it holds is as it is, where parameters are wide."""
+    tx, params = gdx.value(optax.MultiSteps)(gdx.sgd(0.1, 0.9, accumulator_dtype=format), 2), {"w": jnp.ones(3)}
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(params, state, params)
+    np.testing.assert_allclose(updates["w"], -0.1, rtol=1e-6)
+    assert optax.tree.get(state, "trace")["w"].dtype == jnp.bfloat16

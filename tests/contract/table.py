@@ -59,7 +59,7 @@ class Row:
 
     def injected(self, settings: dict[str, Any]) -> optax.GradientTransformation:
         """It inside optax's wrapper, which takes numbers for hyperparameters and by default rounds them to bfloat16."""
-        static = {"seed"} & set(inspect.signature(self.make).parameters)
+        static = {"seed", "start", "every"} & set(inspect.signature(self.make).parameters)
         return optax.inject_hyperparams(self.make, static_args=static, hyperparam_dtype=jnp.float32)(**settings)
 
     def rounds(self, param_dtype: Any) -> bool:
@@ -127,6 +127,14 @@ def measured(learning_rate: Any, decay: Any) -> gdx.Transform:
     return gdx.chain(fed(gdx.noise.measure_noise(decay)), gdx.sgd(learning_rate))
 
 
+def averaged(
+    learning_rate: Any, momentum: Any = 0.9, decay: Any = 0.999, start: int = 0, every: int = 1, dtype: Any = None
+) -> gdx.Transform:
+    """With the average of its parameters."""
+    tx = gdx.sgd(learning_rate, momentum)
+    return gdx.average_parameters(tx, decay, start=start, every=every, dtype=dtype)
+
+
 def sharded(learning_rate: Any, b1: Any = 0.9, weight_decay: Any = 1e-4) -> gdx.Transform:
     """State over a mesh, of one device: on several a step of so few numbers would be mostly communication."""
     return gdx.sharding.shard_state(gdx.adamw(learning_rate, b1=b1, weight_decay=weight_decay), _one_device())
@@ -171,6 +179,10 @@ def _measured(t: int, g: Any, theta: Any, memory: dict, *, learning_rate: Any, d
 def _grouped(t: int, g: Any, theta: Any, memory: dict, *, learning_rate: Any, factor: Any, weight_decay: Any) -> Any:
     rest = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": weight_decay}
     return oracle.adamw(t, g, theta, memory, learning_rate=learning_rate * factor, **rest)
+
+
+def _averaged(t: int, g: Any, theta: Any, memory: dict, *, learning_rate: Any, momentum: Any, **average: Any) -> Any:
+    return oracle.sgd(t, g, theta, memory, learning_rate=learning_rate, momentum=momentum)
 
 
 def _decay(t: int, g: Any, theta: Any, memory: dict, *, weight_decay: Any) -> Any:
@@ -405,6 +417,43 @@ ROWS = (
             )
         ),
         _measured,
+    ),
+    Row(
+        averaged,
+        (
+            {"learning_rate": 0.1, "momentum": 0.9, "decay": 0.999},
+            {"learning_rate": 0.1, "momentum": 0.9, "decay": None, "start": 2, "every": 3},
+            {"learning_rate": 0.1, "momentum": 0.9, "decay": 0.99, "dtype": _STOCHASTIC},
+            {"learning_rate": 0.1, "momentum": 0.9, "decay": 0.0, "dtype": _SMALL_MU},
+        ),
+        _with_rate(
+            (
+                (
+                    {"decay": 1.0},
+                    ValueError,
+                    r"average_parameters: decay is 1\.0; expected a finite number in \[0, 1\)",
+                ),
+                (
+                    {"decay": -0.5},
+                    ValueError,
+                    r"average_parameters: decay is -0\.5; expected a finite number in \[0, 1\)",
+                ),
+                ({"decay": "0.9"}, TypeError, r"average_parameters: decay is '0\.9'; expected a finite number"),
+                ({"momentum": 1.0}, ValueError, r"sgd: momentum is 1\.0"),
+                ({"start": -1}, ValueError, r"average_parameters: start is -1; expected an integer >= 0"),
+                ({"every": 0}, ValueError, r"average_parameters: every is 0; expected an integer >= 1"),
+                ({"every": 0.5}, TypeError, r"average_parameters: every is 0\.5; expected an integer"),
+                (
+                    {"dtype": "bfloat16"},
+                    ValueError,
+                    r"average_parameters: dtype is bfloat16: rounded to nearest, an average stands still .*"
+                    r"expected gdx\.storage\.StochasticBfloat16\(\)",
+                ),
+                ({"dtype": gdx.storage.FourthRoot8()}, ValueError, r"dtype is .*, which holds no negative numbers"),
+            )
+        ),
+        _averaged,
+        largest_gradient=3e37,
     ),
     Row(
         sharded,
