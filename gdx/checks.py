@@ -217,6 +217,21 @@ def _is_held_by(format: Any, leaf: Any) -> bool:
     )
 
 
+def check_returned(tx: Any, method: str, found: Any, expected: list[Any], what: str) -> None:
+    """Raises unless a method of a link returned a tuple of as many arrays, in these shapes where they are arrays."""
+    shapes = [np.shape(x) for x in expected if not isinstance(x, str)]
+    is_right = isinstance(found, tuple | list) and len(found) == len(expected)
+    if not is_right or (shapes and list(map(np.shape, found)) != shapes):
+        if isinstance(found, tuple | list):
+            got = f"a tuple of {len(found)}, in the shapes {', '.join(str(np.shape(x)) for x in found) or 'of nothing'}"
+        else:
+            got = f"no tuple but {_array(found)}"
+        raise TypeError(
+            f"{_name(tx)}: {method} returned {got}; expected a tuple of {len(expected)}"
+            f"{', in the shapes ' + ', '.join(map(str, shapes)) if shapes else ''}: {what}"
+        )
+
+
 def check_complex(tx: Any, updates: optax.Updates, columns: list[list[Any]]) -> None:
     """Raises where a gradient is complex, but in none of `columns` (leaves of the parameters, all moments) it is."""
     for i, (leaf, *others) in enumerate(zip(jax.tree.leaves(updates), *columns)):

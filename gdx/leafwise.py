@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdx.checks import check_held, check_state, checked_moments
+from gdx.checks import check_held, check_returned, check_state, checked_moments
 from gdx.numerics import by_itself, compute_dtype
 from gdx.storage.stepping import draws, on_its_mesh, stepped
 from gdx.transform import CountedState, Transform
@@ -64,6 +64,10 @@ class Leafwise(Transform):
             raise TypeError(
                 f"{cls.__name__}: {' and '.join(sorted(ignored))} are not called where leaves are treated one by one; "
                 f"give start(self, p) and step(self, shared, g, p, *moments), or derive from gdx.Transform"
+            )
+        if not hasattr(cls.State, "_fields"):
+            raise TypeError(
+                f"{cls.__name__}: State is {cls.State!r}; expected a NamedTuple, with a field for each moment"
             )
         super().__init_subclass__()
 
@@ -163,6 +167,8 @@ class Leafwise(Transform):
             self.acts_on(params)
         count = jnp.zeros([], jnp.int32) if self.counts or "count" in self.State._fields else None
         rows = list(map(self.at(count).start, leaves))
+        for row in rows:
+            check_returned(self, "start", row, _moments_of(self), f"the moments of State, {self.State.__name__}")
         check_held(self, params, _moments_of(self), rows)
         return self._packed(count, structure, rows)
 

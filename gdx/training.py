@@ -16,6 +16,7 @@ from gdx.checks import check_state_like
 from gdx.fields import is_number, text, to_bool, to_integer
 from gdx.mesh import as_placed, types_of, untyped
 from gdx.population import labels, members_of, stack, to_scores
+from gdx.surroundings import Surroundings
 from gdx.transform import Transform
 from gdx.trees import check_arrays, leading_axis
 from gdx.values import names_of
@@ -155,8 +156,10 @@ def sweep(
     """Trains with every member of a batch of optimizers, from the same start on the same data, in one program.
 
     The program is compiled once for each loss, evaluate, progress and set of shapes: define those functions once, and
-    another grid of as many points compiles nothing. A member that diverges becomes infinite or NaN
-    and touches no other. Where the batch is sharded over a mesh along its axis of members, so is all of the work.
+    another grid of as many points compiles nothing. What they use of the code around them is constant in it: another
+    value there compiles anew, but one that changes deep inside of an object is not seen. Pass it in batches. A member
+    that diverges becomes infinite or NaN and touches no other. Where the batch is sharded over a mesh along its axis
+    of members, so is all of the work.
 
     Args:
       loss: the loss of parameters on one batch of data, a real scalar.
@@ -202,14 +205,16 @@ def sweep(
                 f"sweep: {name} is {reprlib.repr(function)}, which has no hash, by which compiled programs are found; "
                 f"wrap it in a function, such as lambda *arguments: {name}(*arguments)"
             ) from None
-    return Sweep(optimizers, *_sweep(loss, evaluate, progress, chunk, optimizers, params, batches))
+    around = Surroundings(loss, evaluate, progress)
+    return Sweep(optimizers, *_sweep(loss, evaluate, progress, around, chunk, optimizers, params, batches))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _sweep(
     loss: Loss,
     evaluate: Callable[[Any], Any],
     progress: Progress | None,
+    around: Surroundings,
     size: int,
     optimizers: Transform,
     params: Any,
@@ -431,6 +436,8 @@ def training_step(loss: Loss, tx: optax.GradientTransformation) -> Callable[[Any
     def step(carry: Any, batch: Any) -> Any:
         params, state = carry
         value, gradients = jax.value_and_grad(scalar)(params, batch)
+        # JAX's derivative in a complex number is the conjugate of the direction in which the loss rises
+        gradients = optax.tree.conj(gradients)
         # what some of optax's ask for: reduce_on_plateau, polyak_sgd, lbfgs
         asked = {"value": value, "grad": gradients, "value_fn": lambda params: loss(params, batch)}
         updates, state = tx.update(gradients, state, params, **asked)

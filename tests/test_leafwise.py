@@ -98,15 +98,6 @@ def test_a_masked_state_is_optaxs_with_moments_and_a_schedule_too():
         tx.update(g, state.inner_state)
 
 
-def test_a_step_that_returns_too_little_is_an_error():
-    class forgets(add_last):
-        def step(self, count, g, p, last):
-            return (g,)
-
-    with pytest.raises(ValueError, match="argument 2 is longer"):
-        forgets().update(jnp.ones(2), forgets().init(jnp.ones(2)))
-
-
 def test_one_call_per_leaf_gives_the_bits_of_separate_links():
     links = (gdx.scale_by_adam(), gdx.add_decoupled_weight_decay(0.1), gdx.scale_by_learning_rate(0.1))
     params = {"w": jnp.linspace(-1, 1, 6), "b": jnp.ones(3)}
@@ -133,3 +124,82 @@ def test_a_chain_rounds_to_the_gradients_dtype_once():
 class subtract_one(gdx.Leafwise):
     def step(self, shared, g, p):
         return (g - 1,)
+
+
+class Moment(NamedTuple):
+    moment: dict
+
+
+def link(step, start=lambda self, p: (jnp.zeros_like(p),), **more):
+    body = {"State": Moment, "start": start, "step": step, **more}
+    return type("mine", (gdx.Leafwise,), body)()
+
+
+IN_TWO = {"accumulate": lambda self, shared, g, p, m: (g,), "direction": lambda self, shared, g, p, m: m}
+RETURNS = {
+    "an array for a tuple": (lambda: link(lambda self, shared, g, p, m: g), r"step returned no tuple but float32\[3\]"),
+    "no moment": (
+        lambda: link(lambda self, shared, g, p, m: (g,)),
+        r"step returned a tuple of 1, .* expected a tuple of 2",
+    ),
+    "a moment too many": (lambda: link(lambda self, shared, g, p, m: (g, m, m)), r"step returned a tuple of 3"),
+    "a mean for an update": (
+        lambda: link(lambda self, shared, g, p, m: (jnp.mean(g), m)),
+        r"step returned a tuple of 2, in the shapes \(\), \(3,\); expected a tuple of 2, in the shapes",
+    ),
+    "a mean for a moment": (
+        lambda: link(lambda self, shared, g, p, m: (g, jnp.mean(m))),
+        r"step returned a tuple of 2, in the shapes \(3,\), \(\); expected",
+    ),
+    "one moment for three": (
+        lambda: link(lambda self, shared, g, p, m: (g, m[None])),
+        r"step returned .*\(1, 3\); exp",
+    ),
+    "no tuple at the start": (
+        lambda: link(lambda self, shared, g, p, m: (g, m), lambda self, p: jnp.zeros_like(p)),
+        r"start returned no tuple but float32\[3\]; expected a tuple of 1: the moments of State, Moment",
+    ),
+    "two at the start": (
+        lambda: link(lambda self, shared, g, p, m: (g, m), lambda self, p: (p, p)),
+        r"start returned a tuple of 2",
+    ),
+    "none at the start": (
+        lambda: link(lambda self, shared, g, p, m: (g, m), lambda self, p: ()),
+        r"start returned a tuple of 0, in the shapes of nothing; expected a tuple of 1",
+    ),
+    "a start without a State": (
+        lambda: link(lambda self, shared, g, p, m: (g, m), State=optax.EmptyState),
+        r"start returned a tuple of 1, .*; expected a tuple of 0: the moments of State, EmptyState",
+    ),
+    "a State that is none": (lambda: link(None, State=dict), r"State is <class 'dict'>; expected a NamedTuple"),
+    "few bits of another shape": (
+        lambda: link(
+            gdx.Leafwise.step,
+            **{**IN_TWO, "accumulate": lambda self, shared, g, p, m: (jnp.mean(g),)},
+            start=lambda self, p: (gdx.storage.moment_like(p, "bfloat16"),),
+            formats=property(lambda self: (np.dtype("bfloat16"),)),
+        ),
+        r"accumulate returned a tuple of 1, in the shapes \(\); expected",
+    ),
+    "a mean of few bits": (
+        lambda: link(
+            gdx.Leafwise.step,
+            **{**IN_TWO, "direction": lambda self, shared, g, p, m: jnp.mean(m)},
+            start=lambda self, p: (gdx.storage.moment_like(p, "bfloat16"),),
+            formats=property(lambda self: (np.dtype("bfloat16"),)),
+        ),
+        r"direction returned a tuple of 1, in the shapes \(\); expected",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RETURNS)
+def test_what_a_link_of_ones_own_returns_is_checked(case):
+    make, words = RETURNS[case]
+
+    def step():
+        tx = make()
+        return tx.update(jnp.ones(3), tx.init(jnp.ones(3)), jnp.ones(3))
+
+    with pytest.raises(TypeError, match=rf"^mine: {words}"):
+        step()

@@ -576,3 +576,106 @@ def test_a_state_of_few_bits_is_refused(make, remat):
         goes_on(make(0.1), few, remat=remat)
     if make is optax.adam:
         assert goes_on(gdx.value(make)(0.1), few, remat=remat)[0].mu["a"].dtype == "bfloat16"
+
+
+def another_start():
+    return jnp.full(2, 3.0)
+
+
+class Model:
+    scale = 1.0
+
+    def __init__(self):
+        self.target = jnp.zeros(2)
+
+    def loss(self, theta, batch):
+        return jnp.sum((theta - self.target) ** 2) + 0 * jnp.sum(batch)
+
+
+TARGET = jnp.zeros(2)
+
+
+def around_it(theta, batch):
+    return jnp.sum((theta - TARGET) ** 2) + 0 * jnp.sum(batch)
+
+
+def through_another(theta, batch):
+    return around_it(theta, batch)
+
+
+def in_a_function_of_its_own(theta, batch):
+    return jax.tree.map(lambda x: around_it(x, batch), theta)
+
+
+@pytest.mark.parametrize("kind", ["global", "helper", "inner", "cell", "method", "partial", "default", "container"])
+def test_a_sweep_sees_what_has_changed_around_its_functions(kind, monkeypatch):
+    target, held, model = jnp.zeros(2), [jnp.zeros(2)], Model()
+
+    def in_a_cell(theta, batch):
+        return jnp.sum((theta - target) ** 2) + 0 * jnp.sum(batch)
+
+    def by_default(theta, batch, target=target):
+        return jnp.sum((theta - target) ** 2) + 0 * jnp.sum(batch)
+
+    def in_a_list(theta, batch):
+        return jnp.sum((theta - held[0]) ** 2) + 0 * jnp.sum(batch)
+
+    losses = {
+        "global": around_it,
+        "helper": through_another,
+        "inner": in_a_function_of_its_own,
+        "cell": in_a_cell,
+        "method": model.loss,
+        "partial": functools.partial(by_default, target=target),
+        "default": by_default,
+        "container": in_a_list,
+    }
+    loss, grid = losses[kind], gdx.grid(gdx.sgd, learning_rate=[0.01, 0.1])
+
+    def compare():
+        swept = gdx.sweep(loss, grid, jnp.ones(2), jnp.zeros((5, 2)))
+        alone = [gdx.train(loss, tx, jnp.ones(2), jnp.zeros((5, 2))).losses for tx in gdx.unstack(grid)]
+        np.testing.assert_allclose(swept.losses, jnp.stack(alone), rtol=1e-6)
+        return float(swept.losses[0, 0])
+
+    before = compare()
+    monkeypatch.setitem(globals(), "TARGET", another_start())
+    target = held[0] = model.target = another_start()
+    by_default.__defaults__ = (target,)
+    if kind == "partial":
+        loss = functools.partial(by_default, target=target)
+    assert compare() != before
+
+
+def test_a_sweep_of_the_same_functions_is_found_again():
+    traced = []
+
+    def loss(theta, batch):
+        traced.append(theta)
+        return jnp.sum((theta - TARGET) ** 2) + 0 * jnp.sum(batch)
+
+    for rates in ([0.01, 0.1], [0.2, 0.3]):
+        gdx.sweep(loss, gdx.grid(gdx.sgd, learning_rate=rates), jnp.ones(2), jnp.zeros((5, 2)))
+        count = len(traced)
+        traced.clear()
+    assert count == 0
+
+
+@pytest.mark.parametrize("way", ["train", "sweep", "range_test"])
+def test_a_complex_parameter_descends(way):
+    def loss(theta, batch):
+        return jnp.sum(jnp.abs(theta) ** 2) + 0 * jnp.sum(batch)
+
+    start, batches = jnp.array([1 + 1j, -2j]), jnp.zeros((40, 2))
+    if way == "range_test":
+        assert 0.05 < gdx.range_test(loss, gdx.sgd(0.1), start, batches).suggested < 1
+    elif way == "sweep":
+        losses = gdx.sweep(loss, gdx.grid(gdx.adam, learning_rate=[0.05, 0.1]), start, batches).losses
+        assert float(losses[:, -1].max()) < 0.2 * float(losses[0, 0])
+    else:
+        # by hand, the two parts as real numbers
+        losses, z = [], np.array([[1.0, 1.0], [0.0, -2.0]])
+        for _ in range(40):
+            losses.append((z**2).sum())
+            z -= 0.1 * 2 * z
+        np.testing.assert_allclose(gdx.train(loss, gdx.sgd(0.1), start, batches).losses, losses, rtol=1e-4)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gdx.checks import check_returned
 from gdx.mesh import types_of, untyped, varying_alike
 from gdx.storage.blocks import Blocks, InBlocks, Packed, is_packed
 from gdx.storage.dither import Dither
@@ -108,7 +109,10 @@ def _step(
         ]
 
     def accumulate() -> tuple[jax.Array, ...]:
-        return link.accumulate(shared, cast(g), cast(p), *decode(moments))
+        held = decode(moments)
+        new = link.accumulate(shared, cast(g), cast(p), *held)
+        check_returned(link, "accumulate", new, held, "the new moments")
+        return new
 
     # only a real hyperparameter and a complex leaf of its precision are left to promote
     with jax.numpy_dtype_promotion("standard"):
@@ -116,8 +120,12 @@ def _step(
         if is_few and link.in_two_parts:
             stored = _once(lambda: encode(accumulate()), list(moments), dither)
             u = link.direction(shared, cast(g), cast(p), *map(with_slope_of, accumulate(), decode(stored)))
+            check_returned(link, "direction", (u,), [g], "the update")
             return [u, *stored]
-        u, *new = link.step(shared, cast(g), cast(p), *decode(moments), **{"dither": dither} if link.rounds else {})
+        held = decode(moments)
+        returned = link.step(shared, cast(g), cast(p), *held, **{"dither": dither} if link.rounds else {})
+        check_returned(link, "step", returned, [g, *held], "the update, and the new moments in the order of State")
+        u, *new = returned
         stored = encode(new)
         # else what rounding keeps is worked out after the parameters have been overwritten, from a copy
         return _once(lambda: [u, *stored], [], dither) if link.rounds and stored else [u, *stored]
