@@ -38,9 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
       SystemExit: 2 for a wrong option, 0 after --help and --version.
     """
-    name, *options = list(sys.argv[1:] if argv is None else argv) or [DEFAULT]
-    if name.startswith("-"):
-        name, options = DEFAULT, [name, *options]
+    options = list(sys.argv[1:] if argv is None else argv)
+    name = options.pop(0) if options and not options[0].startswith("-") else DEFAULT
     command = importlib.import_module(COMMANDS.get(name, COMMANDS[DEFAULT]))
     parser = argparse.ArgumentParser(
         prog="python -m gdx" if name == DEFAULT else f"python -m gdx {name}",
@@ -61,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         require(*command.EXTRAS)
         try:
             command.check(arguments)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
             parser.error(str(error))
         return _run(command, arguments)
     except (MissingExtra, OSError) as error:

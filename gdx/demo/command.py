@@ -1,7 +1,6 @@
 """Trains with each optimizer of the gradient descent family, and compares them in a table and a picture."""
 
 import argparse
-import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import numpy as np
 import gdx
 from gdx import plot
 from gdx.demo import terminal
-from gdx.demo.problems import OPTIMIZERS, STEPS, SURFACES, TRAINING_IMAGES, Problem, load
+from gdx.demo.problems import OPTIMIZERS, STEPS, SURFACES, TRAINING_IMAGES, Problem, Surface, load, stacked
 
 EXTRAS = ("demo",)
 KEEPS = True
@@ -47,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(arguments: argparse.Namespace) -> None:
     terminal.check_batch_size(arguments)
-    terminal.check_output(arguments.output)
     known = OPTIMIZERS[arguments.data]
     chosen = {name: known[name] for name in arguments.optimizers or known}
     if arguments.batch_size and list(chosen) == ["gradient_descent"]:
@@ -79,10 +77,10 @@ def train(problem: Problem, tx: gdx.Transform, steps: int, batch_size: int | Non
     length = next(n for n in range(max(steps // 60, 1), 0, -1) if steps % n == 0) if problem.train else 1
     for step in range(0, steps + 1, length):
         if step:
-            params, state, found = advance(tx, params, state, np.stack(list(itertools.islice(stream, length))))
-        values = terminal.ordered(found)
-        yield Report(step, params, values, time.perf_counter() - begin, compilations)
-        if not math.isfinite(values["loss"]) or terminal.interrupted.is_set():
+            params, state, found = advance(tx, params, state, stacked(stream, length))
+        metrics = {kind: np.asarray(value) for kind, value in found.items()}
+        yield Report(step, params, metrics, time.perf_counter() - begin, compilations)
+        if not math.isfinite(metrics["loss"]) or terminal.interrupted.is_set():
             return
 
 
@@ -107,35 +105,29 @@ def run(arguments: argparse.Namespace) -> int:
                     update(name, report.step, terminal.status(report.metrics))
             if problem.train:
                 walks[name] = list(train(valley, OPTIMIZERS[landscape][name], STEPS[landscape], None, seed))
-    terminal.show(console, _table(arguments, runs))
-    terminal.save(console, picture(SURFACES[landscape], (problem.title, valley.title), runs, walks), arguments.output)
+    _print_table(console, problem, arguments, runs)
+    terminal.save(console, _picture(SURFACES[landscape], (problem, valley), runs, walks), arguments.output)
     return 130 if terminal.interrupted.is_set() else 0
 
 
-def _table(arguments: argparse.Namespace, runs: dict[str, list[Report]]) -> Any:
+def _print_table(console: Any, problem: Problem, arguments: argparse.Namespace, runs: dict[str, list[Report]]) -> None:
     """The last report of each run."""
-    kinds, rows, caption = _kinds(runs), [], ""
+    headers, rows, caption = [*problem.headers, "seconds", "compilations"], [], ""
     for name, reports in runs.items():
-        rate, cells = arguments.optimizers[name].hyperparams["learning_rate"], ["-"] * (len(kinds) + 2)
+        rate, cells = arguments.optimizers[name].hyperparams["learning_rate"], ["-"] * len(headers)
         if reports:
             step, _, metrics, seconds, compilations = reports[-1]
             diverged = not math.isfinite(metrics["loss"])
-            cells = [terminal.DIVERGED if diverged else terminal.number(kind, metrics[kind]) for kind in kinds]
+            cells = [terminal.DIVERGED if diverged else terminal.number(*metric) for metric in metrics.items()]
             cells += [f"{seconds:.1f}", str(compilations)]
             if step < arguments.steps and not diverged:
                 name, caption = f"{name}*", f"* stopped at step {step}"
         rows.append([name, f"{rate:g}", *cells])
     title = "interrupted; so far:" if terminal.interrupted.is_set() else ""
-    headers = ["optimizer", "learning rate", *terminal.headers(kinds), "seconds", "compilations"]
-    return terminal.table(headers, rows, title, caption)
+    terminal.table(console, ["optimizer", "learning rate", *headers], rows, title, caption)
 
 
-def _kinds(runs: dict[str, list[Report]]) -> list[str]:
-    """Of the metrics, the loss first."""
-    return next((list(reports[0].metrics) for reports in runs.values() if reports), ["loss"])
-
-
-def picture(surface: Any, titles: tuple[str, str], runs: dict[str, list[Report]], walks: Any) -> Any:
+def _picture(surface: Surface, problems: tuple[Problem, Problem], runs: Any, walks: Any) -> Any:
     """The loss curves of all runs next to their walks down a function of the plane."""
     from matplotlib.figure import Figure
 
@@ -143,11 +135,8 @@ def picture(surface: Any, titles: tuple[str, str], runs: dict[str, list[Report]]
     left, right = figure.subplots(1, 2)
     losses = {name: [report.metrics["loss"] for report in reports] for name, reports in runs.items() if reports}
     plot.loss_curves(losses, left, steps={name: [report.step for report in runs[name]] for name in losses})
-    left.set_ylabel(terminal.headers(_kinds(runs))[0])
     points = {name: [report.params for report in reports] for name, reports in walks.items() if reports}
     plot.paths(surface.function, points, right, limits=surface.limits, minimum=surface.minimum, legend=False)
-    (start,) = right.plot(*surface.start, marker="s", markersize=5, color="black", linestyle="none", label="start")
-    right.legend(handles=[start, *(line for line in right.lines if line.get_label() == "minimum")])
-    left.set_title(titles[0])
-    right.set_title(titles[1])
+    left.set(title=problems[0].title, ylabel=problems[0].headers[0])
+    right.set_title(problems[1].title)
     return figure

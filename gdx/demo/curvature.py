@@ -56,7 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    terminal.check_output(arguments.output)
     arguments.data = list(dict.fromkeys(arguments.data or PROBLEMS))
     if arguments.penalty is not None and "digits" not in arguments.data:
         raise ValueError(f"--penalty does not apply to {' and '.join(arguments.data)}; use it with digits")
@@ -71,8 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     with enable_x64(True):
         with terminal.progress(console, 1, *arguments.data) as update:
             found = {name: investigate(name, arguments, update) for name in arguments.data}
-        terminal.show(console, _edges_table(found))
-        terminal.show(console, _rates_table(found))
+        _print_tables(console, found)
         for name, result in found.items():
             if not result.best["gradient_descent"].convex:
                 console.print(f"{name}: the smallest eigenvalue is not positive: there is no minimum {NO_MINIMUM}")
@@ -87,25 +85,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def investigate(name: str, arguments: argparse.Namespace, update: terminal.Update) -> Found:
     """Edges, density, best rates and measured distances of a problem, in float64."""
-    problem = load(name)
-    title = problem.title
     keys = jax.random.split(jax.random.key(arguments.seed), 3)
-    whole = problem.start(keys[0]), problem.train
-    center, data = jax.tree.map(lambda x: x.astype(float) if x.dtype == np.float32 else x, whole)
-
-    def loss(params: Any, batch: Any) -> jax.Array:
-        if name != "digits":
-            return problem.loss(params, ())
-        penalty = sum(jnp.sum(p**2) for p in jax.tree.leaves(params))
-        # with tanh for relu, at whose corners a Hessian says little of what follows
-        return cross_entropy(params, data, jnp.tanh) + 0.5 * arguments.penalty * penalty
-
     if name == "digits":
-        title = f"digits network with tanh, L2 penalty {arguments.penalty:g}, after {TRAINING_STEPS} steps"
-        steps = jnp.zeros(TRAINING_STEPS)
-        center = jax.jit(lambda start: gdx.train(loss, gdx.nesterov(0.1, 0.95), start, steps).params)(center)
+        title, loss, center = _trained_digits(keys[0], arguments.penalty)
     else:
-        center = jnp.asarray(SURFACES[name].minimum)
+        problem = load(name)
+        title, loss, center = problem.title, problem.loss, jnp.asarray(SURFACES[name].minimum)
     hessian = curvature.Hessian(loss, center, jnp.zeros((1, 0)))  # its one batch is all data
 
     def told(done: float) -> None:
@@ -113,13 +98,29 @@ def investigate(name: str, arguments: argparse.Namespace, update: terminal.Updat
 
     edges = curvature.spectrum_edges(hessian, keys[1], rounds=20, tolerance=1e-4, progress=told)
     density = curvature.spectral_density(hessian, keys[2], probes=4)
-    ends, best, distances = (edges.smallest, edges.largest), {}, {}
+    low, high = edges.smallest, edges.largest
+    best, distances = {}, {}
     for key, factory in FAMILY.items():
-        rate = curvature.best_learning_rate(ends[0].value, ends[1].value, factory)
+        rate = curvature.best_learning_rate(low.value, high.value, factory)
         if rate.convex or key == "gradient_descent":
             best[key] = rate
-            distances[key] = walk(loss, optimizer(key, rate), center, [end.vector for end in ends], arguments.steps)
+            distances[key] = walk(loss, optimizer(key, rate), center, (low.vector, high.vector), arguments.steps)
     return Found(title, sum(p.size for p in jax.tree.leaves(center)), edges, density, best, distances)
+
+
+def _trained_digits(key: jax.Array, penalty: float) -> tuple[str, Any, Any]:
+    """Title, loss and trained parameters of the digits network with an L2 penalty, in float64."""
+    problem = load("digits")
+    whole = problem.start(key), problem.train
+    start, data = jax.tree.map(lambda x: x.astype(float) if x.dtype == np.float32 else x, whole)
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        # with tanh for relu, at whose corners a Hessian says little of what follows
+        return cross_entropy(params, data, jnp.tanh) + 0.5 * penalty * optax.tree.norm(params, squared=True)
+
+    steps = jnp.zeros(TRAINING_STEPS)
+    params = jax.jit(lambda start: gdx.train(loss, gdx.nesterov(0.1, 0.95), start, steps).params)(start)
+    return f"digits network with tanh, L2 penalty {penalty:g}, after {TRAINING_STEPS} steps", loss, params
 
 
 def optimizer(name: str, rate: curvature.BestRate) -> gdx.Transform:
@@ -164,28 +165,25 @@ def contraction(distances: np.ndarray, power: int) -> float:
     return float(ratio ** (1 / (end - middle)))
 
 
-def _edges_table(found: dict[str, Found]) -> Any:
-    rows = []
-    for name, (_, parameters, edges, *_) in found.items():
-        ends = [text for edge in edges[:2] for text in (f"{float(edge.value):.4g}", f"{float(edge.error):.0e}")]
-        rows.append([name, str(parameters), *ends, f"{edges.products}{'' if edges.converged else ' (not converged)'}"])
-    headers = ["problem", "parameters", "smallest eigenvalue", "error", "largest", "error", "products"]
-    return terminal.table(headers, rows)
-
-
-def _rates_table(found: dict[str, Found]) -> Any:
-    rows = []
-    for name, result in found.items():
-        for optimizer, best in result.best.items():
-            momentum = "-" if optimizer == "gradient_descent" else f"{float(best.momentum):.4f}"
-            rho, distances = float(best.contraction), result.distances[optimizer]
+def _print_tables(console: Any, found: dict[str, Found]) -> None:
+    """The edges of each spectrum, then the best rates, with predicted and measured contraction."""
+    edges_rows, rates_rows = [], []
+    for name, (_, parameters, edges, _, rates, runs) in found.items():
+        ends = [text for edge in edges[:2] for text in (f"{edge.value:.4g}", f"{edge.error:.0e}")]
+        products = f"{edges.products}{'' if edges.converged else ' (not converged)'}"
+        edges_rows.append([name, str(parameters), *ends, products])
+        for optimizer, best in rates.items():
             # the best momentum gives the slowest modes double roots, and these distances like k rho^k
             power = int(optimizer != "gradient_descent")
-            fewest = fewest_steps(rho, power)
+            momentum = f"{best.momentum:.4f}" if power else "-"
+            fewest, distances = fewest_steps(float(best.contraction), power), runs[optimizer]
             measured = f"{contraction(distances, power):.4f}" if len(distances) > fewest else f"needs {fewest} steps"
-            rows.append([name, optimizer, f"{float(best.learning_rate):.4g}", momentum, f"{rho:.4f}", measured])
+            predicted = f"{best.contraction:.4f}"
+            rates_rows.append([name, optimizer, f"{best.learning_rate:.4g}", momentum, predicted, measured])
+    headers = ["problem", "parameters", "smallest eigenvalue", "error", "largest", "error", "products"]
+    terminal.table(console, headers, edges_rows)
     headers = ["problem", "optimizer", "best rate", "momentum", "predicted contraction", "measured"]
-    return terminal.table(headers, rows)
+    terminal.table(console, headers, rates_rows)
 
 
 def _draw_distances(ax: Any, result: Found) -> None:

@@ -14,7 +14,7 @@ import optax
 import gdx
 from gdx import plot
 from gdx.demo import terminal
-from gdx.demo.problems import TRAINING_IMAGES, digits
+from gdx.demo.problems import TRAINING_IMAGES, digits, stacked
 
 EXTRAS = ("demo",)
 KEEPS = True
@@ -54,7 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    terminal.check_output(arguments.output)
     arguments.start = optimizer(arguments.learning_rate, arguments.momentum, arguments.weight_decay)
 
 
@@ -67,8 +66,7 @@ def learn(arguments: argparse.Namespace) -> Iterator[tuple[dict[str, float], flo
     whole = digits()
     training, validation = (tuple(x[part] for x in whole.train) for part in (slice(KEPT), slice(KEPT, None)))
     problem = dataclasses.replace(whole, train=training)
-    batches = problem.batches(arguments.seed, arguments.batch_size)
-    examples = np.stack(list(itertools.islice(batches, arguments.steps)))
+    examples = stacked(problem.batches(arguments.seed, arguments.batch_size), arguments.steps)
     start = problem.start(jax.random.key(arguments.seed))
 
     def validation_loss(point: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -111,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
         [str(i), *(f"{x:.3g}" for x in (*path[i].values(), losses[i])), terminal.number("accuracy", accuracies[i])]
         for i in dict.fromkeys([0, best // 4, best // 2, best])
     ]
-    terminal.show(console, terminal.table(["round", *path[0], "validation loss", "test accuracy"], rows))
+    terminal.table(console, ["round", *path[0], "validation loss", "test accuracy"], rows)
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     plot.loss_curves({"validation loss": losses}, left)

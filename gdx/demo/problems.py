@@ -1,6 +1,7 @@
 """What the demo minimises: a small network's loss on handwritten digits, or a function of the plane."""
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,21 +15,22 @@ import gdx
 from gdx.extra import needs
 
 Arrays = tuple[Any, ...]
-Metrics = dict[str, jax.Array]
+Metrics = OrderedDict[str, jax.Array]  # JAX keeps its order, in which the metrics are shown
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
     """A loss, its data (() where there are none) and its starting point, from a random key.
 
-    A batch is a tuple of arrays with a leading axis of examples. The metrics are the loss on all training data, with
-    the test accuracy or the distance to the minimum, from parameters, training data and test data.
+    A batch is a tuple of arrays with a leading axis of examples. The metrics of parameters are the loss on all training
+    data, and the test accuracy or the distance to the minimum; in tables they have the headers.
     """
 
     title: str
+    headers: tuple[str, ...]
     start: Callable[[jax.Array], Any]
     loss: Callable[[Any, Arrays], jax.Array]
-    metrics: Callable[[Any, Arrays, Arrays], Metrics]
+    evaluate: Callable[[Any], Metrics]
     train: Arrays = ()
     test: Arrays = ()
 
@@ -47,9 +49,10 @@ class Problem:
         params, state, _ = gdx.train(self.loss_on, tx, params, batches, state=state)
         return params, state, self.evaluate(params)
 
-    def evaluate(self, params: Any) -> Metrics:
-        """The metrics of these parameters on the data."""
-        return self.metrics(params, self.train, self.test)
+
+def stacked(batches: Iterator[np.ndarray], steps: int) -> np.ndarray:
+    """The next of these batches, one for each step, as `gdx.train` takes them."""
+    return np.stack(list(itertools.islice(batches, steps)))
 
 
 @dataclass(frozen=True)
@@ -111,15 +114,16 @@ def load(name: str) -> Problem:
         return digits()
     surface = SURFACES[name]
 
-    def metrics(point: jax.Array, train: Arrays, test: Arrays) -> Metrics:
+    def evaluate(point: jax.Array) -> Metrics:
         distance = jnp.linalg.norm(point - jnp.array(surface.minimum, point.dtype))
-        return {"loss": surface.function(point), "distance": distance}
+        return OrderedDict(loss=surface.function(point), distance=distance)
 
     return Problem(
         title=f"{name}: {surface.formula}",
+        headers=("loss", "distance to minimum"),
         start=lambda key: jnp.array(surface.start, float),
         loss=lambda point, batch: surface.function(point),
-        metrics=metrics,
+        evaluate=evaluate,
     )
 
 
@@ -133,18 +137,20 @@ def digits() -> Problem:
     parts = train_test_split(*columns, train_size=TRAINING_IMAGES, stratify=labels, random_state=0)
     train_images, test_images, train_labels, test_labels = map(jnp.asarray, parts)
 
-    def metrics(params: list, train: Arrays, test: Arrays) -> Metrics:
-        images, labels = test
-        hits = jnp.argmax(logits(params, images), axis=-1) == labels
-        return {"loss": cross_entropy(params, train), "accuracy": jnp.mean(hits, dtype=images.dtype)}
+    train, test = (train_images, train_labels), (test_images, test_labels)
+
+    def evaluate(params: Any) -> Metrics:
+        hits = jnp.argmax(logits(params, test_images), axis=-1) == test_labels
+        return OrderedDict(loss=cross_entropy(params, train), accuracy=jnp.mean(hits, dtype=test_images.dtype))
 
     return Problem(
         title=f"digits: {len(train_labels)} images to train on and {len(test_labels)} to test",
+        headers=("training loss", "test accuracy"),
         start=lambda key: network(key, (images.shape[1], 128, 10)),
         loss=cross_entropy,
-        metrics=metrics,
-        train=(train_images, train_labels),
-        test=(test_images, test_labels),
+        evaluate=evaluate,
+        train=train,
+        test=test,
     )
 
 

@@ -26,9 +26,8 @@ PROCESS = "GDX_PROCESS"  # in the environment: its number, how many there are, w
 SILENCE = 10  # seconds without a sign of life, after which a process counts as stopped
 START = 120  # seconds until the first one
 GRACE = 2  # seconds for the others to say what went wrong with them too
-TIMEOUT = (
-    SILENCE + 4
-)  # of JAX: longer, so that it is known which process stopped, and not only that another was aborted
+# of JAX: longer, so that it is known which process stopped, and not only that another was aborted
+TIMEOUT = SILENCE + 4
 
 
 class Refused(ValueError):

@@ -1,8 +1,8 @@
 """Trains with many values of an optimizer's hyperparameters in one compiled program, and shows which are best."""
 
 import argparse
-import itertools
 import math
+import re
 import time
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 import gdx
 from gdx import plot
 from gdx.demo import terminal
-from gdx.demo.problems import OPTIMIZERS, SURFACES, load
+from gdx.demo.problems import OPTIMIZERS, SURFACES, load, stacked
 
 EXTRAS = ("demo",)
 KEEPS = False
@@ -26,6 +26,7 @@ examples:
   python -m gdx sweep --learning-rate 1e-4:1e-1:16 --weight-decay 1e-2:10:8 --steps 1000 --output decay.png
   python -m gdx sweep --data rosenbrock --optimizer nesterov --learning-rate 1e-5:1e-2:64
 """
+RANGE = re.compile(r"([^:]+):([^:]+)(?::(\d+))?(?::(log|linear))?")
 POINTS = 12
 MOST = 4096  # points in all: making so many optimizers takes some seconds
 BEST = 10
@@ -48,13 +49,11 @@ def values(text: str) -> list[float]:
     ([0.1], [1.0, 2.0], [0.001, 0.01, 0.1], [0.0, 0.5, 1.0])
     """
     try:
-        if ":" not in text:
+        if not (found := RANGE.fullmatch(text)):
             return [float(number) for number in text.split(",")]
-        low, high, *rest = text.split(":")
-        spacing = rest.pop() if rest and rest[-1] in ("log", "linear") else ""
-        start, end, points = float(low), float(high), int(rest.pop(0)) if rest else POINTS
-        is_log = spacing == "log" or (not spacing and 0 < 10 * start <= end)
-        if rest or not start < end < math.inf or not 2 <= points <= MOST or (is_log and start <= 0):
+        low, high, points, spacing = float(found[1]), float(found[2]), int(found[3] or POINTS), found[4]
+        is_log = spacing == "log" or (not spacing and 0 < 10 * low <= high)
+        if not low < high < math.inf or not 2 <= points <= MOST or (is_log and low <= 0):
             raise ValueError
     except ValueError:
         raise argparse.ArgumentTypeError(
@@ -62,12 +61,11 @@ def values(text: str) -> list[float]:
             f"with LOW < HIGH, 2 to {MOST} points and LOW > 0 for log"
         ) from None
     # rounded, so that a table shows 0.01 where that is meant
-    return [float(f"{x:.12g}") for x in (np.geomspace if is_log else np.linspace)(start, end, points)]
+    return [float(f"{x:.12g}") for x in (np.geomspace if is_log else np.linspace)(low, high, points)]
 
 
 def check(arguments: argparse.Namespace) -> None:
     terminal.check_batch_size(arguments)
-    terminal.check_output(arguments.output)
     given = {name: list(dict.fromkeys(points)) for name, points in terminal.hyperparameters(arguments).items()}
     if not any(len(points) > 1 for points in given.values()):
         if "learning_rate" in given:
@@ -97,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
             problem.loss_on,
             optimizers,
             problem.start(jax.random.key(arguments.seed)),
-            np.stack(list(itertools.islice(problem.batches(arguments.seed, arguments.batch_size), steps))),
+            stacked(problem.batches(arguments.seed, arguments.batch_size), steps),
             evaluate=problem.evaluate,
             chunk_size=arguments.chunk_size,
             progress=lambda done, least, lost: update(name, done, f"least loss {least:.3g}, {lost} diverged"),
@@ -105,18 +103,18 @@ def run(arguments: argparse.Namespace) -> int:
         jax.block_until_ready(result.losses)
         jax.effects_barrier()
     seconds, diverged = time.perf_counter() - begin, np.asarray(result.diverged)
-    final = terminal.ordered(result.final)
+    final = jax.device_get(result.final)
     ranking = result.ranking(final["loss"])
     rows = [
         [str(rank), *(f"{x:.4g}" for x in labels[i].values())]
         + [terminal.number(kind, values[i]) for kind, values in final.items()]
         for rank, i in enumerate(ranking[:BEST], start=1)
     ]
-    terminal.show(console, terminal.table(["rank", *labels[0], *terminal.headers(final)], rows))
+    terminal.table(console, ["rank", *labels[0], *problem.headers], rows)
     console.print(f"{diverged.sum()} of {len(labels)} points diverged; {seconds:.1f} s in one program, compiled once")
     figure = Figure(figsize=(8, 5.4), layout="constrained")
     score = np.where(diverged, np.nan, final["loss"])
-    axes = plot.sweep(labels, score, figure.subplots(), name=terminal.headers(final)[0])
+    axes = plot.sweep(labels, score, figure.subplots(), name=problem.headers[0])
     axes.set_title(f"{name} after {steps} steps; {problem.title}", fontsize="medium")
     terminal.save(console, figure, arguments.output)
     return 0 if ranking else 1

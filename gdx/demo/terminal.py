@@ -12,13 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from gdx.demo.problems import BATCH_SIZE, OPTIMIZERS, TRAINING_IMAGES
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 interrupted = threading.Event()
 """Set by Ctrl-C: a command that keeps what there is looks at it between two of its steps."""
@@ -27,7 +24,6 @@ Update = Callable[[str, float, str], None]
 DIVERGED = "diverged"
 PAUSE = 5.0  # seconds between two lines of progress in a pipe
 HYPERPARAMETERS = ("learning_rate", "momentum", "b1", "b2", "weight_decay")
-KINDS = ("loss", "accuracy", "distance")  # of metrics, in the order in which they are shown
 SUFFIXES = (".png", ".pdf", ".svg")
 
 
@@ -47,42 +43,28 @@ def progress(to: "Console", total: float, *names: str) -> Iterator[Update]:
       A function to call with a work's name, how far it is and a text on it, which gets the steps in a second since the
       first call: what came before is compiling.
     """
-    begun: dict[str, tuple[float, float]] = {}
-    said = time.perf_counter()
-
-    def with_rate(name: str, done: float, text: str) -> str:
-        now = time.perf_counter()
-        first, at = begun.setdefault(name, (done, now))
-        has_rate = total > 1 and done > first and text != DIVERGED
-        return f"{text}, {(done - first) / (now - at):.0f} steps/s" if has_rate else text
-
-    def line(name: str, done: float, text: str) -> None:
-        nonlocal said
-        shown = with_rate(name, done, text)
-        if done >= total or text == DIVERGED or time.perf_counter() - said > PAUSE:
-            said = time.perf_counter()
-            to.print(f"{name}: {f'step {done}' if total > 1 else f'{done:.0%}'}, {shown}")
-
-    if not to.is_terminal:
-        yield line
-        return
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[text]}")
-    with Progress(*columns, TimeElapsedColumn(), console=to) as bars:
-        tasks = {name: bars.add_task(name, total=total, text="") for name in names}
-        yield lambda name, done, text: bars.update(tasks[name], completed=done, text=with_rate(name, done, text))
+    bars = Progress(*columns, TimeElapsedColumn(), console=to, disable=not to.is_terminal)
+    works = {name: bars.add_task(name, total=total, text="") for name in names}
+    begun: dict[str, tuple[float, float]] = {}
+    said = time.perf_counter()
 
+    def update(name: str, done: float, text: str) -> None:
+        nonlocal said
+        now, has_diverged = time.perf_counter(), text == DIVERGED
+        first, at = begun.setdefault(name, (done, now))
+        if total > 1 and done > first and not has_diverged:
+            text = f"{text}, {(done - first) / (now - at):.0f} steps/s"
+        if not bars.disable:
+            bars.update(works[name], completed=done, text=text)
+        elif done >= total or has_diverged or now - said > PAUSE:
+            said = now
+            to.print(f"{name}: {f'step {done}' if total > 1 else f'{done:.0%}'}, {text}")
 
-def ordered(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """A problem's metrics, as numbers or arrays on the host, in order."""
-    return {kind: np.asarray(metrics[kind], float) for kind in KINDS if kind in metrics}
-
-
-def headers(metrics: Iterable[str]) -> list[str]:
-    """What stands above them in a table."""
-    titles = {"accuracy": "test accuracy", "distance": "distance to minimum"}
-    return [titles.get(kind, "training loss" if "accuracy" in metrics else kind) for kind in metrics]
+    with contextlib.nullcontext() if bars.disable else bars:
+        yield update
 
 
 def number(kind: str, value: Any) -> str:
@@ -92,29 +74,25 @@ def number(kind: str, value: Any) -> str:
 def status(metrics: Mapping[str, Any]) -> str:
     if not math.isfinite(metrics["loss"]):
         return DIVERGED
-    return ", ".join(f"{kind} {number(kind, value)}" for kind, value in ordered(metrics).items())
+    return ", ".join(f"{kind} {number(kind, value)}" for kind, value in metrics.items())
 
 
-def show(to: "Console", table: "Table") -> None:
-    """Prints a table, whole: in a narrow terminal its lines wrap, where rich would leave digits out."""
-    to.width = max(to.width, 80)
-    to.print(table)
-
-
-def table(headers: Iterable[str], rows: Iterable[Iterable[str]], title: str = "", caption: str = "") -> "Table":
-    """A table whose headers are as narrow as their longest word, so that it fits 80 columns."""
+def table(
+    to: "Console", headers: Iterable[str], rows: Iterable[Iterable[str]], title: str = "", caption: str = ""
+) -> None:
+    """Prints a table, whole: its headers are as narrow as their longest word, so that it fits 80 columns."""
     from rich import box
     from rich.table import Table
 
-    left: Any = {"title_justify": "left", "caption_justify": "left"}
-    look: Any = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
-    result = Table(title=title, caption=caption, **look, **left)
+    shown = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    shown.title_justify = shown.caption_justify = "left"
     for i, header in enumerate(headers):
         words = header.replace("_", " ").replace(" ", "\n")
-        result.add_column(words, justify="right" if i else "left", no_wrap=True, vertical="bottom")
+        shown.add_column(words, justify="right" if i else "left", no_wrap=True, vertical="bottom")
     for row in rows:
-        result.add_row(*row)
-    return result
+        shown.add_row(*row)
+    to.width = max(to.width, 80)  # in a narrower terminal lines wrap, where rich would leave digits out
+    to.print(shown)
 
 
 def save(to: "Console", figure: Any, output: Path) -> None:
@@ -149,6 +127,17 @@ def several(choices: Iterable[str]) -> Callable[[str], list[str]]:
     return convert
 
 
+def picture(text: str) -> Path:
+    """The type of an option that is a picture's file."""
+    path = Path(text)
+    if path.suffix.lower() not in SUFFIXES:
+        raise argparse.ArgumentTypeError(f"it is {text!r}; expected a file that ends in {', '.join(SUFFIXES)}")
+    check_folder(path.parent)
+    if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+        raise argparse.ArgumentTypeError(f"it is {text!r}, which is no file that can be written; give another one")
+    return path
+
+
 def check_folder(path: Path, *, make: bool = False) -> None:
     """Raises unless files can be made there, in a new folder if asked for: permissions alone do not say so."""
     try:
@@ -157,7 +146,8 @@ def check_folder(path: Path, *, make: bool = False) -> None:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise ValueError(f"no file can be made in {str(path)!r} ({error.strerror}); give another folder") from None
+        why = f"no file can be made in {str(path)!r} ({error.strerror}); give another folder"
+        raise argparse.ArgumentTypeError(why) from None
 
 
 def add_hyperparameters(parser: argparse.ArgumentParser, kind: Callable[[str], Any], metavar: str) -> None:
@@ -178,27 +168,20 @@ def add_common(
     parser: argparse.ArgumentParser, steps: Any, output: str = "", *, images: int = TRAINING_IMAGES, least: int = 1
 ) -> None:
     """Adds the options of a run: of at least so many steps, in batches of at most so many images (0 for no batches)."""
-    add, seeds = parser.add_argument, in_range(int, 0, 2**32 - 1)
+    add = parser.add_argument
     if images:
         text = f"images per step, 1 to {images} (default: {BATCH_SIZE})"
         add("--batch-size", type=in_range(int, 1, images), metavar="N", help=text)
     default = None if isinstance(steps, str) else steps
     text = f"at least {least} (default: {steps})"
     add("--steps", type=in_range(int, least), default=default, metavar="N", help=text)
+    seeds = in_range(int, 0, 2**32 - 1)
     add("--seed", type=seeds, default=0, metavar="N", help="of all that is random (default: 0)")
     if output:
-        text = f"the picture, {', '.join(SUFFIXES)} (default: {output})"
-        add("--output", type=Path, default=Path(output), metavar="FILE", help=text)
+        text = f"the picture, {', '.join(SUFFIXES)} (default: %(default)s)"
+        add("--output", type=picture, default=output, metavar="FILE", help=text)
 
 
 def check_batch_size(arguments: argparse.Namespace) -> None:
     if arguments.batch_size and arguments.data != "digits":
         raise ValueError(f"--batch-size does not apply to {arguments.data}, which has no data; use it with digits")
-
-
-def check_output(output: Path) -> None:
-    if output.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"--output is {str(output)!r}; expected a file that ends in {', '.join(SUFFIXES)}")
-    check_folder(output.parent)
-    if output.exists() and not (output.is_file() and os.access(output, os.W_OK)):
-        raise ValueError(f"--output is {str(output)!r}, which is no file that can be written; give another one")

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 import gdx
 from gdx.checkpoint import CheckpointError, Checkpoints
 from gdx.demo import processes, terminal
-from gdx.demo.problems import BATCH_SIZE, OPTIMIZERS, STEPS, digits
+from gdx.demo.problems import BATCH_SIZE, OPTIMIZERS, STEPS, digits, stacked
 
 EXTRAS = ("checkpoint", "demo")
 KEEPS = True
@@ -61,6 +61,7 @@ def check(arguments: argparse.Namespace) -> None:
     count, every = arguments.processes, arguments.every
     devices = arguments.devices = arguments.devices or count
     size = arguments.batch_size = arguments.batch_size or BATCH_SIZE
+    arguments.extra = {"seed": arguments.seed, "batch_size": size}  # what a run that goes on has to have again
     if devices % count:
         raise ValueError(f"--devices is {devices}; expected a multiple of {count}, the number of processes")
     if size % devices:
@@ -114,22 +115,15 @@ def _train(arguments: argparse.Namespace) -> int:
     params = _put(problem.start(jax.random.key(arguments.seed)), mesh)
     step, state = 0, tx.init(params)
     # after a chunk of steps parameters and state are where they were
-    shardings = jax.tree.map(lambda x: x.sharding, (params, state))
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*shardings, None))
-    def advance(params: Any, state: Any, chunk: Any, signals: Any) -> Any:
-        # processes get a signal at different times, and have to stop at the same step
-        *where, metrics = problem.advance(tx, params, state, chunk)
-        return *where, (metrics, jnp.any(signals))
-
+    out_shardings = (*jax.tree.map(lambda x: x.sharding, (params, state)), None)
+    advance = jax.jit(functools.partial(problem.advance, tx), donate_argnums=(0, 1), out_shardings=out_shardings)
     with Checkpoints(folder) as checkpoints:
         if arguments.resume:
             step, params, state = _restored(checkpoints, tx, params, state, arguments)
-        leaves = jax.tree.leaves(state)
-        here, whole = sum(x.addressable_shards[0].data.nbytes for x in leaves), sum(x.nbytes for x in leaves)
+        size = gdx.sharding.report(arguments.tx, params, mesh)
         console.print(
             f"{problem.title}; {name} from step {step} to {steps}; devices: {arguments.devices}, in processes: "
-            f"{arguments.processes}, each with {here:,} of the {whole:,} bytes of state"
+            f"{arguments.processes}, each with {size.nbytes_per_device:,} of the {size.nbytes:,} bytes of state"
         )
         stream = itertools.islice(problem.batches(arguments.seed, arguments.batch_size), step, None)
         saved, stop = step, False
@@ -137,25 +131,20 @@ def _train(arguments: argparse.Namespace) -> int:
             while step < steps and not stop:
                 # the same ends of chunks in every run, resumed or not: their programs may differ in rounding
                 length = min(CHUNK - step % CHUNK, steps - step)
-                chunk = _put(np.stack(list(itertools.islice(stream, length))), mesh, None, "data")
-                signals = _put(np.full(mesh.size, terminal.interrupted.is_set()), mesh, "data")
-                params, state, (metrics, stop) = advance(params, state, chunk, signals)
+                params, state, metrics = advance(params, state, _put(stacked(stream, length), mesh, None, "data"))
                 step += length
                 update(name, step, terminal.status(metrics))
                 if not np.isfinite(metrics["loss"]):
                     console.print(f"step {step}: the loss is not finite; nothing was saved since step {saved}")
                     return 1
+                # processes get a signal at different times, and have to stop at the same step
+                stop = multihost_utils.process_allgather(terminal.interrupted.is_set()).any()
                 if step % arguments.every == 0 or step == steps or stop:
-                    checkpoints.save(step, tx, params, state, extra=_extra(arguments))
+                    checkpoints.save(step, tx, params, state, extra=arguments.extra)
                     saved = step
                     console.print(f"checkpoint of step {step}: {folder}")
         checkpoints.wait()
     return 130 if step < steps else 0
-
-
-def _extra(arguments: argparse.Namespace) -> dict[str, int]:
-    """What a run that goes on has to have again."""
-    return {name: getattr(arguments, name) for name in ("seed", "batch_size")}
 
 
 def _restored(checkpoints: Checkpoints, tx: Any, params: Any, state: Any, arguments: argparse.Namespace) -> Any:
@@ -164,18 +153,16 @@ def _restored(checkpoints: Checkpoints, tx: Any, params: Any, state: Any, argume
     try:
         step, params, state, saved = checkpoints.restore(tx, params, state, allow=allow)
     except CheckpointError as error:
-        raise processes.Refused(re.sub(r"pass allow=\[.*\]$", _as_option, str(error))) from error
-    for name, value in _extra(arguments).items():
+        text, _, names = str(error).partition("pass allow=")
+        option = "give --allow " + ",".join(re.findall(r"'(\w+)'", names)).replace("_", "-")
+        raise processes.Refused(text + option if names else text) from error
+    for name, value in arguments.extra.items():
         if saved[name] != value:
             option = f"--{name.replace('_', '-')}"
             raise processes.Refused(f"{option} is {value}; the checkpoint was saved with {saved[name]}")
     if step >= arguments.steps:
         raise processes.Refused(f"--steps is {arguments.steps}; the newest checkpoint is of step {step}, expected more")
     return step, params, state
-
-
-def _as_option(found: re.Match) -> str:
-    return "give --allow " + ",".join(re.findall(r"'(\w+)'", found[0])).replace("_", "-")
 
 
 def _put(tree: Any, mesh: jax.sharding.Mesh, *axes: str | None) -> Any:
