@@ -2,7 +2,7 @@
 
 import dataclasses
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -74,7 +74,7 @@ class skip_spikes(Transform):
     alone on a CPU that is 2 to 3 times the time for float32 moments, 1.5 times for 8 bits. Called outside
     `jax.jit`, it waits for the norm.
 
-    Limits: a norm within a rounding of the limit may be judged otherwise in another program (a batch, a mesh), which
+    Limits: `optax.MultiSteps` keeps a NaN in its sum for ever, so that the guard goes around it. A norm within a rounding of the limit may be judged otherwise in another program (a batch, a mesh), which
     adds it up in another order, and a clipped step has the last bits of its norm. Slopes take the norm and the limit as
     constants. Inside `jax.shard_map` gradients have to be the same on every device: average them before.
 
@@ -124,8 +124,9 @@ class skip_spikes(Transform):
             raise ValueError("skip_spikes: clip=True needs of='gradient': a gradient has no norm like a usual loss")
 
     def _init(self, params: optax.Params) -> SpikesState:
-        none, zero = jnp.zeros([], jnp.int32), jnp.zeros([], jnp.result_type(float))
-        return SpikesState(none, zero, zero, none, none, none, self.tx._init(params))
+        # each an array of its own, or the state could not be donated
+        dtypes = np.int32, *2 * [jnp.result_type(float)], *3 * [np.int32]
+        return SpikesState(*(jnp.zeros([], dtype) for dtype in dtypes), self.tx._init(params))
 
     def _update(self, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> tuple[Any, SpikesState]:
         check_state(self, state, SpikesState)
@@ -149,21 +150,18 @@ class skip_spikes(Transform):
         is_made, factor, scalars = _judged(*jax.lax.stop_gradient(given))
 
         def made() -> tuple[Any, Any]:
-            scaled = updates
-            if self.clip:
-                scaled = jax.tree.map(lambda g: jnp.where(factor < 1, g * factor.astype(g.dtype), g), updates)
-            new, new_state = self.tx._update(scaled, inner_state, params, extra_args)
+            gradients = _either(factor < 1, clipped, lambda: updates) if self.clip else updates
+            new, new_state = self.tx._update(gradients, inner_state, params, extra_args)
             return jax.tree.map(_cast, new, like), new_state
+
+        def clipped() -> Any:
+            return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates)
 
         def skipped() -> tuple[Any, Any]:
             # what -0.0 is added to keeps its bits; 0.0 would make 0.0 of -0.0
             return jax.tree.map(lambda x: jnp.full_like(x, -0.0), like), inner_state
 
-        # a condition outside of a compiled function would compile anew at each step
-        if is_concrete(is_made):
-            new, new_state = made() if is_made else skipped()
-        else:
-            new, new_state = jax.lax.cond(is_made, made, skipped)
+        new, new_state = _either(is_made, made, skipped)
         return new, scalars._replace(inner_state=new_state)
 
     def _counts(self, state: Any) -> Iterator[tuple[Any, Any]]:
@@ -173,6 +171,14 @@ class skip_spikes(Transform):
                 yield (name,), state.count
         for path, count in self.tx._counts(state.inner_state):
             yield ("tx", *path), count
+
+
+def _either(condition: jax.Array, this: Callable[[], Any], other: Callable[[], Any]) -> Any:
+    """The one or the other: a selection would change how a compiler contracts the sums before and after it."""
+    # outside of compiled functions `cond` would compile anew at each step
+    if is_concrete(condition):
+        return this() if condition else other()
+    return jax.lax.cond(condition, this, other)
 
 
 # in one program also where a step is none, so that no NaN is seen on the way
