@@ -7,6 +7,7 @@
 - Training: `train`, `Trained`
 - Sweeps: `grid`, `stack`, `unstack`, `labels`, `sweep`, `Sweep`, `range_test`, `RangeTest`
 - Averages: `average_parameters`, `read_average`
+- Guards: `skip_spikes`, `check_spikes`
 - Few bits: `gdx.storage` (formats), `round_stochastically`, `round_with_compensation`, `round_with_master`
 - Theory: `gdx.curvature` (spectra, best rates), `gdx.noise` (mini-batches), `gdx.landscape` (slices of the loss)
 - Machines: `gdx.sharding` (state over a device mesh), `gdx.checkpoint` (saved, and restored onto another mesh)
@@ -92,7 +93,7 @@ Each is checked for every transform over one table, `tests/contract/table.py`:
 - Swapped arguments that look alike, `update(params, state, gradients)`, cannot be told apart.
 - Slopes of hyperparameters through relu networks are those between the corners: on digits 14 % less than finite
   differences, which cross them; through tanh they agree to five digits.
-- NaN gradients pass into the state, as in optax; put `optax.apply_if_finite` around the optimizer.
+- NaN gradients pass into the state, as in optax; put `skip_spikes` around the optimizer.
 - A state made without a schedule does not fit an optimizer with one, as in optax: schedules keep a count.
   `storage.convert(state, tx.init(params))` takes it there, with the count at 0.
 """
@@ -110,6 +111,7 @@ from gdx.averages import average_parameters, read_average
 from gdx.compose import chain
 from gdx.fields import Scalar, hyperparameter, static
 from gdx.grouping import groups, times
+from gdx.guards import check_spikes, skip_spikes
 from gdx.leafwise import Leafwise
 from gdx.links.adam import adam, adamw, scale_by_adam
 from gdx.links.decay import add_decoupled_weight_decay
@@ -155,6 +157,8 @@ __all__ = [  # noqa: RUF022
     "RangeTest",
     "average_parameters",
     "read_average",
+    "skip_spikes",
+    "check_spikes",
     "storage",
     "round_stochastically",
     "round_with_compensation",

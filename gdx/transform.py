@@ -128,8 +128,8 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
             return new, state
         if self.rounds:
             # what rounds parameters to bfloat16 says how far in float32
-            return jax.tree.map(lambda u, g, p: u if _is_bfloat16(p) else _cast(u, g), new, updates, params), state
-        return jax.tree.map(_cast, new, updates), state
+            return jax.tree.map(lambda u, g, p: u if _is_bfloat16(p) else cast_like(u, g), new, updates, params), state
+        return jax.tree.map(cast_like, new, updates), state
 
     @property
     def rounds(self) -> bool:
@@ -146,7 +146,7 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
         return CountedState(count, self.at(count).init_tree(params))
 
     def _update(self, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> tuple[Any, Any]:
-        updates, count, inner = jax.tree.map(_widened, updates), None, state
+        updates, count, inner = jax.tree.map(widened, updates), None, state
         if self.has_schedule:
             check_state(self, state, CountedState)
             count, inner = state
@@ -282,12 +282,12 @@ def _as_array(g: Any) -> Any:
     return g if hasattr(g, "dtype") else jnp.asarray(g, compute_dtype(g))
 
 
-def _widened(g: Any) -> Any:
+def widened(g: Any) -> Any:
     """A gradient in at least float32: a small decay beside an update in bfloat16 would vanish."""
     return g if g.dtype.itemsize >= 4 else jnp.asarray(g, compute_dtype(g))
 
 
-def _cast(u: Any, g: Any) -> Any:
+def cast_like(u: Any, g: Any) -> Any:
     dtype = jnp.result_type(g)
     return u if u.dtype == dtype else u.astype(dtype)
 
@@ -324,7 +324,7 @@ def foreign_update(
         # an object that is no transform, such as MultiSteps, takes them as it is
         update = optax.with_extra_args_support(made).update if _is_transform(made) else made.update
         try:
-            updates, new = update(jax.tree.map(_widened, updates), wide, params, **extra_args)
+            updates, new = update(jax.tree.map(widened, updates), wide, params, **extra_args)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             # what it trips over may be the state of another transform, unless one of gdx's has said what it is
             if not _CHECKED.match(str(error)):
@@ -352,7 +352,7 @@ _CHECKED = re.compile(r"\w+: (the (gradient|parameter|state)|update needs)")
 
 
 def _wide(x: Any) -> Any:
-    return _widened(x) if jnp.issubdtype(getattr(x, "dtype", int), jnp.inexact) else x
+    return widened(x) if jnp.issubdtype(getattr(x, "dtype", int), jnp.inexact) else x
 
 
 def _like(new: Any, old: Any) -> Any:

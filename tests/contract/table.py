@@ -59,7 +59,8 @@ class Row:
 
     def injected(self, settings: dict[str, Any]) -> optax.GradientTransformation:
         """It inside optax's wrapper, which takes numbers for hyperparameters and by default rounds them to bfloat16."""
-        static = {"seed", "start", "every"} & set(inspect.signature(self.make).parameters)
+        whole = {"seed", "start", "every", "warmup_steps", "most"}
+        static = whole & set(inspect.signature(self.make).parameters)
         return optax.inject_hyperparams(self.make, static_args=static, hyperparam_dtype=jnp.float32)(**settings)
 
     def rounds(self, param_dtype: Any) -> bool:
@@ -135,6 +136,20 @@ def averaged(
     return gdx.average_parameters(tx, decay, start=start, every=every, dtype=dtype)
 
 
+def with_skip_spikes(
+    learning_rate: Any,
+    b1: Any = 0.9,
+    threshold: Any = 6.0,
+    decay: Any = 0.99,
+    warmup_steps: int = 64,
+    most: int = 10,
+    clip: bool = False,
+    of: str = "gradient",
+) -> gdx.Transform:
+    """A guard, around what never spikes here."""
+    return gdx.skip_spikes(gdx.adamw(learning_rate, b1), threshold, decay, warmup_steps, most, clip, of)
+
+
 def sharded(learning_rate: Any, b1: Any = 0.9, weight_decay: Any = 1e-4) -> gdx.Transform:
     """State over a mesh, of one device: on several a step of so few numbers would be mostly communication."""
     return gdx.sharding.shard_state(gdx.adamw(learning_rate, b1=b1, weight_decay=weight_decay), _one_device())
@@ -183,6 +198,10 @@ def _grouped(t: int, g: Any, theta: Any, memory: dict, *, learning_rate: Any, fa
 
 def _averaged(t: int, g: Any, theta: Any, memory: dict, *, learning_rate: Any, momentum: Any, **average: Any) -> Any:
     return oracle.sgd(t, g, theta, memory, learning_rate=learning_rate, momentum=momentum)
+
+
+def _guarded(t: int, g: Any, theta: Any, memory: dict, *, learning_rate: Any, b1: Any, **guard: Any) -> Any:
+    return oracle.adamw(t, g, theta, memory, learning_rate=learning_rate, b1=b1, b2=0.999, eps=1e-8, weight_decay=1e-4)
 
 
 def _decay(t: int, g: Any, theta: Any, memory: dict, *, weight_decay: Any) -> Any:
@@ -454,6 +473,30 @@ ROWS = (
         ),
         _averaged,
         largest_gradient=3e37,
+    ),
+    Row(
+        with_skip_spikes,
+        (
+            {"learning_rate": 1e-2, "b1": 0.9},
+            {"learning_rate": 1e-2, "b1": 0.9, "threshold": 8.0, "decay": 0.9, "clip": True},
+        ),
+        _with_rate(
+            (
+                ({"threshold": 0.0}, ValueError, r"skip_spikes: threshold is 0\.0; expected a finite number >= 0\.001"),
+                ({"threshold": -1.0}, ValueError, r"skip_spikes: threshold is -1\.0; expected"),
+                ({"threshold": float("nan")}, ValueError, r"skip_spikes: threshold is nan; expected a finite number"),
+                ({"decay": 1.0}, ValueError, r"skip_spikes: decay is 1\.0; expected a finite number in \[0, 1\)"),
+                ({"most": 0}, ValueError, r"skip_spikes: most is 0; expected an integer >= 1"),
+                ({"warmup_steps": 1}, ValueError, r"skip_spikes: warmup_steps is 1; expected an integer >= 2"),
+                ({"warmup_steps": 2.5}, TypeError, r"skip_spikes: warmup_steps is 2\.5; expected an integer"),
+                ({"clip": "yes"}, TypeError, r"skip_spikes: clip is 'yes'; expected True or False"),
+                ({"of": "loss"}, ValueError, r"skip_spikes: of is 'loss'; expected 'gradient' .* or 'value'"),
+                ({"of": "value", "clip": True}, ValueError, r"skip_spikes: clip=True needs of='gradient'"),
+                ({"b1": 1.0}, ValueError, r"adamw: b1 is 1\.0"),
+            )
+        ),
+        _guarded,
+        largest_gradient=1e19,
     ),
     Row(
         sharded,
