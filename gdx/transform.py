@@ -204,8 +204,15 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
         for name, value in self._hyperparameters():
             if callable(value):
                 # schedules compute with an integer count, which strict promotion would refuse
-                with jax.numpy_dtype_promotion("standard"):
-                    scheduled = value(count)
+                try:
+                    with jax.numpy_dtype_promotion("standard"):
+                        scheduled = value(count)
+                except jax.errors.ConcretizationTypeError as error:
+                    raise TypeError(
+                        f"{type(self).__name__}: {name}, {text(value)}, needs the value of the step count, which is "
+                        f"traced; let the schedule compute with jax.numpy, and decide with jnp.where "
+                        f"({str(error).splitlines()[0]})"
+                    ) from error
                 value, _ = self._convert(name, scheduled, source=f", as returned by the schedule {text(value)},")
             self._check_single(name, value)
             arrays[name] = value.astype(dtype)

@@ -63,6 +63,10 @@ class Value:
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+        for base in cls.__bases__:
+            taken = _field_names(cls) - _field_names(base)
+            for name in sorted(name for name in taken if hasattr(base, name)):
+                raise TypeError(f"{cls.__name__}: {name!r} is a name that values have for something else; use another")
         # inspect would otherwise show __new__, and optax.inject_hyperparams reads the signature
         parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
         cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -536,6 +540,10 @@ def _with(held: Any, changes: list[tuple[tuple, Any]], owner: Value) -> Any:
         return type(held)(new) if isinstance(held, dict) else type(held)(new.values())
     numbers = ", ".join(str(path[0]) for path, _ in changes)
     raise ValueError(f"{type(owner).__name__}.replace: {text(held)} has no {numbers}")
+
+
+def _field_names(cls: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
 
 
 def _default(field: dataclasses.Field) -> Any:

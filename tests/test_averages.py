@@ -50,7 +50,7 @@ def warm_up(count):
     return jnp.minimum(0.99, (1.0 + count) / (10.0 + count))
 
 
-@pytest.mark.parametrize("decay", [None, 0.0, 0.5, 0.999, warm_up], ids=str)
+@pytest.mark.parametrize("decay", [None, 0.0, 0.5, 0.999, warm_up], ids=lambda x: getattr(x, "__name__", str(x)))
 @pytest.mark.parametrize(("start", "every"), [(0, 1), (0, 4), (50, 1), (7, 3), (1000, 1)])
 def test_is_the_weighted_mean_of_what_the_parameters_were(decay, start, every):
     tx = gdx.average_parameters(gdx.sgd(0.05), decay, start=start, every=every)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import pickle
 
 import equinox as eqx
@@ -451,3 +452,16 @@ def test_few_bits_stay_so_inside_a_wrapper_of_optax(format):
         updates, state = tx.update(params, state, params)
     np.testing.assert_allclose(updates["w"], -0.1, rtol=1e-6)
     assert optax.tree.get(state, "trace")["w"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", ["replace", "hyperparams", "at", "formats", "rounds", "has_schedule"])
+def test_a_field_that_hides_what_values_have_is_refused(name):
+    with pytest.raises(TypeError, match=rf"^mine: '{name}' is a name that values have for something else"):
+        type("mine", (gdx.Leafwise,), {"__annotations__": {name: gdx.Scalar}, name: gdx.hyperparameter(default=0.5)})
+
+
+@pytest.mark.parametrize("rate", [lambda count: 0.1 if count < 3 else 0.01, lambda count: 0.1 * math.exp(-count)])
+def test_a_schedule_that_decides_in_python_is_named(rate):
+    tx = gdx.chain(gdx.sgd(rate))
+    with pytest.raises(TypeError, match=r"scale_by_learning_rate: learning_rate, <.*lambda>, needs .*jnp\.where"):
+        jax.jit(tx.update)(jnp.ones(3), tx.init(jnp.ones(3)))
