@@ -74,9 +74,11 @@ class skip_spikes(Transform):
     alone on a CPU that is 2 to 3 times the time for float32 moments, 1.5 times for 8 bits. Called outside
     `jax.jit`, it waits for the norm.
 
-    Limits: `optax.MultiSteps` keeps a NaN in its sum for ever, so that the guard goes around it. A norm within a rounding of the limit may be judged otherwise in another program (a batch, a mesh), which
-    adds it up in another order, and a clipped step has the last bits of its norm. Slopes take the norm and the limit as
-    constants. Inside `jax.shard_map` gradients have to be the same on every device: average them before.
+    Limits: `optax.MultiSteps` keeps a NaN in its sum for ever, so the guard goes around it. A norm within a rounding of
+    the limit may be judged otherwise in another program (a batch, a mesh), which adds it up in another order, and a
+    clipped step has the last bits of its norm. Slopes take the norm and the limit as constants. Before jax 0.12
+    parameters differ from those of `tx` alone by the rounding of the update, which is there added in one fused
+    multiply-add. Inside `jax.shard_map` gradients have to be the same on every device: average them before.
 
     Args:
       tx: the optimizer, gdx's or optax's.
@@ -84,7 +86,7 @@ class skip_spikes(Transform):
       decay: $\beta$ in [0, 1); the averages span about $1 / (1 - \beta)$ steps.
       warmup_steps: before so many steps were made, at least 2, only what is not finite is skipped.
       most: so many spikes in a row are skipped, at least 1.
-      clip: whether a finite spike is scaled down to the norm $m + k s$ instead, and made; that norm enters the averages.
+      clip: whether a finite spike is made instead, scaled down to the norm $m + k s$; that norm enters the averages.
       of: "gradient", or "value" for the loss in the place of the norm; `update` then takes it as a keyword, `value=`,
         as `gdx.train` passes it. What is not finite is skipped in either of them.
 
@@ -125,8 +127,8 @@ class skip_spikes(Transform):
 
     def _init(self, params: optax.Params) -> SpikesState:
         # each an array of its own, or the state could not be donated
-        dtypes = np.int32, *2 * [jnp.result_type(float)], *3 * [np.int32]
-        return SpikesState(*(jnp.zeros([], dtype) for dtype in dtypes), self.tx._init(params))
+        none, zero = lambda: jnp.zeros([], jnp.int32), lambda: jnp.zeros([], jnp.result_type(float))
+        return SpikesState(none(), zero(), zero(), none(), none(), none(), self.tx._init(params))
 
     def _update(self, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> tuple[Any, SpikesState]:
         check_state(self, state, SpikesState)
@@ -142,8 +144,8 @@ class skip_spikes(Transform):
         axes = {axis for g in jax.tree.leaves((updates, value)) for axis in varying_axes(g)}
         if axes:
             raise ValueError(
-                f"skip_spikes: inside jax.shard_map gradients or loss differ along {', '.join(map(repr, sorted(axes)))}, "
-                f"and each device would judge its own; expected their mean, as from jax.lax.pmean"
+                f"skip_spikes: in jax.shard_map gradients or loss differ along {', '.join(map(repr, sorted(axes)))}: "
+                f"each device would judge its own. Expected their mean, as from jax.lax.pmean"
             )
         inner_state, like = state.inner_state, params if isinstance(params, optax.LookaheadParams) else updates
         given = self.at(state.count), updates, value, state._replace(inner_state=())
@@ -256,21 +258,20 @@ def check_spikes(state: Any) -> None:
     >>> _, state = tx.update(jnp.full(2, jnp.nan), state)
     >>> gdx.check_spikes(state)
     Traceback (most recent call last):
-    RuntimeError: skip_spikes: gave up: 1 step was made although it was a spike (2 in a row so far, 1 skipped in all). ...
+    RuntimeError: skip_spikes: gave up: so many spikes were made as they are: 1 (2 in a row up to now, 1 skipped). ...
     """
-    counts = [[*map(np.max, each)] for each in zip(*(_all(state, n) for n in ("let_through", "in_a_row", "skipped")))]
+    counts = [*zip(*(_all(state, name) for name in ("let_through", "in_a_row", "skipped")))]
     if not counts:
         raise TypeError(f"check_spikes: the state, {reprlib.repr(state)}, has no skip_spikes in it")
     for let_through, in_a_row, skipped in counts:
         if let_through:
-            steps = "step was made although it was a spike" if let_through == 1 else (
-                "steps were made although they were spikes"
-            )
             raise RuntimeError(
-                f"skip_spikes: gave up: {let_through} {steps} ({in_a_row} in a row so far, {skipped} skipped in all). "
-                f"Go back to a checkpoint with a smaller learning rate or other data, or raise threshold"
+                f"skip_spikes: gave up: so many spikes were made as they are: {let_through} ({in_a_row} in a row up to "
+                f"now, {skipped} skipped). Go back to a checkpoint, with a smaller learning rate, other data "
+                f"or a larger threshold"
             )
 
 
-def _all(state: Any, name: str) -> list[Any]:
-    return [np.asarray(x) for _, x in optax.tree.get_all_with_path(state, name)]
+def _all(state: Any, name: str) -> list[int]:
+    """The largest of a batch, at each place in the state."""
+    return [np.max(x) for _, x in optax.tree.get_all_with_path(state, name)]

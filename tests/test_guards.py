@@ -74,15 +74,14 @@ def test_a_skipped_batch_was_never_seen(name, dtype, data):
     """Parameters, moments, counts, schedules and averages, bit for bit; NaN from the first step on."""
     tx = gdx.skip_spikes(OPTIMIZERS[name], warmup_steps=5)
     kept = gradients_of(14, dtype)
-    bad, seen = [], 0
-    for g in kept:
+    bad = []
+    for seen, g in enumerate(kept):
         # never more in a row than it skips
         for how in data.draw(st.lists(st.sampled_from([np.nan, np.inf, -np.inf, 1e3]), max_size=3)):
             if np.isfinite(how) and seen < 5:
                 how = np.nan
             bad.append(spoilt(g, how))
         bad.append(g)
-        seen += 1
     skipped = len(bad) - len(kept)
     params, state = run(tx, params_of(dtype), bad)
     expected_params, expected = run(tx, params_of(dtype), kept)
@@ -257,7 +256,7 @@ def test_it_gives_up_on_what_is_nan_for_good(clip):
     params, state = run(tx, params, 5 * [spoilt(params, np.nan)])
     assert np.isnan(params["b"][1])
     assert (state.skipped, state.in_a_row, state.let_through) == (3, 5, 2)
-    with pytest.raises(RuntimeError, match=r"skip_spikes: gave up: 2 steps .*\(5 in a row so far, 3 skipped in all\)"):
+    with pytest.raises(RuntimeError, match=r"skip_spikes: gave up: .* 2 \(5 in a row up to now, 3 skipped\)"):
         gdx.check_spikes((optax.EmptyState(), state))
 
 
@@ -278,7 +277,7 @@ def test_checking_what_has_no_guard_and_a_batch():
     for _ in range(2):
         gdx.check_spikes(state)
         state = update(batch, jnp.array([[1.0, 1.0], [1.0, np.nan]]), state)
-    with pytest.raises(RuntimeError, match="gave up: 1 step "):
+    with pytest.raises(RuntimeError, match=r"gave up: .*: 1 "):
         gdx.check_spikes(state)
 
 
@@ -395,7 +394,7 @@ def test_inside_shard_map():
     assert_same_bits(updates, jax.jit(tx.update)(g.mean(0, keepdims=True), tx.init(params), params)[0])
     updates, state = mapped(True)(params, state, g.at[2, 1].set(jnp.nan))
     assert state.skipped == 1 and not np.any(updates)
-    with pytest.raises(ValueError, match=r"skip_spikes: inside jax\.shard_map .* differ along 'data'.*pmean"):
+    with pytest.raises(ValueError, match=r"skip_spikes: in jax\.shard_map .* differ along 'data'.*pmean"):
         mapped(False)(params, tx.init(params), g)
 
 
@@ -486,14 +485,12 @@ def test_a_checkpoint_goes_on(tmp_path):
     tx, params = GUARDED, params_of()
     bad, _ = bad_and_kept(6)
     half, state = run(tx, params, bad[:7])
-    with gdx.checkpoint.Checkpoints(tmp_path, tx) as checkpoints:
-        checkpoints.save(7, half, state)
-    with gdx.checkpoint.Checkpoints(tmp_path, tx) as checkpoints:
-        restored = checkpoints.restore(params, tx.init(params))
-    assert_same_bits((restored.params, restored.state), (half, state))
-    with gdx.checkpoint.Checkpoints(tmp_path, tx.replace(threshold=3.0)) as checkpoints:
+    with gdx.checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(7, tx, half, state)
+        restored = checkpoints.restore(tx, params, tx.init(params))
+        assert_same_bits((restored.params, restored.state), (half, state))
         with pytest.raises(gdx.checkpoint.CheckpointError, match="threshold"):
-            checkpoints.restore(params, tx.init(params))
+            checkpoints.restore(tx.replace(threshold=3.0), params, tx.init(params))
 
 
 def test_it_is_a_value():
