@@ -201,7 +201,8 @@ def _judged(tx: skip_spikes, updates: Any, value: Any, state: SpikesState) -> tu
     is_made = is_usual | (in_a_row >= tx.most)
 
     is_measured, next_count = is_made & is_finite, optax.safe_increment(count)
-    weight = (1 - tx.decay) / -jnp.expm1(next_count.astype(mean.dtype) * jnp.log1p(tx.decay - 1))
+    # at the first step rounding could leave it above 1
+    weight = jnp.minimum((1 - tx.decay) / -jnp.expm1(next_count.astype(mean.dtype) * jnp.log1p(tx.decay - 1)), 1)
     distance = x - mean
     new_mean = mean + uncontracted(weight * distance)
     # no squares, which would overflow or vanish before the norms do
