@@ -14,7 +14,7 @@ from gdx.checks import check_state
 from gdx.compat import varying_axes
 from gdx.fields import Scalar, hyperparameter, is_concrete, is_number, static, to_bool, to_integer
 from gdx.noise.estimates import squared_norm
-from gdx.numerics import accurate, uncontracted
+from gdx.numerics import accurate, by_itself, uncontracted
 from gdx.transform import Transform, _cast, _widened, to_transform
 
 
@@ -154,7 +154,8 @@ class skip_spikes(Transform):
         def made() -> tuple[Any, Any]:
             gradients = _either(factor < 1, clipped, lambda: updates) if self.clip else updates
             new, new_state = self.tx._update(gradients, inner_state, params, extra_args)
-            return jax.tree.map(_cast, new, like), new_state
+            # of a batch, where the condition is a selection, it would be added in one fused multiply-add
+            return jax.tree.map(lambda u, x: by_itself(_cast(u, x)), new, like), new_state
 
         def clipped() -> Any:
             return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates)
