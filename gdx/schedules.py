@@ -86,11 +86,11 @@ class Schedule(Value):
 
     def _check_steps(self, name: str, value: Any) -> None:
         """Raises where an argument that counts steps, as optax's names tell, has something else."""
-        numbers = [value] if name.endswith("_steps") or name == "transition_begin" else []
+        # a transition may have any number of steps, of which optax gives those below 0 a meaning, too
+        numbers = [value] if name.endswith("_steps") and not name.startswith("transition") else []
         if name.startswith("boundaries") and value is not None:
             numbers = [at[0] if isinstance(at, tuple | list) else at for at in value]
-        # for transitions and boundaries optax gives numbers below 0 a meaning
-        least: Any = 0 if name.endswith("_steps") and name != "transition_steps" else -math.inf
+        least: Any = 0 if name.endswith("_steps") else -math.inf
         expected = f"a number of steps, none of them between 0 and 1{'' if least else ' or below 0'}"
         for number in filter(is_concrete, numbers):
             counted = in_default_dtype(np.asarray(number, float))

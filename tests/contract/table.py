@@ -442,8 +442,6 @@ ROWS = (
         (
             {"learning_rate": 0.1, "momentum": 0.9, "decay": 0.999},
             {"learning_rate": 0.1, "momentum": 0.9, "decay": None, "start": 2, "every": 3},
-            {"learning_rate": 0.1, "momentum": 0.9, "decay": 0.99, "dtype": _STOCHASTIC},
-            {"learning_rate": 0.1, "momentum": 0.9, "decay": 0.0, "dtype": _SMALL_MU},
         ),
         _with_rate(
             (

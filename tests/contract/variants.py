@@ -215,9 +215,9 @@ VARIANTS = list(map(Variant._make, (
     # The door, the count and the state.
     ("update in the computed dtype",
      "contract/test_05_stable_state.py::test_dtypes_never_drift[float32-float64-scale_by_learning_rate-0]",
-     "transform:_cast", lambda right, u, g: u),
+     "transform:cast_like", lambda right, u, g: u),
     ("gradients not widened", "test_compose.py::test_a_small_decay_counts_in_any_of_them[bfloat16]",
-     "transform:_widened", lambda right, g: g),
+     "transform:widened", lambda right, g: g),
     ("cast between links", "test_compose.py::test_a_small_decay_counts_in_any_of_them[bfloat16]",
      "leafwise:update_leaves", cast_between_links),
     ("a foreign link rounds what passes", "test_compose.py::test_a_small_decay_counts_in_any_of_them[bfloat16]",
