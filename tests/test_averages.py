@@ -234,7 +234,7 @@ def test_a_batch_of_decays_in_train_and_sweep():
         return jnp.sum(0.5 * theta**2 + noise * theta)
 
     def make(decay):
-        return gdx.average_parameters(gdx.sgd(0.1), decay, dtype=SignedFourthRoot8(block=4, minimum_size=1))
+        return gdx.average_parameters(gdx.sgd(0.1), decay, dtype=SignedFourthRoot8(block=8, minimum_size=1))
 
     grid, noise, start = gdx.grid(make, decay=[0.5, 0.9, 0.99]), make_gradients(50, (4, 4)), jnp.ones((4, 4))
     swept = gdx.sweep(loss, grid, start, noise)

@@ -10,6 +10,7 @@ import pytest
 
 import gdx
 from gdx.compat import enable_x64
+from gdx.surroundings import Surroundings
 from tests.contract.table import assert_same_bits
 
 random = np.random.default_rng(0)
@@ -164,7 +165,8 @@ def test_chunks_bound_the_memory():
     def temporary(size):
         batch = gdx.grid(gdx.adamw, learning_rate=np.geomspace(1e-3, 1e-1, 256))
         wide = {"a": jnp.zeros((5, 512)), "b": jnp.zeros((512, 1))}
-        compiled = training._sweep.lower(loss, final_loss, None, size, batch, wide, EXAMPLES).compile()
+        around = Surroundings(loss, final_loss)
+        compiled = training._sweep.lower(loss, final_loss, None, around, size, batch, wide, EXAMPLES).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(16) < temporary(256) / 10

@@ -284,13 +284,13 @@ def report(
     state of 45,793,312 bytes, 1.016 per parameter
       [0].inner_state.trace['b']          28  7 numbers, fewer than minimum_size=4096
     """
-    tx, params = to_transform("report: tx", tx), _bare("report", params)
+    tx, bare = to_transform("report: tx", tx), _bare("report", params)
     # traced anew, which notes why moments are whole
     with noted() as notes, jax.disable_jit():
-        state = jax.eval_shape(lambda params: tx.init(params), params)
+        state = jax.eval_shape(lambda params: tx.init(params), bare)
     nodes = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_packed)
     whys = [[_noted(notes, path)] * len(jax.tree.leaves(node)) for path, node in nodes]
-    leaves, count = jax.tree_util.tree_leaves_with_path(state), sum(map(np.size, jax.tree.leaves(params)))
+    leaves, count = jax.tree_util.tree_leaves_with_path(state), sum(map(np.size, jax.tree.leaves(bare)))
     rows = [(jax.tree_util.keystr(path), x, why) for (path, x), why in zip(leaves, itertools.chain(*whys))]
     if mesh is None:
         return Report(tuple(Leaf(path, None, _nbytes(x), _nbytes(x), "", why) for path, x, why in rows), count)
