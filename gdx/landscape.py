@@ -265,11 +265,9 @@ def _filter_lengths(p: jax.Array) -> jax.Array:
 
 
 def _chunk(name: str, chunk_size: int | None, points: int) -> int:
-    return (
-        points
-        if chunk_size is None
-        else min(to_integer(f"landscape.{name}: chunk_size", chunk_size, minimum=1), points)
-    )
+    if chunk_size is None:
+        return points
+    return min(to_integer(f"landscape.{name}: chunk_size", chunk_size, minimum=1), points)
 
 
 def _check_alike(name: str, ours: str, a: Any, theirs: str, b: Any) -> None:
