@@ -26,9 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", choices=STEPS, default="digits", help="what is minimised")
     parser.add_argument("--optimizers", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     terminal.add_hyperparameters(parser, float, "X")
-    terminal.add(
-        parser, "batch-size", terminal.positive(int), BATCH_SIZE, "images per step; gradient_descent takes all"
-    )
+    terminal.add(parser, "batch-size", terminal.positive(int), BATCH_SIZE, "images per step; gradient_descent: all")
     text = f"(default: {', '.join(f'{count} for {data}' for data, count in STEPS.items())})"
     terminal.add(parser, "steps", terminal.positive(int), argparse.SUPPRESS, text)
     terminal.add(parser, "output", terminal.picture, "gdx-demo.png", "the picture", "FILE")

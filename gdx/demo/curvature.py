@@ -22,7 +22,7 @@ import gdx
 from gdx import curvature, plot
 from gdx.compat import enable_x64
 from gdx.demo import terminal
-from gdx.demo.problems import SURFACES, cross_entropy, load
+from gdx.demo.problems import SURFACES, Problem, cross_entropy, load
 
 PROBLEMS = (*reversed(SURFACES), "digits")
 TRAINING_STEPS = 1000
@@ -64,8 +64,11 @@ def examine(name: str, arguments: argparse.Namespace, bars: Any, upper: Any, low
     """Draws the spectrum of a problem and the distances of two runs on it; the rows of both tables."""
     task = bars.add_task(name, total=1, text="edges of the spectrum")
     keys = jax.random.split(jax.random.key(arguments.seed), 3)
-    problem, center = load(name), jnp.asarray(SURFACES[name].minimum) if name in SURFACES else None
-    title, loss, center = trained_digits(keys[0]) if name == "digits" else (problem.title, problem.loss, center)
+    problem = load(name)
+    if name == "digits":
+        title, loss, center = trained(problem, keys[0])
+    else:
+        title, loss, center = problem.title, problem.loss, jnp.asarray(SURFACES[name].minimum)
     hessian = curvature.Hessian(loss, center, jnp.zeros((1, 0)))  # its one batch is all data
 
     def told(done: float) -> None:
@@ -85,16 +88,14 @@ def examine(name: str, arguments: argparse.Namespace, bars: Any, upper: Any, low
             predicted, distances = distances_of(tx, loss, center, edges, arguments.steps)
             measured[factory.__name__] = distances
             lower.plot(predicted, color="black", linestyle=":", linewidth=1.2, zorder=3)
-            numbers = (*rate[:3], predicted[-1], distances[-1])
-            cells = [f"{x:.3g}" for x in numbers]
+            cells = [f"{x:.3g}" for x in (*rate[:3], predicted[-1], distances[-1])]
             rows.append([name, factory.__name__, *cells[:3], str(len(distances) - 1), *cells[3:]])
     plot.loss_curves(measured, lower).set_ylabel("distance of two runs (dotted: predicted)")
     return [name, str(sum(p.size for p in jax.tree.leaves(center))), *ends, products], rows
 
 
-def trained_digits(key: jax.Array) -> tuple[str, Any, Any]:
+def trained(problem: Problem, key: jax.Array) -> tuple[str, Any, Any]:
     """Title, loss and trained parameters of the digits network with an L2 penalty, in float64."""
-    problem = load("digits")
     whole = problem.start(key), problem.train
     start, data = jax.tree.map(lambda x: x.astype(float) if x.dtype == np.float32 else x, whole)
 
@@ -111,24 +112,22 @@ def distances_of(
     tx: gdx.Transform, loss: Any, center: Any, edges: curvature.Edges, steps: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """How far two runs are from each other by step, predicted and measured, as far as this is more than rounding."""
-    curvatures = jnp.array([edges.smallest.value, edges.largest.value])
-
-    def quadratic(x: jax.Array, _: Any) -> jax.Array:
-        return 0.5 * jnp.sum(curvatures * x**2)
-
-    predicted = walk(quadratic, tx, jnp.zeros(2), jnp.eye(2), steps)
+    (low, *ends), (high, *others) = (edge[:2] for edge in edges[:2])
+    curvatures = jnp.array([low, high])
+    predicted = walk(lambda x, _: 0.5 * jnp.sum(curvatures * x**2), tx, jnp.zeros(2), jnp.eye(2), steps)
     predicted = predicted[: np.argmin(np.append(predicted > EXACT, False))]
-    return predicted, walk(loss, tx, center, (edges.smallest.vector, edges.largest.vector), len(predicted) - 1)
+    return predicted, walk(loss, tx, center, ends + others, len(predicted) - 1)
 
 
 def walk(loss: Any, tx: gdx.Transform, center: Any, ends: Any, steps: int) -> np.ndarray:
     """How far a run that starts beside the center, along both edges, is from one that starts there; by step."""
 
-    def step(runs: Any, _: Any) -> tuple[Any, jax.Array]:
-        runs = jax.vmap(lambda run: gdx.train(loss, tx, run[0], jnp.zeros(1), state=run[1])[:2])(runs)
-        return runs, optax.tree.norm(jax.tree.map(lambda p: p[0] - p[1], runs[0]))
+    def apart(runs: Any, batch: Any) -> jax.Array:
+        total = loss(runs[0], batch) + loss(runs[1], batch)
+        distance = optax.tree.norm(jax.tree.map(jnp.subtract, *runs))
+        # the slopes of both losses, and the distance for a value
+        return (total - jax.lax.stop_gradient(total)) + jax.lax.stop_gradient(distance)
 
     scale = DISTANCE / np.sqrt(2)
-    starts = jax.tree.map(lambda p, low, high: jnp.stack([p, p + scale * (low + high)]), center, *ends)
-    runs = starts, jax.vmap(tx.init)(starts)
-    return np.append(DISTANCE, jax.jit(lambda runs: jax.lax.scan(step, runs, None, steps)[1])(runs))
+    beside = jax.tree.map(lambda p, low, high: p + scale * (low + high), center, *ends)
+    return np.asarray(gdx.train(apart, tx, (center, beside), jnp.zeros(steps + 1)).losses)

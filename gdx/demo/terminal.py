@@ -22,12 +22,10 @@ SUFFIXES = (".png", ".pdf", ".svg")
 
 
 def console() -> "Console":
-    """Where everything is printed; in a narrow terminal lines wrap, where rich would leave digits out."""
+    """Where everything is printed."""
     from rich.console import Console
 
-    shown = Console(highlight=False, soft_wrap=True)
-    shown.width = max(shown.width, 80)
-    return shown
+    return Console(highlight=False, soft_wrap=True)
 
 
 def progress(to: "Console") -> "Progress":
@@ -52,12 +50,13 @@ def table(to: "Console", headers: Iterable[str], rows: Iterable[Iterable[str]]) 
     from rich import box
     from rich.table import Table
 
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    shown = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     for i, header in enumerate(headers):
         words = header.replace("_", " ").replace(" ", "\n")
         shown.add_column(words, justify="right" if i else "left", no_wrap=True, vertical="bottom")
     for row in rows:
         shown.add_row(*row)
+    to.width = max(to.width, 80)  # in a narrower terminal lines wrap, where rich would leave digits out
     to.print(shown)
 
 
