@@ -78,7 +78,7 @@ def _run(command: Callable[[Any], int], keeps: bool, arguments: argparse.Namespa
 
     def take(number: int, frame: Any) -> None:
         if not keeps or interrupted.is_set():
-            os.write(1, b"\x1b[?25h\n" if sys.stdout.isatty() else b"")  # the cursor, which a progress bar hides
+            os.write(1, b"\x1b[?25h\n" if os.isatty(1) else b"")  # the cursor, which a progress bar hides
             os._exit(130)
         interrupted.set()
 

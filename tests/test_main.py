@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import pty
 import re
 import signal
 import subprocess
@@ -22,6 +21,7 @@ import gdx
 from gdx.__main__ import COMMANDS, main
 from gdx.demo import command, terminal
 from gdx.demo.problems import OPTIMIZERS
+from tests.screen import shown, started
 
 ROOT = Path(__file__).parents[1]
 NAMES = list(OPTIMIZERS["digits"])
@@ -186,37 +186,29 @@ def test_ctrl_c_before_the_first_step(capsys, monkeypatch, folder):
     assert is_png(folder / "gdx-demo.png")
 
 
-def started(options: str, **streams: int) -> subprocess.Popen:
-    command_line, pipe = [sys.executable, "-m", "gdx", *options.split()], subprocess.PIPE
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), str(ROOT)]), "COLUMNS": "100", "TERM": "xterm"}
-    return subprocess.Popen(command_line, **{"stdout": pipe, "stderr": pipe, "env": env, **streams})
+def command_line(options: str) -> list[str]:
+    return [sys.executable, "-m", "gdx", *options.split()]
 
 
-def test_ctrl_c_ends_at_once_what_keeps_nothing():
-    both = []
-    for options in ("sweep --data quadratic --steps 2000000", "curvature --data rosenbrock --steps 20000000"):
-        screen, tty = pty.openpty()  # a bar says how far it is
-        both.append((screen, started(options, stdout=tty)))
-        os.close(tty)
-    for screen, process in both:
-        with process:
-            text = b""
-            while not re.search(rb"[1-9]\d*%", text):
-                assert process.poll() is None, process.stderr.read()
-                text += os.read(screen, 1 << 16)
+def test_ctrl_c_ends_at_once_what_keeps_nothing(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    sweep, curvature = "sweep --data quadratic --steps 2000000", "curvature --data rosenbrock --steps 20000000"
+    with started(command_line(sweep)) as first, started(command_line(curvature)) as second:
+        for process, screen in (first, second):
+            text = shown(screen, r"[1-9]\d*%")
+            assert process.poll() is None, text
             time.sleep(1)
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=5)
-        assert (process.returncode, errors) == (130, b"")
-        assert os.read(screen, 1 << 16).endswith(b"\x1b[?25h\r\n")  # the cursor is shown again
-        os.close(screen)
+            assert (process.returncode, errors) == (130, "")
+            assert shown(screen).endswith("\x1b[?25h\r\n")  # the cursor is there again
 
 
 def test_ctrl_c_during_imports_says_nothing(folder):
     (folder / "jax.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)")
-    with started("sweep") as process:
-        output, errors = process.communicate(timeout=30)
-    assert (process.returncode, output, errors) == (130, b"", b"")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+    done = subprocess.run(command_line("sweep"), capture_output=True, env=env, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
 def test_a_run_that_diverges_is_reported(capsys, folder):
@@ -275,9 +267,9 @@ def test_a_terminal_shows_bars_and_the_table(capsys, monkeypatch):
 
 
 def test_text_is_ascii_where_the_output_is():
-    command_line = [sys.executable, "-m", "gdx", "--data=quadratic", "--optimizers=adam", "--steps=2"]
+    options = "--data quadratic --optimizers adam --steps 2"
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command_line, capture_output=True, env=env)
+    done = subprocess.run(command_line(options), capture_output=True, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.isascii() and b"adam" in done.stdout
 

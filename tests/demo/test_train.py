@@ -1,9 +1,7 @@
 """`python -m gdx train`: the plain run's numbers on any devices and processes, and nothing lost but the steps since."""
 
 import argparse
-import contextlib
 import os
-import pty
 import re
 import shlex
 import shutil
@@ -27,6 +25,7 @@ from gdx.__main__ import main
 from gdx.checkpoint import Checkpoints
 from gdx.demo import problems, processes
 from tests.contract.table import assert_same_bits
+from tests.screen import shown, started
 
 ROOT = Path(__file__).parents[2]
 EPOCH = 22  # steps
@@ -55,31 +54,6 @@ def here(options: str) -> int:
 
 def finished(options: str) -> subprocess.CompletedProcess:
     return subprocess.run(command(options), capture_output=True, text=True, timeout=300)
-
-
-@contextlib.contextmanager
-def started(options: str):
-    """The command with a terminal for its output, and what that shows."""
-    screen, tty = pty.openpty()
-    env = {**os.environ, "COLUMNS": "100", "TERM": "xterm"}
-    process = subprocess.Popen(command(options), stdout=tty, stderr=subprocess.PIPE, text=True, env=env)
-    os.close(tty)
-    try:
-        yield process, screen
-    finally:
-        process.kill()
-        process.communicate()
-        os.close(screen)
-
-
-def shown(screen: int, until: str = "") -> str:
-    """What a terminal shows, up to a text or to its end."""
-    text = b""
-    with contextlib.suppress(OSError):  # what a closed terminal gives at its end
-        while not (until and until.encode() in text) and (received := os.read(screen, 1 << 16)):
-            text += received
-    assert until.encode() in text, text
-    return text.decode()
 
 
 def bytes_in(text: str) -> list[int]:
@@ -134,8 +108,9 @@ def test_two_processes_end_where_one_does_and_eight_devices_go_on(capsys):
 @pytest.mark.parametrize("count", [1, 2])
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(count, capsys):
     options = f"--devices 2 --processes {count} --epochs 1000000 --every 2 --optimizer sgd --checkpoints 'my run'"
-    with started(options) as (process, screen):
-        shown(screen, "checkpoint of epoch 4")
+    with started(command(options)) as (process, screen):
+        text = shown(screen, "checkpoint of epoch 4")
+        assert process.poll() is None, text
         process.send_signal(signal.SIGINT)
         text = shown(screen)
         _, errors = process.communicate(timeout=60)
@@ -244,7 +219,7 @@ def workers(process: subprocess.Popen) -> list[int]:
 def test_a_process_lost_in_the_middle_costs_the_steps_since_the_checkpoint(count, number):
     options = f"--devices {4 // count} --processes {count} --every 1 --checkpoints"
     assert finished(f"{options} whole --epochs 7").returncode == 0
-    with started(f"{options} cut --epochs 7") as (process, screen):
+    with started(command(f"{options} cut --epochs 7")) as (process, screen):
         shown(screen, "checkpoint of epoch 3")
         os.kill(workers(process)[-1], number)
         begin = time.monotonic()
