@@ -30,7 +30,7 @@ Sharpness while training: a few products every n-th step, from where the last on
 It costs about 2 gradients for each product (`python -m benchmarks curvature`): some 40 for the edges. On a mesh each
 device holds the Krylov vectors whole, about `krylov_size` + 7 times the parameters.
 
-`python -m gdx curvature` draws spectra beside predicted and measured contraction.
+`python -m gdx curvature` draws spectra beside predicted and measured distances of two runs.
 """
 
 from gdx.curvature.operators import GaussNewton, Hessian, Operator, Preconditioned, adam_preconditioned

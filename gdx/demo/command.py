@@ -1,10 +1,16 @@
-"""Trains with each optimizer of the gradient descent family, and compares them in a table and a picture."""
+"""Trains with each optimizer of the gradient descent family, and compares them in a table and a picture.
+
+examples:
+  python -m gdx
+  python -m gdx --optimizers sgd adam --batch-size 32 --steps 500
+  python -m gdx --optimizers adamw --learning-rate 3e-3 --weight-decay 0.5 --output adamw.png
+  python -m gdx --data rosenbrock --momentum 0.95
+"""
 
 import argparse
-import math
-import time
+import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,131 +18,81 @@ import numpy as np
 import gdx
 from gdx import plot
 from gdx.demo import terminal
-from gdx.demo.problems import OPTIMIZERS, STEPS, SURFACES, TRAINING_IMAGES, Problem, Surface, load, stacked
-
-EXTRAS = ("demo",)
-KEEPS = True
-EXAMPLES = """\
-examples:
-  python -m gdx
-  python -m gdx --optimizers sgd,adam --batch-size 32 --steps 500
-  python -m gdx --optimizers adamw --learning-rate 3e-3 --weight-decay 0.5 --output adamw.png
-  python -m gdx --data rosenbrock --momentum 0.95
-"""
-
-
-class Report(NamedTuple):
-    """Where a run is after some steps, and how often the steps have been compiled for it."""
-
-    step: int
-    params: Any
-    metrics: dict[str, Any]
-    seconds: float
-    compilations: int
+from gdx.demo.problems import BATCH_SIZE, OPTIMIZERS, STEPS, SURFACES, Metrics, Problem, load
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    known = list(OPTIMIZERS["digits"])
-    text = f"comma separated, from {','.join(known)} (default: all)"
-    parser.add_argument("--data", choices=STEPS, default="digits", help="what is minimised (default: %(default)s)")
-    parser.add_argument("--optimizers", action="extend", type=terminal.several(known), metavar="NAMES", help=text)
+    names = list(OPTIMIZERS["digits"])
+    parser.add_argument("--data", choices=STEPS, default="digits", help="what is minimised")
+    parser.add_argument("--optimizers", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     terminal.add_hyperparameters(parser, float, "X")
-    terminal.add_common(parser, ", ".join(f"{count} for {data}" for data, count in STEPS.items()), "gdx-demo.png")
+    terminal.add(parser, "batch-size", terminal.positive(int), BATCH_SIZE, "images per step; gradient_descent: all")
+    text = f"(default: {', '.join(f'{count} for {data}' for data, count in STEPS.items())})"
+    terminal.add(parser, "steps", terminal.positive(int), argparse.SUPPRESS, text)
+    terminal.add(parser, "output", terminal.picture, "gdx-demo.png", "the picture", "FILE")
 
 
-def check(arguments: argparse.Namespace) -> None:
-    terminal.check_batch_size(arguments)
-    known = OPTIMIZERS[arguments.data]
-    chosen = {name: known[name] for name in arguments.optimizers or known}
-    if arguments.batch_size and list(chosen) == ["gradient_descent"]:
-        raise ValueError("--batch-size does not apply to gradient_descent, which takes all data; add sgd")
+def chosen(arguments: argparse.Namespace) -> dict[str, gdx.Transform]:
+    """The optimizers, each with those of the given hyperparameters that it has."""
+    optimizers = {name: OPTIMIZERS[arguments.data][name] for name in arguments.optimizers}
     for field, value in terminal.hyperparameters(arguments).items():
-        having = {name: tx.replace(**{field: value}) for name, tx in chosen.items() if field in tx.hyperparams}
-        if not having:
-            users = ", ".join(name for name in known if field in known[name].hyperparams)
-            raise ValueError(f"--{field.replace('_', '-')} applies to none of the optimizers; add one of {users}")
-        chosen |= having
-    arguments.optimizers = chosen
-    arguments.steps = arguments.steps or STEPS[arguments.data]
+        having = [name for name, tx in optimizers.items() if field in tx.hyperparams]
+        for name in having or optimizers:  # where none has it, replace says so
+            optimizers[name] = optimizers[name].replace(**{field: value})
+    return optimizers
 
 
-def train(problem: Problem, tx: gdx.Transform, steps: int, batch_size: int | None, seed: int) -> Iterator[Report]:
-    """Reports the start, then every few steps until the last, a divergence or Ctrl-C; every step on the plane."""
-    begin, compilations = time.perf_counter(), 0
+def train(problem: Problem, tx: gdx.Transform, steps: int, size: int, seed: int) -> Iterator[tuple[int, Any, Metrics]]:
+    """Step, parameters and metrics: at the start and then 60 times, or at every step on the plane.
 
-    @jax.jit
-    def advance(*arguments: Any) -> Any:
-        nonlocal compilations
-        compilations += 1  # runs only while JAX traces, once for each compilation
-        return problem.advance(*arguments)
-
-    params = problem.start(jax.random.key(seed))
-    state, found = tx.init(params), problem.evaluate(params)
-    stream = problem.batches(seed, batch_size)
-    # calls of one length, for one program
-    length = next(n for n in range(max(steps // 60, 1), 0, -1) if steps % n == 0) if problem.train else 1
-    for step in range(0, steps + 1, length):
-        if step:
-            params, state, found = advance(tx, params, state, stacked(stream, length))
-        metrics = {kind: np.asarray(value) for kind, value in found.items()}
-        yield Report(step, params, metrics, time.perf_counter() - begin, compilations)
-        if not math.isfinite(metrics["loss"]) or terminal.interrupted.is_set():
+    Ends where the loss is not finite, or at Ctrl-C.
+    """
+    advance, evaluate = jax.jit(functools.partial(gdx.train, problem.loss_on)), jax.jit(problem.evaluate)
+    step, params = 0, problem.start(jax.random.key(seed))
+    state, metrics = tx.init(params), evaluate(params)
+    yield step, params, metrics
+    for chunk in np.array_split(problem.batches(seed, steps, size), min(steps, 60) if problem.train else steps):
+        params, state, _ = advance(tx, params, chunk, state=state)
+        step, metrics = step + len(chunk), evaluate(params)
+        yield step, params, metrics
+        if terminal.interrupted.is_set() or not np.isfinite(metrics["loss"]):
             return
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Trains with each optimizer, prints the table and writes the picture; after Ctrl-C, of what there is."""
-    console, steps, seed = terminal.console(), arguments.steps, arguments.seed
-    problem = load(arguments.data)
-    landscape = arguments.data if arguments.data in SURFACES else "quadratic"
-    valley = load(landscape)
-    runs: dict[str, list[Report]] = {name: [] for name in arguments.optimizers}
-    walks = {name: [] for name in runs} if problem.train else runs
-    console.print(f"{problem.title}; {steps} steps, seed {seed}")
-    with terminal.progress(console, steps, *runs) as update:
-        for name, tx in arguments.optimizers.items():
-            if terminal.interrupted.is_set():
-                break
-            # gradient descent takes all data in each step
-            size = TRAINING_IMAGES if name == "gradient_descent" else arguments.batch_size
-            for report in train(problem, tx, steps, size, seed):
-                runs[name].append(report)
-                if report.step:
-                    update(name, report.step, terminal.status(report.metrics))
-            if problem.train:
-                walks[name] = list(train(valley, OPTIMIZERS[landscape][name], STEPS[landscape], None, seed))
-    _print_table(console, problem, arguments, runs)
-    terminal.save(console, _picture(SURFACES[landscape], (problem, valley), runs, walks), arguments.output)
-    return 130 if terminal.interrupted.is_set() else 0
-
-
-def _print_table(console: Any, problem: Problem, arguments: argparse.Namespace, runs: dict[str, list[Report]]) -> None:
-    """The last report of each run."""
-    headers, rows, caption = [*problem.headers, "seconds", "compilations"], [], ""
-    for name, reports in runs.items():
-        rate, cells = arguments.optimizers[name].hyperparams["learning_rate"], ["-"] * len(headers)
-        if reports:
-            step, _, metrics, seconds, compilations = reports[-1]
-            diverged = not math.isfinite(metrics["loss"])
-            cells = [terminal.DIVERGED if diverged else terminal.number(*metric) for metric in metrics.items()]
-            cells += [f"{seconds:.1f}", str(compilations)]
-            if step < arguments.steps and not diverged:
-                name, caption = f"{name}*", f"* stopped at step {step}"
-        rows.append([name, f"{rate:g}", *cells])
-    title = "interrupted; so far:" if terminal.interrupted.is_set() else ""
-    terminal.table(console, ["optimizer", "learning rate", *headers], rows, title, caption)
-
-
-def _picture(surface: Surface, problems: tuple[Problem, Problem], runs: Any, walks: Any) -> Any:
-    """The loss curves of all runs next to their walks down a function of the plane."""
     from matplotlib.figure import Figure
 
+    console, optimizers, data, seed = terminal.console(), chosen(arguments), arguments.data, arguments.seed
+    problem, steps = load(data), getattr(arguments, "steps", STEPS[data])
+    plane = data if data in SURFACES else "quadratic"
+    surface, valley = SURFACES[plane], load(plane)
+    console.print(f"{problem.title}; {steps} steps, seed {seed}")
+    rows: list[list[str]] = []
+    at, walks, curves = (dict[str, Any]() for _ in range(3))
+    with terminal.progress(console) as bars:
+        for name, tx in optimizers.items():
+            if terminal.interrupted.is_set():
+                break
+            reports, task = [], bars.add_task(name, total=steps, text="")
+            # gradient descent takes all data in each step
+            size = len(problem.train[0]) if name == "gradient_descent" and problem.train else arguments.batch_size
+            for step, params, metrics in train(problem, tx, steps, size, seed):
+                reports.append((step, params, metrics["loss"]))
+                bars.update(task, completed=step, text=terminal.status(metrics))
+            cells = [terminal.number(*metric) for metric in metrics.items()]
+            rows.append([name, f"{tx.hyperparams['learning_rate']:g}", *cells, f"{bars.tasks[-1].elapsed:.1f}"])
+            at[name], walks[name], curves[name] = zip(*reports)
+            if problem.train:
+                walks[name] = [p for _, p, _ in train(valley, OPTIMIZERS[plane][name], STEPS[plane], size, seed)]
+    if terminal.interrupted.is_set():
+        console.print(f"interrupted at step {step} of {rows[-1][0]}" if rows else "interrupted before the first step")
+    terminal.table(console, ["optimizer", "learning rate", *problem.headers, "seconds"], rows)
     figure = Figure(figsize=(12, 5.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    losses = {name: [report.metrics["loss"] for report in reports] for name, reports in runs.items() if reports}
-    plot.loss_curves(losses, left, steps={name: [report.step for report in runs[name]] for name in losses})
-    points = {name: [report.params for report in reports] for name, reports in walks.items() if reports}
-    plot.paths(surface.function, points, right, limits=surface.limits, minimum=surface.minimum, legend=False)
-    left.set(title=problems[0].title, ylabel=problems[0].headers[0])
-    right.set_title(problems[1].title)
-    return figure
+    plot.loss_curves(curves, left, steps=at)
+    plot.paths(surface.function, walks, right, limits=surface.limits, minimum=surface.minimum, legend=False)
+    left.set(title=problem.title, ylabel=problem.headers[0])
+    right.set_title(valley.title)
+    terminal.save(console, figure, arguments.output)
+    return 0

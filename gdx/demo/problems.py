@@ -1,10 +1,9 @@
 """What the demo minimises: a small network's loss on handwritten digits, or a function of the plane."""
 
-import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from gdx.extra import needs
 
 Arrays = tuple[Any, ...]
 Metrics = OrderedDict[str, jax.Array]  # JAX keeps its order, in which the metrics are shown
+BATCH_SIZE = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,25 +38,15 @@ class Problem:
         """The loss on the training examples with these indices."""
         return self.loss(params, gdx.noise.take(self.train, examples) if self.train else ())
 
-    def batches(self, seed: int, batch_size: int | None = None) -> Iterator[np.ndarray]:
-        """Endless batches of examples for `loss_on`: shuffled epochs, which drop what does not fill a batch."""
-        for epoch in itertools.count():
-            key, size = jax.random.fold_in(jax.random.key(seed), epoch), batch_size or BATCH_SIZE
-            yield from np.asarray(gdx.noise.epochs(key, self.train, size)) if self.train else np.zeros((99, 0))
-
-    def advance(self, tx: gdx.Transform, params: Any, state: Any, batches: Any) -> tuple[Any, Any, Metrics]:
-        """Parameters, state and metrics after a step for each batch: to be compiled."""
-        params, state, _ = gdx.train(self.loss_on, tx, params, batches, state=state)
-        return params, state, self.evaluate(params)
+    def batches(self, seed: int, steps: int, size: int = BATCH_SIZE) -> jax.Array:
+        """A batch of examples for each step of `loss_on`, from shuffled epochs."""
+        if not self.train:
+            return jnp.zeros((steps, 0))
+        number = -(-steps // max(len(self.train[0]) // size, 1))
+        return gdx.noise.epochs(jax.random.key(seed), self.train, size, number)[:steps]
 
 
-def stacked(batches: Iterator[np.ndarray], steps: int) -> np.ndarray:
-    """The next of these batches, one for each step, as `gdx.train` takes them."""
-    return np.stack(list(itertools.islice(batches, steps)))
-
-
-@dataclass(frozen=True)
-class Surface:
+class Surface(NamedTuple):
     """A function of the plane: where it is started, where it is smallest, and what a picture shows of it."""
 
     function: Callable[[Any], jax.Array]
@@ -86,16 +76,17 @@ SURFACES = {
 }
 
 
-def _family(rates: Sequence[float], decay: float) -> dict[str, gdx.Transform]:
+def _family(rates: tuple[float, ...], decay: float) -> dict[str, gdx.Transform]:
     descent, sgd, momentum, nesterov, adam, adamw = rates
-    return {
-        "gradient_descent": gdx.gradient_descent(descent),
-        "sgd": gdx.sgd(sgd, momentum=0.9),
-        "momentum": gdx.momentum(momentum),
-        "nesterov": gdx.nesterov(nesterov),
-        "adam": gdx.adam(adam),
-        "adamw": gdx.adamw(adamw, weight_decay=decay),
-    }
+    optimizers = (
+        gdx.gradient_descent(descent),
+        gdx.sgd(sgd, momentum=0.9),
+        gdx.momentum(momentum),
+        gdx.nesterov(nesterov),
+        gdx.adam(adam),
+        gdx.adamw(adamw, weight_decay=decay),
+    )
+    return {type(tx).__name__: tx for tx in optimizers}
 
 
 OPTIMIZERS = {
@@ -104,8 +95,6 @@ OPTIMIZERS = {
     "rosenbrock": _family((1e-3, 2e-4, 5e-4, 1e-3, 0.05, 0.2), decay=1e-3),
 }
 STEPS = {"digits": 2000, "quadratic": 200, "rosenbrock": 2000}
-BATCH_SIZE = 64
-TRAINING_IMAGES = 1437  # of the 1797; known before they are loaded, to check the batch size
 
 
 def load(name: str) -> Problem:
@@ -134,9 +123,8 @@ def digits() -> Problem:
         from sklearn.model_selection import train_test_split
     images, labels = load_digits(return_X_y=True)
     columns = (images / 16).astype(np.float32), labels.astype(np.int32)
-    parts = train_test_split(*columns, train_size=TRAINING_IMAGES, stratify=labels, random_state=0)
+    parts = train_test_split(*columns, test_size=0.2, stratify=labels, random_state=0)
     train_images, test_images, train_labels, test_labels = map(jnp.asarray, parts)
-
     train, test = (train_images, train_labels), (test_images, test_labels)
 
     def evaluate(params: Any) -> Metrics:

@@ -1,143 +1,200 @@
-"""Several processes of one program on this machine that end together: an example, to be read.
+"""Trains on digits with the optimizer's state spread over devices and processes, and checkpoints to go on from.
 
-JAX itself notices a process that is gone only by its heartbeat, and then aborts the others, which nothing in them
-can catch; one that raises an error waits for the others as it leaves, and they for it. So the processes are
-watched from outside: `run` starts them, and each calls `join` first of all. Each has a pipe to the one that watches,
-into which it writes a sign of life twice a second, and why it fails. Nobody at its other end: then it ends too.
+The devices are simulated on the CPU. Each takes an equal part of every batch and keeps an equal part of the
+optimizer's state. --resume goes on with any devices, and with the hyperparameters that are given.
+
+examples:
+  python -m gdx train --devices 8
+  python -m gdx train --devices 2 --processes 2 --checkpoints run
+  python -m gdx train --devices 2 --checkpoints run --epochs 180 --resume
 """
 
+# JAX itself notices a process that is gone only by its heartbeat, and then aborts the others, which nothing in them
+# can catch; one that raises an error waits for the others as it leaves, and they for it. So the processes are
+# watched from outside: `together` starts them, and each calls `join` first of all.
+
+import argparse
 import contextlib
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
+import gdx
+from gdx.checkpoint import Checkpoints
 from gdx.compat import initialize_distributed
-from gdx.demo.terminal import interrupted
+from gdx.demo import terminal
+from gdx.demo.problems import BATCH_SIZE, OPTIMIZERS, digits
 
-PROCESS = "GDX_PROCESS"  # in the environment: its number, how many there are, where they meet, and its pipe
-SILENCE = 10  # seconds without a sign of life, after which a process counts as stopped
-START = 120  # seconds until the first one
-GRACE = 2  # seconds for the others to say what went wrong with them too
-# of JAX: longer, so that it is known which process stopped, and not only that another was aborted
-TIMEOUT = SILENCE + 4
+PROCESS = "GDX_PROCESS"  # in the environment: its number, how many there are, and where they meet
+SILENCE = 10  # seconds without a sign of life, after which JAX takes a process for gone
 
 
-class Refused(ValueError):
-    """A wrong input that shows only when the work begins."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    count = terminal.positive(int)
+    terminal.add(parser, "devices", count, 1, "of each process")
+    terminal.add(parser, "processes", count, 1, "each with its devices")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS["digits"], default="adamw", help="of the family")
+    terminal.add_hyperparameters(parser, float, "X")
+    terminal.add(parser, "checkpoints", Path, "gdx-checkpoints", "their folder", "DIR")
+    terminal.add(parser, "every", count, 10, "epochs between two checkpoints")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    terminal.add(parser, "batch-size", count, BATCH_SIZE, "images per step")
+    terminal.add(parser, "epochs", count, 90, "in all")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Starts the processes and waits for them; in one of them, does its part."""
+    tx = arguments.tx = OPTIMIZERS["digits"][arguments.optimizer].replace(**terminal.hyperparameters(arguments))
+    if PROCESS in os.environ:
+        return join(lambda: train(arguments))
+    folder, total = arguments.checkpoints, arguments.processes * arguments.devices
+    if arguments.batch_size % total:
+        raise ValueError(f"--batch-size is {arguments.batch_size}; expected a multiple of {total}, the devices")
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()  # permissions alone do not say whether files can be made there
+    if arguments.resume:  # what is wrong shows before any process starts
+        params = digits().start(jax.random.key(0))
+        with Checkpoints(folder) as checkpoints:
+            restored(checkpoints, tx, params, tx.init(params), arguments)
+    elif has_checkpoints(folder):
+        raise ValueError(f"{str(folder)!r} has the checkpoints of a run; go on by --resume, or give another folder")
+    command = ["-m", "gdx", "train", *arguments.options]
+    code, reason = together([sys.executable, *command], arguments.processes, arguments.devices)
+    if reason:
+        print(f"python -m gdx train: {reason}", file=sys.stderr)
+    if code and has_checkpoints(folder):
+        again = shlex.join(["python", *(word for word in command if word != "--resume"), "--resume"])
+        print(f"go on from the newest checkpoint with: {again}", file=sys.stderr)
+    return code
+
+
+def has_checkpoints(folder: Path) -> bool:
+    return any(path.name.isdecimal() for path in folder.iterdir())
+
+
+def restored(checkpoints: Checkpoints, tx: Any, params: Any, state: Any, arguments: argparse.Namespace) -> Any:
+    """Step, parameters and state of the newest checkpoint, in which only the given hyperparameters may be others."""
+    *found, saved = checkpoints.restore(tx, params, state, allow=list(terminal.hyperparameters(arguments)))
+    if saved != (given := {name: getattr(arguments, name) for name in saved}):
+        raise ValueError(f"the checkpoint was saved with {saved}; got {given}")
+    return found
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """One process's part."""
+    console, problem, size, folder = terminal.console(), digits(), arguments.batch_size, arguments.checkpoints
+    console.quiet = jax.process_index() > 0
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    tx, key = gdx.sharding.shard_state(arguments.tx, mesh), jax.random.key(arguments.seed)
+    params = jax.device_put(problem.start(key), jax.NamedSharding(mesh, jax.P()))
+    step, state = 0, tx.init(params)
+
+    def epoch(params: Any, state: Any, batches: jax.Array) -> Any:
+        params, state, _ = gdx.train(problem.loss_on, tx, params, batches, state=state)
+        return params, state, problem.evaluate(params)
+
+    # after an epoch parameters and state are where they were
+    out_shardings = (*jax.tree.map(lambda x: x.sharding, (params, state)), None)
+    advance = jax.jit(epoch, donate_argnums=(0, 1), out_shardings=out_shardings)
+    with Checkpoints(folder) as checkpoints, terminal.progress(console) as bars:
+        if arguments.resume:
+            step, params, state = restored(checkpoints, tx, params, state, arguments)
+        done, stop = step // (steps := len(problem.train[0]) // size), False
+        held = gdx.sharding.report(arguments.tx, params, mesh)
+        console.print(
+            f"{problem.title}; {arguments.optimizer} from epoch {done} to {arguments.epochs}; devices: "
+            f"{jax.device_count()}, in processes: {jax.process_count()}, each with {held.nbytes_per_device:,} of the "
+            f"{held.nbytes:,} bytes of state"
+        )
+        task = bars.add_task(arguments.optimizer, total=arguments.epochs, completed=done, text="")
+        while done < arguments.epochs and not stop:
+            batches = gdx.noise.epochs(jax.random.fold_in(key, done), problem.train, size)
+            batches = jax.device_put(np.asarray(batches), jax.NamedSharding(mesh, jax.P(None, "data")))
+            params, state, metrics = advance(params, state, batches)
+            done += 1
+            bars.update(task, completed=done, text=terminal.status(metrics))
+            if not np.isfinite(metrics["loss"]):
+                console.print(f"epoch {done}: the loss is not finite, and nothing of it is saved")
+                return 1
+            # processes get a signal at different times, and have to stop at the same step
+            stop = multihost_utils.process_allgather(terminal.interrupted.is_set()).any()
+            if stop or done % arguments.every == 0 or done == arguments.epochs:
+                extra = {"seed": arguments.seed, "batch_size": size}  # what makes the batches
+                checkpoints.save(done * steps, tx, params, state, extra=extra)
+                console.print(f"checkpoint of epoch {done}: {folder}")
+        checkpoints.wait()
+    return 0
 
 
 def join(main: Callable[[], int]) -> int:
     """Runs `main`, which returns the exit code, as this process's part, with JAX's distributed runtime.
 
-    An error ends the process at once, without waiting for the others: with 2 if it is `Refused`, else with 1.
+    An error ends the process at once, without waiting for the others, and so does the end of the one that watches.
     """
-    number, count, address, pipe = os.environ[PROCESS].split(",")
-    threading.Thread(target=_beat, args=[int(pipe)], daemon=True).start()
+    number, count, address = os.environ[PROCESS].split(",")
+    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
     # Gloo prints lines, which would break the progress bar: what is not Python's goes nowhere
     out = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(out):
         os.dup2(nowhere.fileno(), 1)
         try:
-            if int(count) > 1:
-                timeouts = {"heartbeat_timeout_seconds": TIMEOUT, "shutdown_timeout_seconds": TIMEOUT}
-                initialize_distributed(address, int(count), int(number), initialization_timeout=60, **timeouts)
+            timeouts = {"heartbeat_timeout_seconds": SILENCE, "shutdown_timeout_seconds": SILENCE}
+            initialize_distributed(address, int(count), int(number), initialization_timeout=60, **timeouts)
             code = main()
-            if int(count) > 1:
-                jax.distributed.shutdown()
+            jax.distributed.shutdown()
             return code
-        except BaseException as error:
-            refused = isinstance(error, Refused)
-            if not refused:
-                traceback.print_exc()
-            _tell(int(pipe), str(error) if refused else f"{type(error).__name__}: {error}")
+        except BaseException:
+            traceback.print_exc()
             out.flush()
-            os._exit(2 if refused else 1)
+            os._exit(1)
 
 
-def _beat(pipe: int) -> None:
-    while True:
-        _tell(pipe, "")
-        time.sleep(0.5)
+def together(command: Sequence[str], count: int, devices: int) -> tuple[int, str]:
+    """Runs a program that calls `join` in so many processes, each with so many devices, until all end or one fails.
 
-
-def _tell(pipe: int, text: str) -> None:
-    try:
-        os.write(pipe, f"{' '.join(text.split())[:2000]}\n".encode())
-    except OSError:
-        os._exit(1)
-
-
-class _Member:
-    """One of the processes, as seen from outside."""
-
-    def __init__(self, command: Sequence[str], number: int, count: int, address: str, devices: int):
-        self.name, self.told, self.heard = f"process {number} of {count}", "", time.monotonic() + START - SILENCE
-        self.pipe, end = os.pipe()
-        os.set_blocking(self.pipe, False)
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-        environment = {PROCESS: f"{number},{count},{address},{end}", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-        # a session of its own: Ctrl-C reaches only the process that watches, which passes it on
-        self.process = subprocess.Popen(command, env=os.environ | environment, pass_fds=[end], start_new_session=True)
-        os.close(end)
-
-    def failure(self) -> str:
-        """What went wrong with it, after taking in what it has sent."""
-        code = self.process.poll()
-        with contextlib.suppress(BlockingIOError):
-            if text := os.read(self.pipe, 1 << 16).decode(errors="replace"):
-                self.heard = time.monotonic()
-                self.told += text.replace("\n", "")
-        if code is None:
-            is_silent = time.monotonic() - self.heard > SILENCE
-            return f"{self.name} showed no sign of life for {SILENCE} seconds" if is_silent else ""
-        if code < 0:
-            return f"{self.name} was ended by {signal.Signals(-code).name}"
-        return "" if code in (0, 130) else self.told if code == 2 else f"{self.name} failed: {self.told or code}"
-
-
-def run(command: Sequence[str], count: int, *, devices: int) -> tuple[int, str]:
-    """Runs a program in so many processes, each with so many devices, until all have ended, or one fails.
-
-    Then it ends the others. Noticed are a process that exits with an error, is killed, or shows no sign of life for 10
-    seconds. Ctrl-C is passed on to all, as SIGUSR1: JAX's runtime takes SIGTERM for itself. The command is a program
-    that calls `join`, and its arguments.
+    Then it ends the others. Ctrl-C is passed on to all, as SIGUSR1: JAX's runtime takes SIGTERM for itself.
 
     Returns:
-      The exit code: 0; 130 if they were told to stop; 2 or 1 if one failed. And what went wrong with each that did.
+      The exit code: 0; 130 if they were told to stop; 1 if one failed. And which failed.
     """
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{found.getsockname()[1]}"
-    members = [_Member(command, number, count, address, devices) for number in range(count)]
-    deadline, passed_on = float("inf"), False
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    told, codes, members = False, list[int | None](), []
+    for number in range(count):
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, PROCESS: f"{number},{count},{address}"}
+        # a session of its own: Ctrl-C reaches only the process that watches, which passes it on
+        members.append(subprocess.Popen(command, stdin=subprocess.PIPE, env=env, start_new_session=True))
     try:
-        while any(member.process.poll() is None for member in members) and time.monotonic() < deadline:
+        while not codes or (None in codes and {*codes} <= {None, 0, 130}):
             time.sleep(0.1)
-            if interrupted.is_set() and not passed_on:
-                passed_on = True
+            codes = [member.poll() for member in members]
+            if terminal.interrupted.is_set() and not told:
+                told = True
                 for member in members:
-                    member.process.send_signal(signal.SIGUSR1)
-            if any(member.failure() for member in members):
-                deadline = min(deadline, time.monotonic() + GRACE)
-        failures = {member: text for member in members if (text := member.failure())}
-        codes = {member.process.poll() for member in members}
+                    member.send_signal(signal.SIGUSR1)
     finally:
         for member in members:
-            member.process.kill()
-            member.process.wait()
-            os.close(member.pipe)
-    if codes == {0}:
-        return 0, ""
-    if interrupted.is_set() or not failures:
+            member.kill()
+            member.communicate()
+    if terminal.interrupted.is_set():
         return 130, ""
-    # first those that could not say why: when one is gone, the others fail with an error
-    reasons = [failures[member] for member in sorted(failures, key=lambda member: bool(member.told))]
-    return (2 if 2 in codes else 1), "\n".join(dict.fromkeys(reasons))
+    # first those that were ended, for then the others fail too
+    failed = sorted((code, number) for number, code in enumerate(codes) if code)
+    said = [f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with {code}" for code, _ in failed]
+    return bool(failed), "\n".join(f"process {number} of {count} {why}" for (_, number), why in zip(failed, said))
