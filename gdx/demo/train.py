@@ -120,7 +120,7 @@ def _train(arguments: argparse.Namespace) -> int:
     with Checkpoints(folder) as checkpoints:
         if arguments.resume:
             step, params, state = _restored(checkpoints, tx, params, state, arguments)
-        size = gdx.sharding.report(arguments.tx, params, mesh)
+        size = gdx.describe(arguments.tx, params, mesh)
         console.print(
             f"{problem.title}; {name} from step {step} to {steps}; devices: {arguments.devices}, in processes: "
             f"{arguments.processes}, each with {size.nbytes_per_device:,} of the {size.nbytes:,} bytes of state"
