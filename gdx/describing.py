@@ -2,7 +2,7 @@
 
 import itertools
 import textwrap
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -153,7 +153,7 @@ def _first(paths: tuple[str, ...]) -> str:
     return ", ".join(paths[:3]) + more
 
 
-def _table(header: list[str], sides: str, rows: list[tuple[str, ...]]) -> Iterator[str]:
+def _table(header: list[str], sides: str, rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     """Lines of columns, each to the left or right; what has no column comes behind them, from line to line."""
     if not rows:
         return
@@ -196,6 +196,17 @@ def describe(
     >>> params = {"b": jax.ShapeDtypeStruct((7,), "float32"), "w": jax.ShapeDtypeStruct((4096, 11008), "float32")}
     >>> tx = gdx.groups(gdx.sgd(0.1, momentum=0.9), {"b": dict(learning_rate=gdx.times(0.5))})
     >>> gdx.describe(tx, params, mesh)
+    groups(sgd)
+      group       leaves  parameters
+      b                1           7  learning_rate=0.05
+                                      b
+      all others       1  45,088,768  learning_rate=0.1, momentum=0.9
+                                      w
+    state of 180,355,100 bytes, 4.000 per parameter: 22,544,412 on each device, 28 of them not split along the axis
+      state  format         bytes  per parameter  on each device
+      trace  float32  180,355,100          4.000      22,544,412
+      whole              bytes  why
+      [0][0].trace['b']     28  no dimension of (7,) divides into 8
     """
     tx = to_transform("describe: tx", tx)
     if tx._size():
