@@ -119,7 +119,10 @@ class Description(NamedTuple):
 
     def __repr__(self) -> str:
         columns = 5 if any(leaf.spec is not None for leaf in self.leaves) else 4
-        of_groups = [(p.name, f"{len(p.paths):,}", f"{p.parameters:,}", p.text, _first(p.paths)) for p in self.groups]
+        of_groups = [
+            (p.name, f"{len(p.paths):,}", f"{p.parameters:,}", f"{p.text} in {_first(p.paths)}".strip())
+            for p in self.groups
+        ]
         size = f"state of {self.nbytes:,} bytes, {self.nbytes_per_parameter:.3f} per parameter"
         if columns == 5:
             each, of_it = self.nbytes_per_device, self.nbytes_replicated
@@ -144,27 +147,24 @@ class Description(NamedTuple):
         return "\n".join(filter(None, lines))
 
 
-_SCALARS, _SHOWN, _WIDTH = "scalars", 8, 120
+_SCALARS, _SHOWN, _WIDTH = "scalars", 6, 120
 
 
 def _first(paths: tuple[str, ...]) -> str:
     """The first of some paths, and how many more there are."""
     more = f" and {len(paths) - 3:,} more" if len(paths) > 3 else ""
-    return ", ".join(paths[:3]) + more
+    return ", ".join(paths[:3] or ["nothing"]) + more
 
 
 def _table(header: list[str], sides: str, rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    """Lines of columns, each to the left or right; what has no column comes behind them, from line to line."""
+    """Lines of columns, each to the left or right; what is left of a row comes behind, on as many as it takes."""
     if not rows:
         return
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     for row in (tuple(header), *rows):
         line = "".join(f"  {cell:{side}{width}}" for cell, side, width in zip(row, sides, widths))
-        rest = [
-            textwrap.wrap(cell, max(_WIDTH - len(line) - 2, 40), break_long_words=False) for cell in row[len(header) :]
-        ]
-        behind = [*itertools.chain(*rest)] or [""]
-        yield f"{line}  {behind[0]}".rstrip()
+        behind = textwrap.wrap("".join(row[len(header) :]), max(_WIDTH - len(line) - 2, 40), break_long_words=False)
+        yield f"{line}  {''.join(behind[:1])}".rstrip()
         yield from (" " * len(line) + f"  {words}" for words in behind[1:])
 
 
@@ -198,10 +198,8 @@ def describe(
     >>> gdx.describe(tx, params, mesh)
     groups(sgd)
       group       leaves  parameters
-      b                1           7  learning_rate=0.05
-                                      b
-      all others       1  45,088,768  learning_rate=0.1, momentum=0.9
-                                      w
+      b                1           7  learning_rate=0.05 in b
+      all others       1  45,088,768  learning_rate=0.1, momentum=0.9 in w
     state of 180,355,100 bytes, 4.000 per parameter: 22,544,412 on each device, 28 of them not split along the axis
       state  format         bytes  per parameter  on each device
       trace  float32  180,355,100          4.000      22,544,412
