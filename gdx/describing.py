@@ -131,7 +131,9 @@ class Description(NamedTuple):
             (p.name, p.format, f"{p.nbytes:,}", f"{p.nbytes_per_parameter:.3f}", f"{p.nbytes_per_device:,}")[:columns]
             for p in self.moments
         ]
-        listed = sorted((p for p in self.leaves if p.why or p.why_whole), key=lambda p: -p.nbytes_per_device)
+        # counts and the like last
+        by_size = sorted(self.leaves, key=lambda p: (-p.nbytes_per_device, not p.why_whole))
+        listed = [p for p in by_size if p.why or p.why_whole]
         of_leaves = [
             (p.path, f"{p.nbytes_per_device:,}", "; ".join(filter(None, (p.why, p.why_whole)))) for p in listed[:_SHOWN]
         ]
