@@ -235,9 +235,9 @@ def describe(
         Leaf(jax.tree_util.keystr(path), moment, form, spec, _nbytes(x), _nbytes(x.update(shape=part)), why, why_whole)
         for (path, x), (moment, form, why_whole), (spec, part, why) in zip(arrays, itertools.chain(*about), places)
     ]
-    groups = [group for each, of_each in notes.groups.values() for group in _groups(each, of_each)]
+    found = tuple(group for each, of_each in notes.groups.values() for group in _groups(each, of_each))
     everything = _group("all", tx, _hyperparams(tx), sizes)
-    return Description(kind(tx), tuple(groups) or (everything,), tuple(leaves), everything.parameters)
+    return Description(kind(tx), found or (everything,), tuple(leaves), everything.parameters)
 
 
 def _groups(tx: groups, sizes: Any) -> Iterator[Group]:
@@ -255,13 +255,12 @@ def _groups(tx: groups, sizes: Any) -> Iterator[Group]:
             yield _group(name, member, _hyperparams(member), part)
 
 
-def _group(name: str, tx: Any, hyperparams: dict[str, Any], sizes: Any) -> Group:
+def _group(name: str, tx: Transform | None, hyperparams: dict[str, Any], sizes: Any) -> Group:
+    """One row; tx is None where it is the optimizer but for these hyperparameters."""
     found = jax.tree_util.tree_leaves_with_path(sizes)
     said = ", ".join(f"{name}={_said(value)}" for name, value in hyperparams.items())
-    if isinstance(tx, Transform) and type(tx).__name__ == "set_to_zero":
-        said = "frozen"
-    elif isinstance(tx, Transform) and name not in ("all", "all others"):
-        said = f"{kind(tx)}: {said}"
+    if tx is not None and name not in ("all", "all others"):
+        said = "frozen" if kind(tx) == "set_to_zero" else f"{kind(tx)}: {said}".removesuffix(": ")
     paths = tuple(path_of(path) or "the root" for path, _ in found)
     return Group(name, said, hyperparams, paths, sum(size for _, size in found))
 

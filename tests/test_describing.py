@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +96,17 @@ def test_formats_are_told_apart():
     assert [(m.format, m.nbytes) for m in found if m.name == "mu"] == [*reversed(per_moment)]
 
 
+class Layer(NamedTuple):
+    weight: jax.Array
+    mu: jax.Array
+
+
+def test_moments_are_told_from_attributes_of_parameters():
+    params = Layer(jnp.ones((2, 3)), jnp.ones(()))
+    found = gdx.describe(gdx.adam(0.1), [params]).moments
+    assert [(m.name, m.nbytes) for m in found] == [("mu", 28), ("nu", 28), ("scalars", 4)]
+
+
 def test_of_optax_without_names_and_of_nothing():
     found = gdx.describe(optax.adamw(1e-3), jnp.ones(3)).groups
     assert found == (("all", "", {}, ("the root",), 3),)
@@ -122,6 +134,9 @@ def test_it_counts_what_devices_hold():
     found = gdx.describe(tx, params, mesh)
     assert found.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert found.nbytes_per_device == on_device(state)
+    for name in ("mu", "nu"):
+        there = sum(moment.nbytes_per_device for moment in found.moments if moment.name == name)
+        assert there == on_device(optax.tree.get(state, name))
     whole = [leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.sharding.is_fully_replicated]
     assert found.nbytes_replicated == sum(whole)
     assert [p.nbytes for p in found.replicated] == sorted(whole, reverse=True)
