@@ -250,9 +250,9 @@ def _check_paper() -> None:
         is_leaf=lambda x: isinstance(x, tuple),
     )
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    print(f"\n{count / 1e12:.3f}T parameters in {2 * layers} matrices on 128 x 64 devices, gdx.sharding.report:\n")
+    print(f"\n{count / 1e12:.3f}T parameters in {2 * layers} matrices on 128 x 64 devices, gdx.describe:\n")
     for name, tx in STATES.items():
-        found = gdx.sharding.report(tx, params, mesh, specs=[SPECS] * layers)
+        found = gdx.describe(tx, params, mesh, specs=[SPECS] * layers)
         paper = costs(count, 128, 64, BYTES[name]).state
         print(
             f"{name:12} {_size(found.nbytes_per_device)} on each device, {_size(paper)} on paper, "

@@ -92,7 +92,7 @@ def measure_memory() -> None:
     print("Bytes per parameter of the 8-bit state of models, and the leaves that stay in float32\n")
     rows = []
     for name, tree in TREES.items():
-        found = gdx.sharding.report(gdx.adamw(RATE, **EIGHT_BIT), [jax.ShapeDtypeStruct(s, "float32") for s in tree])
+        found = gdx.describe(gdx.adamw(RATE, **EIGHT_BIT), [jax.ShapeDtypeStruct(s, "float32") for s in tree])
         bytes_whole = sum(place.nbytes for place in found.whole) / found.parameters
         parameters, leaves = f"{found.parameters:,}", f"{len(found.whole) // 2} of {len(tree)}"
         rows.append((name, parameters, f"{found.nbytes_per_parameter:.3f}", leaves, f"{bytes_whole:.3f}"))

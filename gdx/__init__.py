@@ -4,6 +4,7 @@
 - Links: `scale_by_learning_rate`, `scale_by_momentum`, `scale_by_adam`, `add_decoupled_weight_decay`
 - Composing: `chain`, `value` (any optimizer, link or wrapper of optax as a value), `groups`, `times` (changes by path)
 - Schedules: `gdx.schedules` (the usual ones, as values), `schedule`, `hyperparams_in_use`
+- Looking: `describe`, `Description` (who is where, in which format, in how many bytes)
 - Training: `train`, `Trained`
 - Sweeps: `grid`, `stack`, `unstack`, `labels`, `sweep`, `Sweep`, `range_test`, `RangeTest`
 - Averages: `average_parameters`, `read_average`
@@ -109,6 +110,7 @@ if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == "gdx" and signal.
 from gdx import checkpoint, curvature, landscape, noise, plot, schedules, sharding, storage
 from gdx.averages import average_parameters, read_average
 from gdx.compose import chain
+from gdx.describing import Description, describe
 from gdx.fields import Scalar, hyperparameter, static
 from gdx.grouping import groups, times
 from gdx.guards import check_spikes, skip_spikes
@@ -145,6 +147,8 @@ __all__ = [  # noqa: RUF022
     "schedules",
     "schedule",
     "hyperparams_in_use",
+    "describe",
+    "Description",
     "train",
     "Trained",
     "grid",

@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -130,13 +130,25 @@ def checked_moments(tx: Any, updates: optax.Updates, moments: dict[str, Any]) ->
     return columns
 
 
+class Notes(NamedTuple):
+    """What is noted on the way.
+
+    Attributes:
+      whole: why each moment that has a format stays whole, by its place in the link's state.
+      groups: each `gdx.groups` with the sizes of its parameters.
+    """
+
+    whole: dict[tuple, list[str]]
+    groups: dict[Any, tuple[Any, Any]]
+
+
 _notes: ContextVar[Any] = ContextVar("notes", default=None)
 
 
 @contextlib.contextmanager
-def noted() -> Iterator[dict[tuple, list[str]]]:
-    """In here `init` notes why each moment that has a format stays whole, by its place in the link's state."""
-    token = _notes.set(collections.defaultdict(list))
+def noted() -> Iterator[Notes]:
+    """In here `init` leaves its notes."""
+    token = _notes.set(Notes(collections.defaultdict(list), {}))
     try:
         yield _notes.get()
     finally:
@@ -144,14 +156,16 @@ def noted() -> Iterator[dict[tuple, list[str]]]:
 
 
 @contextlib.contextmanager
-def held_together(tx: Any) -> Iterator[None]:
-    """In here `init` is called for parts of a tree; warns where formats hold nothing in any of them."""
-    if _notes.get() is not None:  # whoever asked for the notes judges
+def held_together(tx: Any, params: optax.Params) -> Iterator[None]:
+    """In here `init` is called for parts of these parameters; warns where formats hold nothing in any of them."""
+    if (notes := _notes.get()) is not None:  # whoever asked for the notes judges
+        # by its structure: where it was traced first, the same without tracers replaces it
+        notes.groups[jax.tree.structure((tx, params))] = tx, jax.tree.map(np.size, params)
         yield
         return
     with noted() as notes:
         yield
-    whys = [why for found in notes.values() for why in found]
+    whys = [why for found in notes.whole.values() for why in found]
     if whys and all(whys):
         warnings.warn(
             f"{_name(tx)}: no leaf fits its storage format, so all stay whole. One of them: {whys[0]}. {_WHOLE_MEND}",
@@ -160,8 +174,7 @@ def held_together(tx: Any) -> Iterator[None]:
 
 
 _WHOLE_MEND = (
-    "Choose a smaller minimum_size or block, or leave the format out; gdx.sharding.report(tx, params) lists what stays "
-    "whole"
+    "Choose a smaller minimum_size or block, or leave the format out; gdx.describe(tx, params) lists what stays whole"
 )
 
 
@@ -173,7 +186,7 @@ def check_held(tx: Any, params: optax.Params, names: list[str], rows: list[tuple
             whys = [why_whole(format, row[i]) for row in rows]
             if notes is not None:
                 for (path, _), why in zip(leaves, whys):
-                    notes[jax.tree_util.GetAttrKey(name), *path].append(why)
+                    notes.whole[jax.tree_util.GetAttrKey(name), *path].append(why)
             elif whys and all(whys):
                 whole[f"state.{name} in {format}"] = whys
     if whole:

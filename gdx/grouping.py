@@ -190,7 +190,7 @@ class groups(Transform):
     def _init(self, params: optax.Params) -> optax.OptState:
         parts = self._split(params)[1]
         # a group may be of small leaves alone: what is said of formats that hold nothing is said of all together
-        with held_together(self):
+        with held_together(self, params):
             return tuple(tx._init(part) for tx, part in zip(self.members, parts))
 
     def _update(self, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> tuple[Any, Any]:

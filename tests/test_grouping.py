@@ -179,8 +179,8 @@ def test_few_bits_are_warned_of_only_where_they_hold_nothing_at_all():
     tx = gdx.groups(gdx.adamw(1e-2, **SMALL), {"b": {"weight_decay": 0.0}})
     state = tx.init(params)  # pytest makes errors of warnings
     assert sum(x.nbytes for x in jax.tree.leaves(state)) < 2.1 * 64 * 128 + 8 * 128 + 16
-    report = gdx.sharding.report(tx, params)
-    assert [leaf.path for leaf in report.whole] == ["[0][0].mu['b']", "[0][0].nu['b']"]
+    found = gdx.describe(tx, params)
+    assert [leaf.path for leaf in found.whole] == ["[0][0].mu['b']", "[0][0].nu['b']"]
     with pytest.warns(UserWarning, match=r"^groups: no leaf fits its storage format, so all stay whole"):
         tx.init({"w": jnp.ones(3), "b": jnp.ones(2)})
 

@@ -43,7 +43,7 @@ def test_the_dimension_that_is_split(shape, own, expected):
         assert gdx.sharding.state_shardings(tx, sharded, mesh).trace.spec == expected
 
 
-@pytest.mark.parametrize("call", [gdx.sharding.state_shardings, gdx.sharding.report])
+@pytest.mark.parametrize("call", [gdx.sharding.state_shardings, gdx.describe])
 @pytest.mark.parametrize(
     ("shape", "spec", "parts"),
     [
@@ -168,8 +168,8 @@ def test_gradients_on_the_same_devices_may_be_on_a_mesh_with_other_axes():
 
 def test_the_axes_of_an_abstract_mesh_may_have_any_type():
     params, tx = params_on(EXPLICIT), gdx.adam(0.1)
-    found = gdx.sharding.report(tx, params, AbstractMesh((8,), ("data",)))
-    assert found == gdx.sharding.report(tx, params, EXPLICIT)
+    found = gdx.describe(tx, params, AbstractMesh((8,), ("data",)))
+    assert found == gdx.describe(tx, params, EXPLICIT)
 
 
 def test_inside_shard_map_over_another_axis():

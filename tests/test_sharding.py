@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gdx
@@ -215,34 +215,6 @@ def test_shardings_for_a_restore_are_those_of_init(kind):
             assert sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
 
 
-def test_the_report_counts_what_devices_hold():
-    mesh, tx = make_mesh(), gdx.adamw(1e-2, **EIGHT_BIT)
-    params = put(make_params(), mesh)
-    state = gdx.sharding.shard_state(tx, mesh).init(params)
-    found = gdx.sharding.report(tx, params, mesh)
-    assert found.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    assert found.nbytes_per_device == on_device(state)
-    whole = [leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.sharding.is_fully_replicated]
-    assert found.nbytes_replicated == sum(whole)
-    assert [p.nbytes for p in found.replicated] == sorted(whole, reverse=True)
-    reasons = {p.path: p.why for p in found.replicated}
-    assert reasons["[0].count"] == "a scalar"
-    assert reasons["[0].mu['odd']"] == "no dimension of (7,) divides into 8"
-    assert f"state of {found.nbytes:,} bytes: {found.nbytes_per_device:,} on each device" in repr(found)
-
-
-def test_the_report_says_why_blocks_are_not_cut():
-    tx, p = gdx.adam(0.1, **EIGHT_BIT), jax.ShapeDtypeStruct((3, 320), "float32")
-    found = gdx.sharding.report(tx, p, AbstractMesh((4,), ("data",)))
-    reasons = {place.path: place.why for place in found.replicated}
-    assert reasons["[0].mu.codes"] == "no dimension of (3, 320) divides into 4 parts of whole blocks"
-
-
-def test_the_report_stays_short():
-    params = [jax.ShapeDtypeStruct((7,), "float32")] * 500
-    assert len(repr(gdx.sharding.report(gdx.adam(0.1), params, AbstractMesh((8,), ("data",)))).splitlines()) == 22
-
-
 def init(**kwargs):
     mesh, params = make_mesh(), put(make_params(shapes=FEW), make_mesh())
     return gdx.sharding.shard_state(**{"tx": gdx.adam(0.1), "mesh": mesh, **kwargs}).init(params)
@@ -285,9 +257,9 @@ def other_mesh():
             r"state_shardings: the mesh has no axis 'model'",
         ),
         (
-            lambda: gdx.sharding.report(gdx.adam(0.1), make_params(), make_mesh(), "x"),
+            lambda: gdx.describe(gdx.adam(0.1), make_params(), make_mesh(), "x"),
             ValueError,
-            r"report: the mesh has",
+            r"describe: the mesh has",
         ),
         (
             lambda: gdx.sharding.state_shardings(gdx.adam(0.1), put(make_params(), make_mesh(4)), make_mesh()),
@@ -296,7 +268,7 @@ def other_mesh():
         ),
         *(
             (lambda ask=ask, given=given: ask(gdx.adam(0.1), *given), TypeError, f"{ask.__name__}: {words}")
-            for ask in (gdx.sharding.report, gdx.sharding.state_shardings)
+            for ask in (gdx.describe, gdx.sharding.state_shardings)
             for given, words in (
                 ((make_params(), "data"), "mesh is 'data'; expected a mesh of devices"),
                 ((make_params(), 8), "mesh is 8; expected a mesh of devices"),

@@ -114,7 +114,7 @@ def train(arguments: argparse.Namespace) -> int:
         if arguments.resume:
             step, params, state = restored(checkpoints, tx, params, state, arguments)
         done, stop = step // (steps := len(problem.train[0]) // size), False
-        held = gdx.sharding.report(arguments.tx, params, mesh)
+        held = gdx.describe(arguments.tx, params, mesh)
         console.print(
             f"{problem.title}; {arguments.optimizer} from epoch {done} to {arguments.epochs}; devices: "
             f"{jax.device_count()}, in processes: {jax.process_count()}, each with {held.nbytes_per_device:,} of the "

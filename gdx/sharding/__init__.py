@@ -25,8 +25,8 @@ True
 >>> params["w"].sharding.is_fully_replicated, is_split(state)
 (True, True)
 
-`report` says what each device will hold, from shapes alone, and `state_shardings` where each leaf of a checkpoint is to
-be restored. The state's structure is that of the optimizer alone, so its checkpoints are too.
+`gdx.describe` says what each device will hold, from shapes alone, and `state_shardings` where each leaf of a checkpoint
+is to be restored. The state's structure is that of the optimizer alone, so its checkpoints are too.
 
 Nothing else is sent than the gradients and updates, nothing compiles again, and everything is donated. The element-wise
 optimizers of gdx, few-bit formats and rounding links too, have the same bits as on one device, given the same
@@ -56,6 +56,6 @@ ones, need a line more: see `shard_state`. It has run on CPUs alone; for TPUs an
 Source: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models (2020), section 5.1.
 """
 
-from gdx.sharding.state import Leaf, Report, report, shard_state, state_shardings
+from gdx.sharding.state import shard_state, state_shardings
 
-__all__ = ["Leaf", "Report", "report", "shard_state", "state_shardings"]
+__all__ = ["shard_state", "state_shardings"]

@@ -1,10 +1,9 @@
-"""A transform that keeps its state split over a mesh, and what of a state is split."""
+"""A transform that keeps its state split over a mesh."""
 
 import dataclasses
 import functools
-import itertools
 import reprlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +11,10 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from gdx.checks import check_state_like, noted
+from gdx.checks import check_state_like
 from gdx.fields import static
 from gdx.mesh import constrained, hidden_axes, is_inside_shard_map, names_of, sharding_of, typed_sharding, untyped
 from gdx.sharding.placement import Plan, check_devices, plan_of
-from gdx.storage.blocks import is_packed
 from gdx.transform import Transform, to_transform
 from gdx.trees import check_arrays, path_text
 
@@ -43,7 +41,7 @@ class shard_state(Transform):
     Each moment has the sharding of its parameter and is split further along the axis, on the first
     dimension that divides into equal parts: rather on one that is not split already, and on the last
     only if no other will do or its parts are multiples of 128. Scalars are on every device, and so
-    is what does not divide (see `report`). `init` makes the state in its places, also outside
+    is what does not divide (see `gdx.describe`). `init` makes the state in its places, also outside
     `jax.jit`; `update` keeps it there, and its updates have the parameters' own sharding. The state's
     structure is that of `tx` alone.
 
@@ -85,7 +83,7 @@ class shard_state(Transform):
     specs: Any = static(default=None, convert=_to_specs)
 
     def validate(self) -> None:
-        _check_layout("shard_state", self.mesh, self.axis, self.specs)
+        check_layout("shard_state", self.mesh, self.axis, self.specs)
 
     def init_tree(self, params: optax.Params) -> optax.OptState:
         self._check_outside()
@@ -174,165 +172,16 @@ def state_shardings(
     return _shardings(*_abstract("state_shardings", tx, params, mesh, axis, specs), mesh)
 
 
-class Leaf(NamedTuple):
-    """Where one array of a state lives.
-
-    Attributes:
-      path: where it is in the state.
-      spec: how it is split; None without a mesh.
-      nbytes: of the whole array.
-      nbytes_per_device: of the part that a device holds.
-      why: why it is not split along the axis; empty if it is, or without a mesh.
-      why_whole: why it is not held in its storage format; empty if it is, or has none.
-    """
-
-    path: str
-    spec: PartitionSpec | None
-    nbytes: int
-    nbytes_per_device: int
-    why: str
-    why_whole: str
-
-
-class Report(NamedTuple):
-    """How large a state is, and where on a mesh; prints as a table of what is not split, or not in few bits.
-
-    Attributes:
-      leaves: one for each array of the state.
-      parameters: how many numbers the parameters are.
-    """
-
-    leaves: tuple[Leaf, ...]
-    parameters: int
-
-    @property
-    def nbytes(self) -> int:
-        """Of the whole state."""
-        return sum(leaf.nbytes for leaf in self.leaves)
-
-    @property
-    def nbytes_per_parameter(self) -> float:
-        """Of the whole state."""
-        return self.nbytes / max(self.parameters, 1)
-
-    @property
-    def whole(self) -> tuple[Leaf, ...]:
-        """What is not held in its storage format, the largest first."""
-        return tuple(sorted((p for p in self.leaves if p.why_whole), key=lambda p: -p.nbytes))
-
-    @property
-    def nbytes_per_device(self) -> int:
-        """Of the state that each device holds."""
-        return sum(leaf.nbytes_per_device for leaf in self.leaves)
-
-    @property
-    def replicated(self) -> tuple[Leaf, ...]:
-        """What is not split along the axis, the largest first."""
-        return tuple(sorted((p for p in self.leaves if p.why), key=lambda p: -p.nbytes_per_device))
-
-    @property
-    def nbytes_replicated(self) -> int:
-        """Of the part of `nbytes_per_device` that is not split along the axis."""
-        return sum(leaf.nbytes_per_device for leaf in self.replicated)
-
-    def __repr__(self) -> str:
-        lines = [f"state of {self.nbytes:,} bytes, {self.nbytes_per_parameter:.3f} per parameter"]
-        if any(leaf.spec is not None for leaf in self.leaves):
-            each, of_it = self.nbytes_per_device, self.nbytes_replicated
-            lines = [
-                f"state of {self.nbytes:,} bytes: {each:,} on each device, {of_it:,} of them not split along the axis"
-            ]
-        listed = sorted((p for p in self.leaves if p.why or p.why_whole), key=lambda p: -p.nbytes_per_device)
-        shown = listed[:_SHOWN]
-        width = max((len(leaf.path) for leaf in shown), default=0)
-        for p in shown:
-            why = "; ".join(filter(None, (p.why, p.why_whole)))
-            lines.append(f"  {p.path:{width}}  {p.nbytes_per_device:>10,}  {why}")
-        if len(listed) > _SHOWN:
-            lines.append(f"  and {len(listed) - _SHOWN} smaller ones")
-        return "\n".join(lines)
-
-
-_SHOWN = 20
-
-
-def report(
-    tx: optax.GradientTransformation,
-    params: Any,
-    mesh: Mesh | AbstractMesh | None = None,
-    axis: str = "data",
-    specs: Any = None,
-) -> Report:
-    """How many bytes the state takes: on each device of a mesh, and per parameter; what is larger than asked, and why.
-
-    That is what cannot be split along the axis, and moments that do not fit their storage format. Nothing is computed,
-    so that neither the devices nor the memory need be there. Errors are those of `state_shardings`.
-
-    Args:
-      tx, params, axis, specs: as in `state_shardings`.
-      mesh: the devices; None for all of the state on one.
-
-    >>> import gdx, jax
-    >>> mesh = jax.sharding.AbstractMesh((8,), ("data",))
-    >>> params = {"b": jax.ShapeDtypeStruct((7,), "float32"), "w": jax.ShapeDtypeStruct((4096, 11008), "float32")}
-    >>> gdx.sharding.report(gdx.adamw(1e-3), params, mesh)
-    state of 360,710,204 bytes: 45,088,828 on each device, 60 of them not split along the axis
-      [0].mu['b']          28  no dimension of (7,) divides into 8
-      [0].nu['b']          28  no dimension of (7,) divides into 8
-      [0].count             4  a scalar
-    >>> gdx.sharding.report(gdx.sgd(0.1, 0.9, accumulator_dtype=gdx.storage.SignedFourthRoot8()), params)
-    state of 45,793,312 bytes, 1.016 per parameter
-      [0].inner_state.trace['b']          28  7 numbers, fewer than minimum_size=4096
-    """
-    tx, bare = to_transform("report: tx", tx), _bare("report", params)
-    # traced anew, which notes why moments are whole
-    with noted() as notes, jax.disable_jit():
-        state = jax.eval_shape(lambda params: tx.init(params), bare)
-    nodes = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_packed)
-    whys = [[_noted(notes, path)] * len(jax.tree.leaves(node)) for path, node in nodes]
-    leaves, count = jax.tree_util.tree_leaves_with_path(state), sum(map(np.size, jax.tree.leaves(bare)))
-    rows = [(jax.tree_util.keystr(path), x, why) for (path, x), why in zip(leaves, itertools.chain(*whys))]
-    if mesh is None:
-        return Report(tuple(Leaf(path, None, _nbytes(x), _nbytes(x), "", why) for path, x, why in rows), count)
-    _check_layout("report", mesh, axis, specs)
-    plan, placed = plan_of("report", state, params, mesh, axis, specs), []
-    for (path, x, why_whole), spec, follows in zip(rows, plan.state, plan.follows):
-        part = x.update(shape=NamedSharding(mesh, spec).shard_shape(x.shape))
-        is_split = axis in (name for entry in spec for name in names_of(entry))
-        why = "" if is_split else _why_not_split(part.shape, mesh.shape[axis], follows)
-        placed.append(Leaf(path, spec, _nbytes(x), _nbytes(part), why, why_whole))
-    return Report(tuple(placed), count)
-
-
-def _noted(notes: dict[tuple, list[str]], path: tuple) -> str:
-    """What is noted of the moment there: of links whose moments have one name, the first has noted it first."""
-    return next((notes[path[i:]].pop(0) for i in range(len(path)) if notes.get(path[i:])), "")
-
-
-def _nbytes(x: Any) -> int:
-    return x.size * x.dtype.itemsize
-
-
-def _why_not_split(part: tuple[int, ...], count: int, follows: bool) -> str:
-    if not part:
-        return "a scalar"
-    if not any(size and size % count == 0 for size in part):
-        return f"no dimension of {part} divides into {count}"
-    if follows:
-        return f"no dimension of {part} divides into {count} parts of whole blocks"
-    return "shaped like no parameter, and small"
-
-
 def _abstract(
     name: str, tx: optax.GradientTransformation, params: Any, mesh: Mesh | AbstractMesh, axis: str, specs: Any
 ) -> tuple[Any, Plan]:
     """The state in shapes and dtypes, and its plan, for the function of this name."""
-    _check_layout(name, mesh, axis, specs)
-    state = jax.jit(_init).eval_shape(to_transform(f"{name}: tx", tx), _bare(name, params))
+    check_layout(name, mesh, axis, specs)
+    state = jax.jit(_init).eval_shape(to_transform(f"{name}: tx", tx), bare(name, params))
     return state, plan_of(name, state, params, mesh, axis, specs)
 
 
-def _bare(name: str, params: Any) -> Any:
+def bare(name: str, params: Any) -> Any:
     check_arrays(f"{name}: params", params)
     return jax.tree.map(lambda p: jax.ShapeDtypeStruct(np.shape(p), jnp.result_type(p)), params)
 
@@ -345,7 +194,7 @@ def _init(tx: Transform, params: optax.Params) -> optax.OptState:
     return tx.init(params)
 
 
-def _check_layout(name: str, mesh: Mesh | AbstractMesh, axis: str, specs: Any) -> None:
+def check_layout(name: str, mesh: Mesh | AbstractMesh, axis: str, specs: Any) -> None:
     _to_mesh(f"{name}: mesh", mesh, AbstractMesh)
     _to_specs(f"{name}: specs", specs)
     if axis not in mesh.axis_names:

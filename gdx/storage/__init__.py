@@ -22,7 +22,7 @@ Packed(codes=uint8[16,512], scales=float32[16,2], format=storage.FourthRoot8())
 
 Blocks of 8 bits fit real shapes, projections to heads and convolutions too: Adam's state of a ResNet-50 or a
 transformer takes 2.05 bytes per parameter. Leaves of fewer than 4,096 numbers stay in float32: `init` warns if nothing
-else is there, and `print(gdx.sharding.report(tx, params))` lists them.
+else is there, and `print(gdx.describe(tx, params))` lists them.
 
 What fails silently is refused: a second moment rounded to nearest with `b2 >= 0.99` stands still once gradients shrink,
 and linear 8-bit codes diverge.

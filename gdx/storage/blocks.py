@@ -96,7 +96,7 @@ class Blocks(Format):
     copy in each step. Codes and scales shard like the parameter as long as each shard holds whole blocks.
 
     Arrays of fewer than `minimum_size` numbers, or with fewer than a quarter of `block` up to `axis`, are too small
-    to gain and stay in float32; so do complex moments. `gdx.sharding.report(tx, params)` lists them, and `init` warns
+    to gain and stay in float32; so do complex moments. `gdx.describe(tx, params)` lists them, and `init` warns
     if nothing is left.
 
     A block with an infinity or NaN becomes NaN altogether, to be seen. A block whose largest is below

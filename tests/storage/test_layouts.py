@@ -124,7 +124,7 @@ def test_boxes_of_real_shapes(shape, axis, box):
 @pytest.mark.parametrize("name", TREES)
 def test_bytes_per_parameter_of_real_models(name):
     tree = [jax.ShapeDtypeStruct(shape, "float32") for shape in TREES[name]]
-    found = gdx.sharding.report(gdx.adamw(1e-3, **EIGHT_BIT), tree)
+    found = gdx.describe(gdx.adamw(1e-3, **EIGHT_BIT), tree)
     assert found.nbytes_per_parameter <= 2.13
     state = jax.eval_shape(gdx.adamw(1e-3, **EIGHT_BIT).init, tree)
     assert found.nbytes == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
@@ -209,50 +209,4 @@ def test_nothing_is_said_where_something_is_held_or_asked_for():
     gdx.adamw(0.1, **EIGHT_BIT).init({**small, "large": jnp.ones((64, 64))})
     gdx.adamw(0.1, **EIGHT_BIT).init({})
     gdx.adamw(0.1, mu_dtype="bfloat16", nu_dtype=gdx.storage.StochasticBfloat16()).init(small)
-    gdx.sharding.report(gdx.adamw(0.1, **EIGHT_BIT), small)
-
-
-PARAMS = {"w": (512, 8, 64), "b": (512,), "v": (64, 64), "s": ()}
-LABELS = {"w": "adam", "b": "sgd", "v": "sgd", "s": "adam"}
-TX = gdx.adamw(1e-3, **EIGHT_BIT)
-MOMENTUM = gdx.sgd(0.1, 0.9, accumulator_dtype=EIGHT_BIT["mu_dtype"])
-FEW, ONE = (f"{count} numbers, fewer than minimum_size=4096" for count in (512, 1))
-OF_ADAM = {f"mu['{k}']": why for k, why in (("b", FEW), ("s", ONE))} | {"nu['b']": FEW, "nu['s']": ONE}
-
-
-@pytest.mark.parametrize("mesh", [None, AbstractMesh((8,), ("data",))], ids=["no mesh", "mesh"])
-@pytest.mark.parametrize(
-    ("tx", "expected"),
-    [
-        (TX, OF_ADAM),
-        (gdx.adamw(optax.constant_schedule(0.1), **EIGHT_BIT), OF_ADAM),
-        (optax.chain(optax.clip(1.0), TX, gdx.round_stochastically()), OF_ADAM),
-        (gdx.value(optax.MultiSteps)(TX, every_k_schedule=2), OF_ADAM),
-        (gdx.sharding.shard_state(TX, jax.make_mesh((1,), ("data",))), OF_ADAM),
-        (optax.masked(TX, {name: name in "wv" for name in PARAMS}), {}),
-        (gdx.chain(optax.masked(TX, {name: name != "b" for name in PARAMS})), {"mu['s']": ONE, "nu['s']": ONE}),
-        (optax.partition({"adam": TX, "sgd": MOMENTUM}, LABELS), {"mu['s']": ONE, "nu['s']": ONE, "trace['b']": FEW}),
-        (gdx.adamw(1e-3), {}),
-        (
-            gdx.adamw(1e-3, mu_dtype="bfloat16", nu_dtype=FourthRoot8()),
-            {k: v for k, v in OF_ADAM.items() if k[0] == "n"},
-        ),
-        # the first of two moments of one name is held in another format
-        (gdx.chain(gdx.scale_by_adam(nu_dtype=FourthRoot8(minimum_size=512)), TX), {"nu['s']": "1 numbers"} | OF_ADAM),
-    ],
-)
-def test_the_report_says_what_stays_whole(tx, expected, mesh):
-    params = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in PARAMS.items()}
-    found = gdx.sharding.report(tx, params, mesh)
-    assert gdx.sharding.report(tx, params, mesh) == found  # from nothing that was traced before
-    whys = {place.path.rpartition(".")[2]: place.why_whole for place in found.whole}
-    assert whys.keys() == expected.keys()
-    assert all(whys[name].startswith(why) for name, why in expected.items())
-    assert all(why in repr(found) for why in expected.values())
-    count = sum(map(math.prod, PARAMS.values()))
-    state = jax.eval_shape(tx.init, params)
-    assert found.nbytes == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    assert found.nbytes_per_parameter == found.nbytes / count
-    if mesh is None:
-        assert found.nbytes_per_device == found.nbytes
-        assert repr(found).startswith(f"state of {found.nbytes:,} bytes, {found.nbytes / count:.3f} per parameter")
+    gdx.describe(gdx.adamw(0.1, **EIGHT_BIT), small)
