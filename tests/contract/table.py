@@ -138,7 +138,7 @@ def averaged(
     accumulator_dtype: Any = None,
 ) -> gdx.Transform:
     """With the average of its parameters."""
-    tx = gdx.momentum(learning_rate, momentum, accumulator_dtype=accumulator_dtype)
+    tx = gdx.sgd(learning_rate, momentum, accumulator_dtype=accumulator_dtype)
     return gdx.average_parameters(tx, decay, start=start, every=every, dtype=dtype)
 
 
