@@ -129,10 +129,16 @@ def measured(learning_rate: Any, decay: Any) -> gdx.Transform:
 
 
 def averaged(
-    learning_rate: Any, momentum: Any = 0.9, decay: Any = 0.999, start: int = 0, every: int = 1, dtype: Any = None
+    learning_rate: Any,
+    momentum: Any = 0.9,
+    decay: Any = 0.999,
+    start: int = 0,
+    every: int = 1,
+    dtype: Any = None,
+    accumulator_dtype: Any = None,
 ) -> gdx.Transform:
     """With the average of its parameters."""
-    tx = gdx.sgd(learning_rate, momentum)
+    tx = gdx.sgd(learning_rate, momentum, accumulator_dtype=accumulator_dtype)
     return gdx.average_parameters(tx, decay, start=start, every=every, dtype=dtype)
 
 
@@ -442,6 +448,13 @@ ROWS = (
         (
             {"learning_rate": 0.1, "momentum": 0.9, "decay": 0.999},
             {"learning_rate": 0.1, "momentum": 0.9, "decay": None, "start": 2, "every": 3},
+            {
+                "learning_rate": 0.1,
+                "momentum": 0.9,
+                "decay": 0.99,
+                "dtype": _STOCHASTIC,
+                "accumulator_dtype": _SMALL_MU,
+            },
         ),
         _with_rate(
             (

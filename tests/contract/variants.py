@@ -26,6 +26,7 @@ import numpy as np
 import optax
 
 import gdx
+from gdx.averages import averaging
 from gdx.checkpoint.describe import describe
 from gdx.compat import contracts_all
 from gdx.links.adam import _correction
@@ -123,6 +124,23 @@ def state_in_the_computed_dtype(
 def not_averaged_from_the_start(right: Any, self: Any, updates: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
     updates, new = right(self, updates, state._replace(measured=state.measured + 10**6), *args, **kwargs)
     return updates, new._replace(measured=new.measured - 10**6)
+
+
+def skipped_is_averaged(right: Any, tx: Any, *args: Any) -> Any:
+    is_made, factor, scalars = right(tx, *args)
+    made = right(but(tx, threshold=jnp.full_like(scalars.mean, jnp.inf)), *args)[2]
+    return is_made, factor, scalars._replace(mean=made.mean, deviation=made.deviation)
+
+
+def skip_is_counted(right: Any, tx: Any, updates: Any, value: Any, state: Any) -> Any:
+    is_made, factor, scalars = right(tx, updates, value, state)
+    return is_made, factor, scalars._replace(count=optax.safe_increment(state.count))
+
+
+def counts_move_on_a_skip(right: Any, self: Any, updates: Any, state: Any, *args: Any) -> Any:
+    updates, new = right(self, updates, state, *args)
+    move = lambda old, new: optax.safe_increment(old) if old.dtype == np.int32 else new  # noqa: E731
+    return updates, new._replace(inner_state=jax.tree.map(move, state.inner_state, new.inner_state))
 
 
 def with_defaults(right: Any, self: Any) -> Any:
@@ -387,6 +405,48 @@ VARIANTS = list(map(Variant._make, (
      "leafwise:check_held", lambda right, tx, params, names, rows: None),
     ("the update reads what was not rounded", "storage/test_blocks.py::test_the_update_is_that_of_the_stored_moments",
      "storage.formats:with_slope_of", lambda right, x, value: x),
+    # What is around an optimizer.
+    ("a frozen group keeps state",
+     "test_grouping.py::test_the_state_is_as_large_as_without_groups_and_frozen_leaves_less", "grouping:_freeze",
+ lambda right, *args: gdx.sgd(0.0, momentum=0.9)),
+    ("the last pattern counts",
+     "test_grouping.py::test_the_first_pattern_counts_and_paths_are_spelled_alike_everywhere", "grouping:_assigned",
+    lambda right, patterns, structure:
+     tuple(max(len(patterns) - 1 - i, -1) % (len(patterns) + 1) for i in right(patterns[::-1], structure))),
+    ("a path without what leads to it",
+     "test_grouping.py::test_the_first_pattern_counts_and_paths_are_spelled_alike_everywhere", "grouping:path_of",
+     lambda right, path: right(path[-1:])),
+    ("a multiple of a schedule that stands still",
+     "test_grouping.py::test_each_group_has_the_bits_of_its_own_optimizer[a schedule-False]", "grouping:_multiplied",
+     lambda right, value, factor: right(value(0) if callable(value) else value, factor)),
+    ("a schedule of a group read at another's count", "test_grouping.py::test_schedules_are_read_where_they_are",
+     "grouping:groups._counts", lambda right, self, state: ((path, 0 * count) for path, count in right(self, state))),
+    ("what is skipped is in the averages", "test_guards.py::test_norms_are_judged_as_numpy_does", "guards:_judged",
+     skipped_is_averaged),
+    ("a skip moves the count of the steps", "test_guards.py::test_in_every_place[gdx.chain]",
+     "guards:_judged", skip_is_counted),
+    ("a skip moves the counts inside", "test_guards.py::test_in_every_place[gdx.chain]",
+     "guards:skip_spikes._update", counts_move_on_a_skip),
+    ("a skipped update of 0.0", "test_guards.py::test_a_skipped_step_changes_no_bit_of_a_parameter[True-float32]",
+     "guards:jnp", like(jnp, full_like=lambda x, value: jnp.zeros_like(x))),
+    ("norm by squares as they are", "test_guards.py::test_norms_whose_squares_overflow_or_vanish[float32-1e+25]",
+     "guards:_norm", lambda right, tree, like: optax.tree.norm(tree).astype(like.dtype)),
+    ("skips without end", "test_guards.py::test_it_gives_up_on_what_is_nan_for_good[False]", "guards:_judged",
+     lambda right, tx, updates, value, state: right(tx, updates, value, state._replace(in_a_row=0 * state.in_a_row))),
+    ("an average not corrected for its start",
+     "test_averages.py::test_is_the_weighted_mean_of_what_the_parameters_were[0-1-0.999]", "averages:_moved",
+     lambda right, state, params, decay, *rest: (moved := right(state, params, decay, *rest))._replace(
+         weight=moved.weight if decay is None else jnp.minimum(moved.weight, 1 - decay))),
+    ("weights of an average one step late",
+     "test_averages.py::test_is_the_weighted_mean_of_what_the_parameters_were[0-1-0.5]", "averages:_moved",
+     lambda right, state, *args: (moved := right(state, *args))._replace(
+         weight=jnp.where(state.total > 0, state.weight, moved.weight))),
+    ("an average without the newest parameters",
+     "test_averages.py::test_is_the_weighted_mean_of_what_the_parameters_were[0-1-0.5]", "averages:_read",
+     lambda right, weight, *args: right(jnp.where(weight < 1, 0, weight), *args)),
+    ("a mean of all that loses what is rounded",
+     "test_averages.py::test_stays_exact_over_a_million_steps[None-1e-07]", "averages:_link",
+     lambda right, weight, decay, dtype: averaging(weight, dtype)),
     # Populations and training.
     ("another order of the grid", "test_population.py::test_a_grid_is_every_combination_in_order", "population:grid",
      lambda right, make, **settings: right(make, **dict(reversed(settings.items())))),
@@ -407,6 +467,8 @@ VARIANTS = list(map(Variant._make, (
     ("state of before forgotten", "test_training.py::test_goes_on_from_a_state", "training:train",
      lambda right, *args, state=None, **rest: right(*args, **rest)),
     ("divergence of the end unseen", "test_training.py::test_a_member_whose_last_step_diverges_is_marked",
+     "training:Sweep.diverged", lambda right, self: ~jnp.isfinite(self.losses[:, -1])),
+    ("what was skipped counted as diverged", "test_together.py::test_a_transformer_is_trained[in_equinox]",
      "training:Sweep.diverged", lambda right, self: ~jnp.all(jnp.isfinite(self.losses), axis=1)),
     ("edge one rate too far", "test_training.py::test_the_range_test_finds_the_edge_of_a_bowl", "training:range_test",
      then(lambda found: found._replace(edge=found.edge * (found.learning_rates[1] / found.learning_rates[0])))),
