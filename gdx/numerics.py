@@ -1,5 +1,6 @@
 """Arithmetic that is wide enough, and rounds the same way in every program."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdx.compat import contracts_all
+from gdx.fields import is_concrete
 
 
 def uncontracted(product: jax.Array) -> jax.Array:
@@ -66,6 +68,14 @@ def _behind_bits_jvp(primals: tuple, tangents: tuple) -> tuple:
 
 # what has a slope of its own is slow to trace: so it is once for each shape, not once for each product
 _behind_bits_of_shape = jax.jit(_behind_bits, inline=True)
+
+
+def either(condition: jax.Array, this: Callable[[], Any], other: Callable[[], Any]) -> Any:
+    """The one or the other: a selection would change how a compiler contracts the sums before and after it."""
+    # outside of compiled functions `cond` would compile anew at each step
+    if is_concrete(condition):
+        return this() if condition else other()
+    return jax.lax.cond(condition, this, other)
 
 
 def compute_dtype(*arrays: Any) -> np.dtype:
