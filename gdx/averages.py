@@ -181,7 +181,7 @@ class average_parameters(Transform):
     >>> noisy = lambda theta, noise: jnp.sum(0.5 * theta**2 + noise * theta)  # least at 0
     >>> noise = jax.random.normal(jax.random.key(0), (2000, 10))
     >>> tx = gdx.average_parameters(gdx.sgd(0.5), decay=None, start=100)
-    >>> params, state, _ = gdx.train(noisy, tx, jnp.ones(10), noise)
+    >>> params, state, *_ = gdx.train(noisy, tx, jnp.ones(10), noise)
     >>> average = gdx.read_average(state, params)
     >>> bool(jnp.linalg.norm(average) < 0.1 * jnp.linalg.norm(params))
     True

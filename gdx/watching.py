@@ -240,4 +240,9 @@ def read_watch(state: Any) -> Watched:
     >>> dict(zip(watched.names, watched.update_over_parameter.round(3).tolist()))
     {'bias': 0.1..., 'others': 0.5}
     """
-    return one_of("read_watch", state, WatchState, "record", "gdx.watch(tx)").watched
+    return watch_state(state).watched
+
+
+def watch_state(state: Any) -> WatchState:
+    """The state of the one `watch` in a state."""
+    return one_of("read_watch", state, WatchState, "record", "gdx.watch(tx)")

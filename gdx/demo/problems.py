@@ -46,7 +46,7 @@ class Problem:
 
     def advance(self, tx: gdx.Transform, params: Any, state: Any, batches: Any) -> tuple[Any, Any, Metrics]:
         """Parameters, state and metrics after a step for each batch: to be compiled."""
-        params, state, _ = gdx.train(self.loss_on, tx, params, batches, state=state)
+        params, state, *_ = gdx.train(self.loss_on, tx, params, batches, state=state)
         return params, state, self.evaluate(params)
 
 
