@@ -12,8 +12,7 @@ import optax
 
 from gdx.checks import check_alike, check_state
 from gdx.fields import Scalar, hyperparameter, is_number, static, to_bool, to_integer
-from gdx.noise.estimates import norm
-from gdx.numerics import by_itself, either, uncontracted
+from gdx.numerics import by_itself, either, norm, uncontracted
 from gdx.transform import Transform, cast_like, to_transform, widened
 
 

@@ -13,8 +13,7 @@ import optax
 from gdx.checks import check_alike, check_state, one_of, require_params
 from gdx.fields import is_concrete, static, to_integer
 from gdx.grouping import assigned_to, groups, path_of
-from gdx.noise.estimates import norm
-from gdx.numerics import accurate, either
+from gdx.numerics import accurate, either, norm
 from gdx.transform import Transform, all_within, hyperparams_in_use, is_bfloat16, to_transform
 from gdx.values import is_float
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from gdx.arguments import check_floating, is_real, number, refuse
 from gdx.fields import is_concrete
-from gdx.numerics import accurate
+from gdx.numerics import accurate, squared_norm
 from gdx.trees import leading_axis
 
 
@@ -169,31 +169,3 @@ def of_gradients(gradients: Any, batch_size: Any = 1) -> Noise:
     size = _number(batch_size, scatter)
     trace = scatter * (size / (count - 1))
     return Noise(squared_norm(means) - trace * (1 / (size * count)), trace)
-
-
-def squared_norm(tree: Any) -> jax.Array:
-    """The sum of |x|^2, in at least float32, as the default float dtype."""
-    total = jnp.zeros([], jnp.result_type(float))
-    for x in map(accurate, jax.tree.leaves(tree)):
-        total += jnp.sum(x.real**2 + x.imag**2 if jnp.iscomplexobj(x) else x * x).astype(total.dtype)
-    return total
-
-
-def norm(tree: Any, like: jax.Array) -> jax.Array:
-    """The l2 norm, wherever it is representable: squares are taken in units near it, of this usual one or the largest.
-
-    Units also keep the compiler from sharing squares with a second moment, for which it would write them all out.
-    """
-    leaves = [x for x in jax.tree.leaves(tree) if x.size]
-
-    def in_units(unit: jax.Array) -> jax.Array:
-        unit = jnp.maximum(unit, jnp.finfo(unit.dtype).tiny)
-        scaled = (jnp.abs(accurate(x)) for x in leaves)
-        return unit * jnp.sqrt(squared_norm([x * (1 / unit).astype(x.dtype) for x in scaled]))
-
-    def in_largest() -> jax.Array:
-        largest = (jnp.max(jnp.abs(accurate(x))).astype(like.dtype) for x in leaves)
-        return in_units(jnp.max(jnp.stack([jnp.zeros_like(like), *largest])))
-
-    usual = in_units(like)
-    return jax.lax.cond((usual > 1e-15 * like) & (usual < 1e15 * like), lambda: usual, in_largest)
