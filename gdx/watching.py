@@ -219,7 +219,7 @@ def _of_part(gradients: list, updates: list, params: list) -> tuple[jax.Array, .
 
 
 def _over(x: jax.Array, of: jax.Array) -> jax.Array:
-    return x * (1 / jnp.maximum(of, jnp.finfo(of.dtype).tiny)).astype(x.real.dtype)
+    return x * (1 / jnp.maximum(of, jnp.finfo(of.dtype).tiny)).astype(x.dtype)
 
 
 def read_watch(state: Any) -> Watched:

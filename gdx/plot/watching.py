@@ -64,15 +64,18 @@ def watched(watched: Any, ax: "Axes | None" = None) -> "Axes":
         panel = ax.inset_axes((0.54 * (i % 2), 1 - (i // 2 + 0.78) / rows, 0.46, 0.7 / rows))
         lines = values[made].reshape(made.sum(), -1).T
         names = found.names if values.ndim > 1 else ("",)
+        is_logarithmic = title not in ("cosine", "unmoved")
         for line, name, style in zip(lines, names, line_styles()):
-            shown = np.where(np.isfinite(line), line, np.nan)
+            # a logarithmic scale would draw 0 as a fall out of the picture
+            shown = np.where(np.isfinite(line) & ((line > 0) | ~is_logarithmic), line, np.nan)
             mark_lone(panel.plot(at[made], shown, label=name, **style)[0])
-        if title not in ("cosine", "unmoved") and is_positive(lines[lines != 0]):
+        if is_logarithmic and is_positive(lines[lines > 0]):
             panel.set_yscale("log")
-        panel.set_title(title, fontsize="medium")
+        panel.set_title(title, fontsize="medium", pad=2)
         panel.grid(alpha=0.3)
-        if i >= len(panels) - 2:
-            panel.set_xlabel("step")
+        is_last = i >= len(panels) - 2
+        panel.tick_params(labelbottom=is_last)
+        panel.set_xlabel("step" if is_last else "")
     if 1 <= len(found.names) <= MOST_NAMES:
         handles = ax.child_axes[0].get_lines()
         ax.legend(handles, found.names, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False)
