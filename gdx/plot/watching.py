@@ -61,13 +61,14 @@ def watched(watched: Any, ax: "Axes | None" = None) -> "Axes":
     ax.set_axis_off()
     made = at >= 0
     for i, (title, values) in enumerate(panels.items()):
-        panel = ax.inset_axes((0.54 * (i % 2), 1 - (i // 2 + 0.78) / rows, 0.46, 0.7 / rows))
+        place = (0.54 * (i % 2), 1 - (i // 2 + 0.84) / rows, 0.46, 0.76 / rows)
+        panel = ax.inset_axes(place, sharex=ax.child_axes[0] if i else None)
         lines = values[made].reshape(made.sum(), -1).T
         names = found.names if values.ndim > 1 else ("",)
         is_logarithmic = title not in ("cosine", "unmoved")
         for line, name, style in zip(lines, names, line_styles()):
             # a logarithmic scale would draw 0 as a fall out of the picture
-            shown = np.where(np.isfinite(line) & ((line > 0) | ~is_logarithmic), line, np.nan)
+            shown = np.where(np.isfinite(line) & ((line > 0) | (not is_logarithmic)), line, np.nan)
             mark_lone(panel.plot(at[made], shown, label=name, **style)[0])
         if is_logarithmic and is_positive(lines[lines > 0]):
             panel.set_yscale("log")
