@@ -259,8 +259,8 @@ def check_alike(tx: Any, what: str, tree: Any, does: str) -> None:
     axes = {axis for x in jax.tree.leaves(tree) for axis in varying_axes(x)}
     if axes:
         raise ValueError(
-            f"{_name(tx)}: in jax.shard_map {what} differ along {', '.join(map(repr, sorted(axes)))}: each device would "
-            f"{does} its own. Expected their mean, as from jax.lax.pmean"
+            f"{_name(tx)}: in jax.shard_map {what} differ along {', '.join(map(repr, sorted(axes)))}: each device "
+            f"would {does} its own. Expected their mean, as from jax.lax.pmean"
         )
 
 

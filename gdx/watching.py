@@ -126,7 +126,7 @@ class watch(Transform):
         if len(found) != 1:
             raise ValueError(
                 f"watch: per='group' takes its groups from one gdx.groups inside tx, and {self.tx!r} has "
-                f"{len(found) or 'none'}; expected watch(gdx.groups(...), per='group'), or per='leaf'"
+                f"{len(found) or 'none'} in it; expected watch(gdx.groups(...), per='group'), or per='leaf'"
             )
         return found[0]
 

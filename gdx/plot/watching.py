@@ -40,9 +40,9 @@ def watched(watched: Any, ax: "Axes | None" = None) -> "Axes":
     ['gradient norm', 'update norm', 'parameter norm', 'update over parameter', 'cosine', 'learning rate']
     """
     label = "plot.watched"
-    found = watched.watched if isinstance(watched, Trained) else watched
     expected = "what gdx.train returned for an optimizer with gdx.watch around it"
-    of_kind(f"{label}: watched", found, Watched, expected)
+    found = getattr(watched, "watched", watched) if isinstance(watched, Trained) else watched
+    found = of_kind(f"{label}: watched", found, Watched, expected)
     at = numbers(f"{label}: step", found.step, "one for each measurement, as gdx.train collects them", (None,))
     shape = (at.size, len(found.names)) if found.parts else (at.size,)
     panels = {
