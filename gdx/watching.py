@@ -152,10 +152,8 @@ class watch(Transform):
         # each an array of its own, or the state could not be donated
         *fields, unmoved = (jnp.zeros(shape, jnp.result_type(float)) for _ in range(6))
         in_use = jax.tree.map(jnp.zeros_like, self._in_use(inner_state))
-        watched = Watched(
-            jnp.full([], -1, jnp.int32), *fields, unmoved if has_unmoved else None, in_use, self._named(parts)
-        )
-        return WatchState(jnp.zeros([], jnp.int32), watched, inner_state)
+        found = jnp.full([], -1, jnp.int32), *fields, unmoved if has_unmoved else None, in_use, self._named(parts)
+        return WatchState(jnp.zeros([], jnp.int32), Watched._make(found), inner_state)
 
     def _named(self, parts: list[tuple[str, list[int]]]) -> tuple[dict[str, None], ...]:
         return () if self.per == "all" else tuple({name: None} for name, _ in parts)
@@ -172,11 +170,10 @@ class watch(Transform):
         def measured() -> Watched:
             new, _ = self.tx._update(updates, inner_state, params, extra_args)
             new = self._as_returned(new, updates, params)
-            parts, per = self._parts(updates), None if self.per == "all" else self.per
-            leaves = (jax.tree.leaves(tree) for tree in (updates, new, params))
-            found = _measured(tuple(tuple(leaves) for _, leaves in parts), per is None, *leaves)
-            found = Watched(state.count, *found, self._in_use(inner_state), self._named(parts))
-            return jax.lax.stop_gradient(found)
+            parts, trees = self._parts(updates), map(jax.tree.leaves, (updates, new, params))
+            found = _measured(tuple(tuple(leaves) for _, leaves in parts), self.per == "all", *trees)
+            found = state.count, *found, self._in_use(inner_state), self._named(parts)
+            return jax.lax.stop_gradient(Watched._make(found))
 
         watched = either(state.count % self.every == 0, measured, lambda: state.watched)
         if not is_concrete(state.count):

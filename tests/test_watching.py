@@ -11,9 +11,9 @@ import pytest
 import gdx
 from tests.contract.table import assert_same_bits, one_step
 
-SHAPES = {"bias": (5,), "embed": (7, 3), "kernel": (3, 4)}
+SHAPES = {"bias": (5,), "embed": (7, 8), "kernel": (2, 8)}
 SCHEDULE = gdx.schedules.linear_schedule(0.1, 0.02, transition_steps=8)
-GROUPS = {"bias": dict(weight_decay=0.0), "^embed": dict(learning_rate=gdx.times(0.1))}
+GROUPS = {"bias": {"weight_decay": 0.0}, "^embed": {"learning_rate": gdx.times(0.1)}}
 ADAMW = gdx.adamw(SCHEDULE, weight_decay=0.1)
 STEPS = 8
 
@@ -110,8 +110,8 @@ OPTIMIZERS = {
     "groups": gdx.groups(ADAMW, GROUPS),
     "8 bits": gdx.adamw(
         SCHEDULE,
-        mu_dtype=gdx.storage.SignedFourthRoot8(block=4, minimum_size=1),
-        nu_dtype=gdx.storage.FourthRoot8(block=4, minimum_size=1),
+        mu_dtype=gdx.storage.SignedFourthRoot8(block=8, minimum_size=1),
+        nu_dtype=gdx.storage.FourthRoot8(block=8, minimum_size=1),
     ),
     "rounds": gdx.chain(gdx.adamw(0.01), gdx.round_stochastically()),
     "optax": optax.adamw(0.1),
@@ -168,7 +168,7 @@ def bowl(theta, batch):
 
 def test_train_collects_the_curves_of_a_loop():
     start, batches = {"a": jnp.ones(3), "b": jnp.ones(2)}, jnp.arange(54.0).reshape(9, 2, 3)
-    inner = gdx.groups(gdx.adamw(SCHEDULE), {"b": dict(learning_rate=1.0)})
+    inner = gdx.groups(gdx.adamw(SCHEDULE), {"b": {"learning_rate": 1.0}})
     tx = gdx.chain(gdx.value(optax.clip)(1e9), gdx.watch(inner, 4, "group"))
     params, state, rows = start, tx.init(start), []
     for i, batch in enumerate(batches):
