@@ -114,7 +114,7 @@ OPTIMIZERS = {
         nu_dtype=gdx.storage.FourthRoot8(block=8, minimum_size=1),
     ),
     "rounds": gdx.chain(gdx.adamw(0.01), gdx.round_stochastically()),
-    "optax": optax.adamw(0.1),
+    "optax": gdx.value(optax.adamw)(0.1),
 }
 
 
@@ -143,8 +143,7 @@ def test_the_run_is_the_one_that_nobody_watches(name):
     assert_same_bits((params, state.inner_state), jax.jit(functools.partial(scanned, tx))(start, stacked(gradients)))
     assert gdx.read_watch(state).step == 6
     updates, _ = watch.update(gradients[0], watch.init(start), start)
-    alone = gdx.chain(tx) if name == "optax" else tx  # in gdx's door both
-    assert_same_bits(updates, alone.update(gradients[0], alone.init(start), start)[0])
+    assert_same_bits(updates, tx.update(gradients[0], tx.init(start), start)[0])
 
 
 def test_a_batch_of_optimizers():
@@ -187,8 +186,7 @@ def test_train_collects_the_curves_of_a_loop():
     close(rest(state=first.state).watched, jax.tree.map(lambda x: x[1:2], trained.watched))
     assert jax.jit(lambda state: rest(state=state))(first.state).watched.step.tolist() == [4, -1]
     slope = jax.grad(lambda tx: gdx.train(bowl, tx, start, batches, remat=True).losses[-1])
-    assert_same_bits(slope(tx).transforms[1].tx, slope(tx.replace(every=9)).transforms[1].tx)
-    assert slope(tx).hyperparams["b.learning_rate"] != 0
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), slope(tx).transforms[1].tx, slope(inner))
     # steps that are not made are no measurements
     spiked = gdx.skip_spikes(gdx.watch(gdx.sgd(0.1), 2))
     assert gdx.train(bowl, spiked, start, batches.at[2:5].set(jnp.nan)).watched.step.tolist() == [0, 2, 4]
@@ -247,5 +245,6 @@ def test_what_is_refused():
     with pytest.raises(TypeError, match=r"watch: params is a pair of optax\.lookahead; expected optax\.lookahead\(wa"):
         tx.update(p, tx.init(p), pair)
     around = optax.lookahead(tx, 2, 0.5)
-    _, state = around.update(p, around.init(pair), pair)
+    with jax.numpy_dtype_promotion("standard"):
+        _, state = around.update(p, around.init(pair), pair)
     assert gdx.read_watch(state).step == 0
