@@ -114,7 +114,7 @@ OPTIMIZERS = {
         nu_dtype=gdx.storage.FourthRoot8(block=8, minimum_size=1),
     ),
     "rounds": gdx.chain(gdx.adamw(0.01), gdx.round_stochastically()),
-    "optax": gdx.value(optax.adamw)(0.1),
+    "optax": gdx.value(optax.sgd)(0.1, momentum=0.9),
 }
 
 
