@@ -503,7 +503,7 @@ ROWS = (
     ),
     Row(
         watched,
-        ({"learning_rate": 1e-2, "b1": 0.9}, {"learning_rate": 1e-2, "b1": 0.9, "per": "leaf"}),
+        ({"learning_rate": 1e-2, "b1": 0.9},),
         _with_rate(
             (
                 ({"every": 0}, ValueError, r"watch: every is 0; expected an integer >= 1"),
