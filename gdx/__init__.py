@@ -9,6 +9,7 @@
 - Sweeps: `grid`, `stack`, `unstack`, `labels`, `sweep`, `Sweep`, `range_test`, `RangeTest`
 - Averages: `average_parameters`, `read_average`
 - Guards: `skip_spikes`, `check_spikes`
+- Watching: `watch`, `read_watch`, `Watched`
 - Few bits: `gdx.storage` (formats), `round_stochastically`, `round_with_compensation`, `round_with_master`
 - Theory: `gdx.curvature` (spectra, best rates), `gdx.noise` (mini-batches), `gdx.landscape` (slices of the loss)
 - Machines: `gdx.sharding` (state over a device mesh), `gdx.checkpoint` (saved, and restored onto another mesh)
@@ -125,6 +126,7 @@ from gdx.population import grid, labels, stack, unstack
 from gdx.schedules import schedule
 from gdx.training import RangeTest, Sweep, Trained, range_test, sweep, train
 from gdx.transform import CountedState, Transform, hyperparams_in_use, value
+from gdx.watching import Watched, read_watch, watch
 
 __version__ = "0.1.0"
 
@@ -163,6 +165,9 @@ __all__ = [  # noqa: RUF022
     "read_average",
     "skip_spikes",
     "check_spikes",
+    "watch",
+    "read_watch",
+    "Watched",
     "storage",
     "round_stochastically",
     "round_with_compensation",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdx.checks import check_state, require_params
+from gdx.checks import check_state, one_of, require_params
 from gdx.fields import Scalar, hyperparameter, static, to_integer
 from gdx.leafwise import Leafwise
 from gdx.mesh import as_placed, types_of, untyped
@@ -181,7 +181,7 @@ class average_parameters(Transform):
     >>> noisy = lambda theta, noise: jnp.sum(0.5 * theta**2 + noise * theta)  # least at 0
     >>> noise = jax.random.normal(jax.random.key(0), (2000, 10))
     >>> tx = gdx.average_parameters(gdx.sgd(0.5), decay=None, start=100)
-    >>> params, state, _ = gdx.train(noisy, tx, jnp.ones(10), noise)
+    >>> params, state, *_ = gdx.train(noisy, tx, jnp.ones(10), noise)
     >>> average = gdx.read_average(state, params)
     >>> bool(jnp.linalg.norm(average) < 0.1 * jnp.linalg.norm(params))
     True
@@ -257,13 +257,8 @@ def read_average(state: Any, params: optax.Params) -> optax.Params:
     >>> params.item(), f"{gdx.read_average(state, params):.3f}"  # -1 has half the weight of -2
     (-2.0, '-1.667')
     """
-    found = list(_averages(state))
-    if len(found) != 1:
-        raise ValueError(
-            f"read_average: the state has {len(found) or 'no'} average{'s' * (len(found) > 1)}; expected that of one "
-            f"gdx.average_parameters(tx), as its init or update returned it, or part of it with one average"
-        )
-    total, _, weight, mean, _ = found[0]
+    made_by = "gdx.average_parameters(tx)"
+    total, _, weight, mean, _ = one_of("read_average", state, AverageState, "average", made_by)
     averages = jax.tree.leaves(mean.average, is_leaf=_is_leaf)
     structure: Any = jax.tree.structure(mean.average, is_leaf=_is_leaf)
     rests = [None] * len(averages) if isinstance(mean, Mean) else structure.flatten_up_to(mean.compensation)
@@ -291,13 +286,6 @@ def read_average(state: Any, params: optax.Params) -> optax.Params:
         return as_placed(untyped(read, types.mesh, types)(weight, p, average, rest), p)
 
     return jax.tree.unflatten(structure, map(of_leaf, kept, averages, rests))
-
-
-def _averages(state: Any) -> Iterator[AverageState]:
-    for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, AverageState)):
-        if isinstance(x, AverageState):
-            yield x
-            yield from _averages(x.inner_state)
 
 
 def _is_masked(x: Any) -> bool:

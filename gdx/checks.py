@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gdx.compat import varying_axes
 from gdx.mesh import unreduced_axes
 from gdx.storage.blocks import is_packed, reassembled
 from gdx.storage.formats import Format, is_encoded, why_whole
@@ -72,6 +73,17 @@ def nodes_of(state: Any) -> list[Any]:
     found = list[Any]()
     jax.tree.leaves(state, is_leaf=lambda x: bool(found.append(x)))  # type: ignore[func-returns-value]
     return found
+
+
+def one_of(label: str, state: Any, kind: Any, what: str, maker: str) -> Any:
+    """The one state of this kind in a state; raises where there is none, or several."""
+    found = [x for x in nodes_of(state) if isinstance(x, kind)]
+    if len(found) != 1:
+        raise ValueError(
+            f"{label}: the state has {len(found) or 'no'} {what}{'s' * (len(found) > 1)}; expected that of one "
+            f"{maker}, as its init or update returned it, or part of it with one {what}"
+        )
+    return found[0]
 
 
 def state_kinds(state: Any) -> list[type]:
@@ -253,6 +265,16 @@ def check_complex(tx: Any, updates: optax.Updates, columns: list[list[Any]]) -> 
                 f"{_name(tx)}: the gradient at {_path(updates, i)} is complex, but the parameter is real; "
                 f"take the gradient's real part, or make the parameter complex"
             )
+
+
+def check_alike(tx: Any, what: str, tree: Any, does: str) -> None:
+    """Raises inside `jax.shard_map` where arrays differ between devices, each of which would decide on its own."""
+    axes = {axis for x in jax.tree.leaves(tree) for axis in varying_axes(x)}
+    if axes:
+        raise ValueError(
+            f"{_name(tx)}: in jax.shard_map {what} differ along {', '.join(map(repr, sorted(axes)))}: each device "
+            f"would {does} its own. Expected their mean, as from jax.lax.pmean"
+        )
 
 
 def require_params(tx: Any, params: optax.Params | None) -> None:

@@ -208,7 +208,7 @@ class groups(Transform):
     def _split(self, tree: Any) -> tuple[tuple[int, ...], list[Any]]:
         """Which group each leaf is in, and the tree of each group, None where it has no leaf."""
         leaves, structure = jax.tree.flatten(tree)
-        assigned = _assigned(self.patterns, structure)
+        assigned = assigned_to(self.patterns, structure)
         return assigned, [
             jax.tree.unflatten(structure, [leaf if group == i else None for leaf, group in zip(leaves, assigned)])
             for i in range(len(self.members))
@@ -276,7 +276,7 @@ def _parts(tx: Transform, pattern: Any, change: Any) -> tuple[Any, dict[str, Any
 
 
 @functools.lru_cache(maxsize=256)
-def _assigned(patterns: tuple[str, ...], structure: Any) -> tuple[int, ...]:
+def assigned_to(patterns: tuple[str, ...], structure: Any) -> tuple[int, ...]:
     """The group of each leaf."""
     indices = jax.tree.unflatten(structure, range(structure.num_leaves))
     found = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(indices)]

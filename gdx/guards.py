@@ -2,7 +2,7 @@
 
 import dataclasses
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -10,11 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdx.checks import check_state
-from gdx.compat import varying_axes
-from gdx.fields import Scalar, hyperparameter, is_concrete, is_number, static, to_bool, to_integer
-from gdx.noise.estimates import squared_norm
-from gdx.numerics import accurate, by_itself, uncontracted
+from gdx.checks import check_alike, check_state
+from gdx.fields import Scalar, hyperparameter, is_number, static, to_bool, to_integer
+from gdx.numerics import by_itself, either, norm, uncontracted
 from gdx.transform import Transform, cast_like, to_transform, widened
 
 
@@ -141,18 +139,13 @@ class skip_spikes(Transform):
                 f"skip_spikes: of='value' judges the loss, and value is {reprlib.repr(value)}; expected a real scalar, "
                 f"as in update(gradients, state, params, value=loss)"
             )
-        axes = {axis for g in jax.tree.leaves((updates, value)) for axis in varying_axes(g)}
-        if axes:
-            raise ValueError(
-                f"skip_spikes: in jax.shard_map gradients or loss differ along {', '.join(map(repr, sorted(axes)))}: "
-                f"each device would judge its own. Expected their mean, as from jax.lax.pmean"
-            )
+        check_alike(self, "gradients or loss", (updates, value), "judge")
         inner_state, like = state.inner_state, params if isinstance(params, optax.LookaheadParams) else updates
         given = self.at(state.count), updates, value, state._replace(inner_state=())
         is_made, factor, scalars = _judged(*jax.lax.stop_gradient(given))
 
         def made() -> tuple[Any, Any]:
-            gradients = _either(factor < 1, clipped, lambda: updates) if self.clip else updates
+            gradients = either(factor < 1, clipped, lambda: updates) if self.clip else updates
             new, new_state = self.tx._update(gradients, inner_state, params, extra_args)
             # of a batch, where the condition is a selection, it would be added in one fused multiply-add
             return jax.tree.map(lambda u, x: by_itself(cast_like(u, x)), new, like), new_state
@@ -164,7 +157,7 @@ class skip_spikes(Transform):
             # what -0.0 is added to keeps its bits; 0.0 would make 0.0 of -0.0
             return jax.tree.map(lambda x: jnp.full_like(x, -0.0), like), inner_state
 
-        new, new_state = _either(is_made, made, skipped)
+        new, new_state = either(is_made, made, skipped)
         return new, scalars._replace(inner_state=new_state)
 
     def _counts(self, state: Any) -> Iterator[tuple[Any, Any]]:
@@ -176,27 +169,19 @@ class skip_spikes(Transform):
             yield ("tx", *path), count
 
 
-def _either(condition: jax.Array, this: Callable[[], Any], other: Callable[[], Any]) -> Any:
-    """The one or the other: a selection would change how a compiler contracts the sums before and after it."""
-    # outside of compiled functions `cond` would compile anew at each step
-    if is_concrete(condition):
-        return this() if condition else other()
-    return jax.lax.cond(condition, this, other)
-
-
 # in one program also where a step is none, so that no NaN is seen on the way
 @jax.jit
 def _judged(tx: skip_spikes, updates: Any, value: Any, state: SpikesState) -> tuple[jax.Array, jax.Array, SpikesState]:
     """Whether the step is made, what its gradient is multiplied by, and the state's scalars after it."""
     count, mean, deviation, skipped, in_a_row, let_through, _ = state
-    norm = _norm(updates, jnp.where(mean > 0, mean, 1) if tx.of == "gradient" else jnp.ones_like(mean))
-    x = norm if tx.of == "gradient" else jnp.asarray(value, mean.dtype)
-    is_finite = jnp.isfinite(norm) & jnp.isfinite(x)
+    size = norm(updates, jnp.where(mean > 0, mean, 1) if tx.of == "gradient" else jnp.ones_like(mean))
+    x = size if tx.of == "gradient" else jnp.asarray(value, mean.dtype)
+    is_finite = jnp.isfinite(size) & jnp.isfinite(x)
     limit = mean + uncontracted(tx.threshold * deviation)
     is_above = (count >= tx.warmup_steps) & (x > limit)
-    factor = jnp.ones_like(norm)
+    factor = jnp.ones_like(size)
     if tx.clip:
-        factor = jnp.where(is_finite & is_above, limit / norm, 1)
+        factor = jnp.where(is_finite & is_above, limit / size, 1)
         x, is_above = jnp.where(is_above, limit, x), jnp.zeros_like(is_above)
     is_usual = is_finite & ~is_above
     is_made = is_usual | (in_a_row >= tx.most)
@@ -221,26 +206,6 @@ def _judged(tx: skip_spikes, updates: Any, value: Any, state: SpikesState) -> tu
             (),
         ),
     )
-
-
-def _norm(tree: Any, like: jax.Array) -> jax.Array:
-    """The l2 norm, wherever it is representable: squares are taken in units near it, of this usual one or the largest.
-
-    Units also keep the compiler from sharing squares with a second moment, for which it would write them all out.
-    """
-    leaves = [x for x in jax.tree.leaves(tree) if x.size]
-
-    def in_units(unit: jax.Array) -> jax.Array:
-        unit = jnp.maximum(unit, jnp.finfo(unit.dtype).tiny)
-        scaled = (jnp.abs(accurate(x)) for x in leaves)
-        return unit * jnp.sqrt(squared_norm([x * (1 / unit).astype(x.dtype) for x in scaled]))
-
-    def in_largest() -> jax.Array:
-        largest = (jnp.max(jnp.abs(accurate(x))).astype(like.dtype) for x in leaves)
-        return in_units(jnp.max(jnp.stack([jnp.zeros_like(like), *largest])))
-
-    norm = in_units(like)
-    return jax.lax.cond((norm > 1e-15 * like) & (norm < 1e15 * like), lambda: norm, in_largest)
 
 
 def check_spikes(state: Any) -> None:

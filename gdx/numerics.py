@@ -1,5 +1,6 @@
 """Arithmetic that is wide enough, and rounds the same way in every program."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdx.compat import contracts_all
+from gdx.fields import is_concrete
 
 
 def uncontracted(product: jax.Array) -> jax.Array:
@@ -68,6 +70,14 @@ def _behind_bits_jvp(primals: tuple, tangents: tuple) -> tuple:
 _behind_bits_of_shape = jax.jit(_behind_bits, inline=True)
 
 
+def either(condition: jax.Array, this: Callable[[], Any], other: Callable[[], Any]) -> Any:
+    """The one or the other: a selection would change how a compiler contracts the sums before and after it."""
+    # outside of compiled functions `cond` would compile anew at each step
+    if is_concrete(condition):
+        return this() if condition else other()
+    return jax.lax.cond(condition, this, other)
+
+
 def compute_dtype(*arrays: Any) -> np.dtype:
     """The dtype to compute in: that of the arrays together, but at least float32."""
     dtype = np.dtype(np.float32)
@@ -82,3 +92,31 @@ def compute_dtype(*arrays: Any) -> np.dtype:
 def accurate(x: Any) -> jax.Array:
     """The array in at least float32."""
     return jnp.asarray(x, compute_dtype(x))
+
+
+def squared_norm(tree: Any) -> jax.Array:
+    """The sum of |x|^2, in at least float32, as the default float dtype."""
+    total = jnp.zeros([], jnp.result_type(float))
+    for x in map(accurate, jax.tree.leaves(tree)):
+        total += jnp.sum(x.real**2 + x.imag**2 if jnp.iscomplexobj(x) else x * x).astype(total.dtype)
+    return total
+
+
+def norm(tree: Any, like: jax.Array) -> jax.Array:
+    """The l2 norm, wherever it is representable: squares are taken in units near it, of this usual one or the largest.
+
+    Units also keep the compiler from sharing squares with a second moment, for which it would write them all out.
+    """
+    leaves = [x for x in jax.tree.leaves(tree) if x.size]
+
+    def in_units(unit: jax.Array) -> jax.Array:
+        unit = jnp.maximum(unit, jnp.finfo(unit.dtype).tiny)
+        scaled = (jnp.abs(accurate(x)) for x in leaves)
+        return unit * jnp.sqrt(squared_norm([x * (1 / unit).astype(x.dtype) for x in scaled]))
+
+    def in_largest() -> jax.Array:
+        largest = (jnp.max(jnp.abs(accurate(x))).astype(like.dtype) for x in leaves)
+        return in_units(jnp.max(jnp.stack([jnp.zeros_like(like), *largest])))
+
+    usual = in_units(like)
+    return jax.lax.cond((usual > 1e-15 * like) & (usual < 1e15 * like), lambda: usual, in_largest)

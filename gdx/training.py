@@ -13,13 +13,14 @@ import optax
 
 from gdx.arguments import check_function
 from gdx.checks import check_state_like
-from gdx.fields import is_number, text, to_bool, to_integer
+from gdx.fields import is_concrete, is_number, text, to_bool, to_integer
 from gdx.mesh import as_placed, types_of, untyped
 from gdx.population import labels, members_of, stack, to_scores
 from gdx.surroundings import Surroundings
-from gdx.transform import Transform
+from gdx.transform import Transform, all_within
 from gdx.trees import check_arrays, leading_axis
 from gdx.values import names_of
+from gdx.watching import Watched, read_watch, watch, watch_state
 
 Loss = Callable[[Any, Any], jax.Array]
 """The loss of parameters on a batch of data: a function that returns a real scalar."""
@@ -38,11 +39,14 @@ class Trained(NamedTuple):
       params: the parameters after the last step.
       state: the optimizer's state there.
       losses: of shape (steps,): the loss on each batch, before the step that it makes.
+      watched: what the one `gdx.watch` in the optimizer measured in these steps: a `gdx.Watched` with a leading axis
+        of measurements. None where there is none.
     """
 
     params: Any
     state: Any
     losses: jax.Array
+    watched: Watched | None = None
 
 
 def train(
@@ -57,6 +61,10 @@ def train(
     program serves every learning rate, and `jax.grad` of what comes after gives the slope in every
     hyperparameter: `remat=True` then keeps the parameters and state of every $\sqrt{K}$-th of the $K$
     steps and computes the others again.
+
+    With a `gdx.watch` in the optimizer, it collects what that measures. In `jax.jit` there is room for a measurement
+    in each `every` steps that are begun: where fewer were made, as may be if the state to go on from is an argument,
+    the last ones have the step -1. (A watch that only a function of optax's knows of is not seen.)
 
     Called outside `jax.jit` it returns parameters that are on a mesh as they were there, also where the compiler
     would leave them split as the state is (`gdx.sharding.shard_state` says what to do inside).
@@ -94,12 +102,51 @@ def train(
         own = jax.eval_shape(tx.init, start)
         check_state_like(tx, given, own)
     try:
-        (params, state), losses = scan(training_step(loss, tx), (start, state), batches)
+        carry = (start, state), _no_curves(tx, state, _steps_of(batches))
+        ((params, state), (_, curves)), losses = scan(_collecting(training_step(loss, tx)), carry, batches)
     except TypeError as error:
         if given is not None and "carry" in str(error):
             check_state_like(tx, given, own, dtypes=True)
         raise
-    return Trained(jax.tree.map(as_placed, params, start), state, losses)
+    return Trained(jax.tree.map(as_placed, params, start), state, losses, _shown(curves))
+
+
+def _no_curves(tx: Any, state: Any, steps: int) -> tuple[Any, Any]:
+    """The number of measurements so far, and room for all, and for what is none; None where nothing is watched."""
+    found = [inner for inner in all_within(tx) if isinstance(inner, watch)] if isinstance(tx, Transform) else []
+    if len(found) != 1:
+        return None, None
+    room = -(-steps // found[0].every) + 1
+    empty = jax.tree.map(lambda x: jnp.zeros((room, *x.shape), x.dtype), read_watch(state))
+    return jnp.zeros([], jnp.int32), empty._replace(step=empty.step - 1)
+
+
+def _collecting(step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """The step, that also writes what is measured in it behind what was measured before."""
+
+    def collecting(carry: Any, batch: Any) -> Any:
+        inner, (number, curves) = carry
+        if curves is None:
+            inner, loss = step(inner, batch)
+            return (inner, (None, None)), loss
+        count = watch_state(inner[1]).count
+        inner, loss = step(inner, batch)
+        watched = read_watch(inner[1])
+        is_new = watched.step == count
+        at = jnp.where(is_new, number, curves.step.size - 1)
+        curves = jax.tree.map(lambda curve, x: curve.at[at].set(x), curves, watched)
+        return (inner, (number + is_new.astype(number.dtype), curves)), loss
+
+    return collecting
+
+
+def _shown(curves: Any) -> Any:
+    """The measurements that were made, as far as that can be read here."""
+    if curves is None:
+        return None
+    curves = jax.tree.map(lambda x: x[:-1], curves)
+    made = curves.step >= 0
+    return jax.tree.map(lambda x: x[np.asarray(made)], curves) if is_concrete(made) else curves
 
 
 class Sweep(NamedTuple):

@@ -126,10 +126,14 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
         new, state = self._update(jax.tree.map(_as_array, updates), state, params, extra_args)
         if isinstance(params, optax.LookaheadParams):
             return new, state
+        return self._as_returned(new, updates, params), state
+
+    def _as_returned(self, new: Any, updates: Any, params: Any) -> Any:
+        """Updates in the dtypes in which `update` returns them."""
         if self.rounds:
             # what rounds parameters to bfloat16 says how far in float32
-            return jax.tree.map(lambda u, g, p: u if _is_bfloat16(p) else cast_like(u, g), new, updates, params), state
-        return jax.tree.map(cast_like, new, updates), state
+            return jax.tree.map(lambda u, g, p: u if is_bfloat16(p) else cast_like(u, g), new, updates, params)
+        return jax.tree.map(cast_like, new, updates)
 
     @property
     def rounds(self) -> bool:
@@ -267,6 +271,14 @@ def transforms_in(tx: Transform) -> Iterator[Transform]:
             yield leaf
 
 
+def all_within(tx: Transform) -> Iterator[Transform]:
+    """It and all transforms inside, also those that calls have made."""
+    yield tx
+    made = tx.made if isinstance(tx, Call) else None
+    for inner in [made] if isinstance(made, Transform) else transforms_in(tx):
+        yield from all_within(inner)
+
+
 def _transforms_at(tx: Transform) -> Iterator[tuple[tuple, Transform]]:
     """Path and transform of those among its arguments."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tx, is_leaf=lambda x: x is not tx and _is_transform(x)):
@@ -299,7 +311,7 @@ def cast_like(u: Any, g: Any) -> Any:
     return u if u.dtype == dtype else u.astype(dtype)
 
 
-def _is_bfloat16(p: Any) -> bool:
+def is_bfloat16(p: Any) -> bool:
     return jnp.result_type(p) == jnp.bfloat16
 
 

@@ -345,7 +345,7 @@ def test_the_mean_has_the_least_error_that_there_is():
         return 0.5 * theta @ h @ theta + noise @ theta
 
     def errors(tx, steps, key):
-        params, state, _ = gdx.train(loss, tx, jnp.zeros(4), jax.random.split(key, steps))
+        params, state, *_ = gdx.train(loss, tx, jnp.zeros(4), jax.random.split(key, steps))
         return jnp.sum(gdx.read_average(state, params) ** 2), jnp.sum(params**2)
 
     keys, last = jax.random.split(jax.random.key(0), 2000), {}

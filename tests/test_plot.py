@@ -399,6 +399,18 @@ def test_noise_scales_that_are_not_there(ax, scales):
     ax.figure.canvas.draw()
 
 
+def test_what_was_watched_has_a_panel_for_each_quantity_and_a_line_for_each_group(ax):
+    assert plot.watched(gdx.Trained(None, None, np.ones(20), WATCHED), ax) is ax and labels(ax) == ["a", "b"]
+    panels = {panel.get_title(): panel for panel in ax.child_axes}
+    assert list(panels)[3:] == ["update over parameter", "cosine", "unmoved", "learning rate"]
+    drawn = {title: [line.get_xydata().tolist() for line in panel.lines] for title, panel in panels.items()}
+    np.testing.assert_array_equal(drawn["gradient norm"], [[[0, 1], [10, np.nan]], [[0, np.nan], [10, 2]]])
+    np.testing.assert_array_equal(drawn["cosine"], [[[0, 1], [10, np.nan]], [[0, 0], [10, 2]]])
+    np.testing.assert_array_equal(drawn["learning rate"], [[[0, 0.1], [10, np.nan]]])
+    assert [panels[title].get_yscale() for title in ("update over parameter", "cosine")] == ["log", "linear"]
+    ax.figure.canvas.draw()
+
+
 def test_the_new_pictures_make_their_own_axes():
     assert isinstance(plot.loss_line([0.0, 1.0], {"loss": [1.0, 2.0]}), Axes)
     assert isinstance(plot.loss_plane([0.0, 1.0], [0.0, 1.0], np.eye(2)), Axes)
@@ -554,6 +566,12 @@ def test_losses_have_one_axis(history):
         plot.loss_curves(history)
 
 
+WATCHED = gdx.Watched(
+    np.array([0, 10, -1]),
+    *np.array([[[1.0, 0.0], [np.inf, 2.0], [0.0, 0.0]]] * 6),
+    {"learning_rate": np.array([0.1, 0.0, 0.0]), "b1": np.zeros(3)},
+    ({"a": None}, {"b": None}),
+)
 FOUND = gdx.RangeTest(np.geomspace(1e-3, 1, 4), np.array([1.0, 0.5, 0.2, np.inf]), 1.1, 0.5, 0.1)
 TWO, DENSITY_AND_EDGES = [0.0, 1.0], curved()
 # every function with arguments that it takes, all of them
@@ -579,6 +597,7 @@ CALLS = {
     },
     "noise_scale": {"scales": {"sgd": SCORE}, "steps": {"sgd": [0, 1, 2]}, "batch_size": 64, "examples": 1437},
     "sharpness": {"history": {"sgd": SCORE}, "edge": 20.0, "steps": {"sgd": [0, 1, 2]}},
+    "watched": {"watched": WATCHED},
     "spectral_density": {"density": DENSITY_AND_EDGES[0], "edges": DENSITY_AND_EDGES[1], "width": 0.1},
 }
 KINDS = [
@@ -665,6 +684,18 @@ SHAPES = {
         {"function": lambda point: point},
     ),
     "sweep: labels is [{'learning_rate': 'a'}": ("sweep", {"labels": [{"learning_rate": "a"}] * 3}),
+    "watched: step has shape (); expected one for each measurement, as gdx.train collects them": (
+        "watched",
+        {"watched": jax.tree.map(lambda x: x[0], WATCHED)},
+    ),
+    "watched: cosine has shape (2, 2); expected (3, 2)": (
+        "watched",
+        {"watched": WATCHED._replace(cosine=np.ones((2, 2)))},
+    ),
+    "watched: watched is None; expected what gdx.train returned for an optimizer with gdx.watch around it": (
+        "watched",
+        {"watched": gdx.Trained(None, None, np.ones(3))},
+    ),
     "spectral_density: width is 0.0; expected a number > 0": ("spectral_density", {"width": 0.0}),
     "spectral_density: the eigenvalues go from nan to nan; expected finite ones": (
         "spectral_density",

@@ -146,7 +146,7 @@ def test_training_returns_parameters_as_they_were(kind, own):
         return jnp.mean(jnp.tanh(batch @ params["w"]) ** 2)
 
     state = tx.init(params)
-    found, after, _ = gdx.train(loss, tx, params, batches, state=state)
+    found, after, *_ = gdx.train(loss, tx, params, batches, state=state)
     for was, now in zip(jax.tree.leaves((params, state)), jax.tree.leaves((found, after)), strict=True):
         assert now.sharding.is_equivalent_to(was.sharding, was.ndim)
     tx.init(found)

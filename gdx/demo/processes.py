@@ -104,7 +104,7 @@ def train(arguments: argparse.Namespace) -> int:
     step, state = 0, tx.init(params)
 
     def epoch(params: Any, state: Any, batches: jax.Array) -> Any:
-        params, state, _ = gdx.train(problem.loss_on, tx, params, batches, state=state)
+        params, state, *_ = gdx.train(problem.loss_on, tx, params, batches, state=state)
         return params, state, problem.evaluate(params)
 
     # after an epoch parameters and state are where they were

@@ -8,7 +8,7 @@ import numpy as np
 
 from gdx.arguments import check_floating, is_real, number, refuse
 from gdx.fields import is_concrete
-from gdx.numerics import accurate
+from gdx.numerics import accurate, squared_norm
 from gdx.trees import leading_axis
 
 
@@ -169,11 +169,3 @@ def of_gradients(gradients: Any, batch_size: Any = 1) -> Noise:
     size = _number(batch_size, scatter)
     trace = scatter * (size / (count - 1))
     return Noise(squared_norm(means) - trace * (1 / (size * count)), trace)
-
-
-def squared_norm(tree: Any) -> jax.Array:
-    """The sum of |x|^2, in at least float32, as the default float dtype."""
-    total = jnp.zeros([], jnp.result_type(float))
-    for x in map(accurate, jax.tree.leaves(tree)):
-        total += jnp.sum(x.real**2 + x.imag**2 if jnp.iscomplexobj(x) else x * x).astype(total.dtype)
-    return total

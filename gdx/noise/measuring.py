@@ -14,8 +14,8 @@ from gdx.arguments import check_floating, check_function
 from gdx.checks import check_state
 from gdx.fields import Scalar, hyperparameter, to_integer
 from gdx.noise.batches import Batches
-from gdx.noise.estimates import Noise, estimate, squared_norm
-from gdx.numerics import accurate
+from gdx.noise.estimates import Noise, estimate
+from gdx.numerics import accurate, squared_norm
 from gdx.training import Loss
 from gdx.transform import Transform
 from gdx.trees import leading_axis

@@ -1,4 +1,4 @@
-"""Pictures of optimization: runs and sweeps, paths and slices of the loss, curvature, noise.
+"""Pictures of optimization: runs and sweeps, what was watched, paths and slices of the loss, curvature, noise.
 
 Each function draws on the axes it is given, or on new ones, and returns them; nothing is shown or
 saved. matplotlib comes with `gdx-jax[plot]`.
@@ -9,6 +9,7 @@ from gdx.plot.landscape import loss_line, loss_plane
 from gdx.plot.noise import noise_scale
 from gdx.plot.plane import paths
 from gdx.plot.runs import loss_curves, range_test, sweep
+from gdx.plot.watching import watched
 
 __all__ = [
     "loss_curves",
@@ -20,4 +21,5 @@ __all__ = [
     "sharpness",
     "spectral_density",
     "sweep",
+    "watched",
 ]

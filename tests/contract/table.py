@@ -156,6 +156,11 @@ def with_skip_spikes(
     return gdx.skip_spikes(gdx.adamw(learning_rate, b1), threshold, decay, warmup_steps, most, clip, of)
 
 
+def watched(learning_rate: Any, b1: Any = 0.9, every: int = 1, per: str = "all") -> gdx.Transform:
+    """With a measurement in every step."""
+    return gdx.watch(gdx.adamw(learning_rate, b1), every, per)
+
+
 def sharded(learning_rate: Any, b1: Any = 0.9, weight_decay: Any = 1e-4) -> gdx.Transform:
     """State over a mesh, of one device: on several a step of so few numbers would be mostly communication."""
     return gdx.sharding.shard_state(gdx.adamw(learning_rate, b1=b1, weight_decay=weight_decay), _one_device())
@@ -503,6 +508,20 @@ ROWS = (
                 ({"clip": "yes"}, TypeError, r"skip_spikes: clip is 'yes'; expected True or False"),
                 ({"of": "loss"}, ValueError, r"skip_spikes: of is 'loss'; expected 'gradient' .* or 'value'"),
                 ({"of": "value", "clip": True}, ValueError, r"skip_spikes: clip=True needs of='gradient'"),
+                ({"b1": 1.0}, ValueError, r"adamw: b1 is 1\.0"),
+            )
+        ),
+        _guarded,
+        largest_gradient=1e19,
+    ),
+    Row(
+        watched,
+        ({"learning_rate": 1e-2, "b1": 0.9},),
+        _with_rate(
+            (
+                ({"every": 0}, ValueError, r"watch: every is 0; expected an integer >= 1"),
+                ({"every": 2.5}, TypeError, r"watch: every is 2\.5; expected an integer"),
+                ({"per": "layer"}, ValueError, r"watch: per is 'layer'; expected 'all', 'group' or 'leaf'"),
                 ({"b1": 1.0}, ValueError, r"adamw: b1 is 1\.0"),
             )
         ),
