@@ -158,12 +158,12 @@ class average_parameters(Transform):
       tx: the transform, gdx's or optax's.
       decay: $\beta$ in [0, 1); the average spans about $1 / (1 - \beta)$ steps. None for the mean of all.
       start: how many steps are made before the first that counts. Until then the average is the parameters.
-      every: each how many steps one counts.
+      every: of so many steps each, the first counts.
       dtype: in which the average is kept: None for float32, or the parameter's where that is wider. Without decay what
         rounding leaves out of it is kept too, in bfloat16, so that it stays exact for a million steps and more; with
-        one, it stands still where it is as near as $2^{-25} / (1 - \beta)$ of its size. Or a format of `gdx.storage`
-        that rounds at random: where that has a number each $u$, and parameters are $d$ from the average, this one has
-        an error of about $\sqrt{u d / 2}$, but hardly less than $u / 2$, however long it is.
+        one, it no longer moves where its relative distance from the parameters is below $2^{-25} / (1 - \beta)$. Or a
+        format of `gdx.storage` that rounds at random: where that has a number each $u$, and parameters are $d$ from the
+        average, this one has an error of about $\sqrt{u d / 2}$, but hardly less than $u / 2$, however long it is.
 
     Raises:
       TypeError: tx is no transform, or start or every no integer.

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from gdx.checkpoint.describe import kind
 from gdx.checks import noted
 from gdx.fields import text
-from gdx.grouping import groups, path_of, times
+from gdx.grouping import groups, leaf_paths, times
 from gdx.mesh import names_of as axes_of
 from gdx.sharding.placement import plan_of
 from gdx.sharding.state import bare, check_layout
@@ -257,12 +257,11 @@ def _groups(tx: groups, sizes: Any) -> Iterator[Group]:
 
 def _group(name: str, tx: Transform | None, hyperparams: dict[str, Any], sizes: Any) -> Group:
     """One row; tx is None where it is the optimizer but for these hyperparameters."""
-    found = jax.tree_util.tree_leaves_with_path(sizes)
     said = ", ".join(f"{name}={_said(value)}" for name, value in hyperparams.items())
     if tx is not None and name not in ("all", "all others"):
         said = "frozen" if kind(tx) == "set_to_zero" else f"{kind(tx)}: {said}".removesuffix(": ")
-    paths = tuple(path_of(path) or "the root" for path, _ in found)
-    return Group(name, said, hyperparams, paths, sum(size for _, size in found))
+    paths = tuple(path or "the root" for path in leaf_paths(sizes))
+    return Group(name, said, hyperparams, paths, sum(jax.tree.leaves(sizes)))
 
 
 def _said(value: Any) -> str:

@@ -19,13 +19,15 @@ r"""Groups of parameters by path: one optimizer, and for each group what is diff
 >>> tx.replace(**{"learning_rate": 1e-4, "bias|norm.weight_decay": 0.01}).hyperparams["bias|norm.weight_decay"]
 0.01
 
-A path is spelled by what leads to the leaf, keys, attributes and indices, with slashes between them:
-`layer/kernel` in a dict, `layers/0/weight` in an equinox module. A pattern is a regular expression that is searched
+A path is spelled by what leads to the leaf, keys, attributes and indices, with slashes between them: `layer/kernel` in
+a dict or a flax nnx model, `layers/0/weight` in an equinox module. A pattern is a regular expression that is searched
 (`re.search`) in it; the first that matches counts.
 
 Each group is an optimizer of its leaves alone, in the tree that it is from, in which all other leaves are `None`: so
 state is as large as without groups (frozen leaves less), and a norm that is clipped inside a group is the group's. For
-that of all parameters clip outside: `gdx.chain(clip, gdx.groups(...))`.
+that of all parameters clip outside: `gdx.chain(clip, gdx.groups(...))`. An average goes around the groups, too. Groups
+may hold groups: their patterns are then searched among the group's own leaves. `nnx.Optimizer` takes groups from flax
+0.12 on; before, split the model and write the step.
 """
 
 import functools
@@ -104,7 +106,7 @@ class groups(Transform):
     Raises:
       TypeError: a change is none of these; tx is no transform, or one without hyperparameters where they are changed.
       ValueError: there are no changes; a pattern is no regular expression; a name is unknown, or a value out of range;
-        in `init` and `update`: a pattern matches no path, or none that an earlier one has not.
+        in `init` and `update`: a pattern matches no path, or only such as earlier ones have taken.
 
     >>> import gdx, jax.numpy as jnp
     >>> tx = gdx.groups(gdx.sgd(0.5), {"b": dict(learning_rate=1.0), "c": None})
@@ -224,8 +226,12 @@ class groups(Transform):
             for path, count in tx._counts(inner):
                 if isinstance(change, Transform):
                     yield ("changes", i, *path), count
+                elif path not in at:
+                    yield ("tx", *path), count
                 else:
-                    yield (("changes", i, at[path]) if path in at else ("tx", *path)), count
+                    yield ("changes", i, at[path]), count
+                    if isinstance(own[at[path]], times):  # a schedule multiplied is one, whatever it is of
+                        yield ("changes", i, at[path], "factor"), count
 
     def _walk(self, containers: bool = False) -> Iterator[Named]:
         for each in self.tx._walk(containers):
@@ -279,7 +285,7 @@ def _parts(tx: Transform, pattern: Any, change: Any) -> tuple[Any, dict[str, Any
 def assigned_to(patterns: tuple[str, ...], structure: Any) -> tuple[int, ...]:
     """The group of each leaf."""
     indices = jax.tree.unflatten(structure, range(structure.num_leaves))
-    found = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(indices)]
+    found = [*leaf_paths(indices)]
     matching = [[i for i, pattern in enumerate(patterns) if re.search(pattern, path)] for path in found]
     assigned = tuple(of[0] if of else len(patterns) for of in matching)
     for i, pattern in enumerate(patterns):
@@ -298,6 +304,13 @@ def assigned_to(patterns: tuple[str, ...], structure: Any) -> tuple[int, ...]:
     return assigned
 
 
-def path_of(path: tuple) -> str:
-    """A key path as patterns are searched in it."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+def leaf_paths(tree: Any) -> Iterator[str]:
+    """Where each leaf of a tree is, as patterns are searched in it."""
+    # flax's box of an array is no part of the model: "value" would match every path of it
+    for path, box in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable):
+        for inside, _ in jax.tree_util.tree_leaves_with_path(box):
+            yield jax.tree_util.keystr((*path, *inside[1:]), simple=True, separator="/")
+
+
+def _is_variable(x: Any) -> bool:
+    return any(kind.__name__ == "Variable" and kind.__module__.startswith("flax.nnx") for kind in type(x).__mro__)

@@ -62,9 +62,9 @@ class skip_spikes(Transform):
     batch. A step that is made has the updates of `tx` alone, bit for bit. It belongs around a whole optimizer: what
     comes after it in a chain, such as decay, is not skipped.
 
-    After `most` skips in a row it gives up: further spikes are made as they are, until a step is none. So what is NaN
-    for good is seen in the loss, and a norm that is larger for good enters the averages. `check_spikes(state)`
-    raises an error then.
+    After `most` skips in a row it gives up: further spikes are made as they are, until there is a step that is no
+    spike. So what is NaN for good is seen in the loss, and a norm that is larger for good enters the averages.
+    `check_spikes(state)` raises an error then.
 
     State: `SpikesState`, six scalars and the state of `tx`. `optax.tree.get(state, "skipped")` reads from that of any
     chain how many steps were skipped. Cost: the gradient is read once more for its norm, and the updates are written
@@ -74,13 +74,14 @@ class skip_spikes(Transform):
 
     Limits: `optax.MultiSteps` keeps a NaN in its sum for ever, so the guard goes around it. A norm within a rounding of
     the limit may be judged otherwise in another program (a batch, a mesh), which adds it up in another order, and a
-    clipped step has the last bits of its norm. Slopes take the norm and the limit as constants. Before jax 0.12
-    parameters differ from those of `tx` alone by the rounding of the update, which is there added in one fused
-    multiply-add. Inside `jax.shard_map` gradients have to be the same on every device: average them before.
+    clipped step has the last bits of its norm. Slopes take the norm and the limit as constants, and are NaN where a
+    skipped step's loss is: 0 times NaN. Before jax 0.12 parameters differ from those of `tx` alone by the rounding of
+    the update, which is there added in one fused multiply-add. Inside `jax.shard_map` gradients have to be the same on
+    every device: average them before.
 
     Args:
       tx: the optimizer, gdx's or optax's.
-      threshold: $k$, so many standard deviations above the mean.
+      threshold: $k$, so many standard deviations above the mean; at least 0.001.
       decay: $\beta$ in [0, 1); the averages span about $1 / (1 - \beta)$ steps.
       warmup_steps: before so many steps were made, at least 2, only what is not finite is skipped.
       most: so many spikes in a row are skipped, at least 1.
@@ -155,7 +156,7 @@ class skip_spikes(Transform):
 
         def skipped() -> tuple[Any, Any]:
             # what -0.0 is added to keeps its bits; 0.0 would make 0.0 of -0.0
-            return jax.tree.map(lambda x: jnp.full_like(x, -0.0), like), inner_state
+            return jax.tree.map(lambda x: -jnp.zeros_like(x), like), inner_state
 
         new, new_state = either(is_made, made, skipped)
         return new, scalars._replace(inner_state=new_state)
@@ -216,7 +217,7 @@ def check_spikes(state: Any) -> None:
 
     Raises:
       RuntimeError: spikes were made as they are, after too many in a row.
-      TypeError: the state has no `skip_spikes` in it.
+      TypeError: the state has no `skip_spikes` in it, or is traced.
 
     >>> import gdx, jax.numpy as jnp
     >>> tx = gdx.skip_spikes(gdx.sgd(0.1), most=1)
@@ -230,6 +231,8 @@ def check_spikes(state: Any) -> None:
     counts = [*zip(*(_all(state, name) for name in ("let_through", "in_a_row", "skipped")))]
     if not counts:
         raise TypeError(f"check_spikes: the state, {reprlib.repr(state)}, has no skip_spikes in it")
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(counts)):
+        raise TypeError("check_spikes: the state is traced; call it between the steps, outside of compiled functions")
     for let_through, in_a_row, skipped in counts:
         if let_through:
             raise RuntimeError(
@@ -241,4 +244,4 @@ def check_spikes(state: Any) -> None:
 
 def _all(state: Any, name: str) -> list[int]:
     """The largest of a batch, at each place in the state."""
-    return [np.max(x) for _, x in optax.tree.get_all_with_path(state, name)]
+    return [x if isinstance(x, jax.core.Tracer) else np.max(x) for _, x in optax.tree.get_all_with_path(state, name)]

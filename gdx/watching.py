@@ -12,7 +12,7 @@ import optax
 
 from gdx.checks import check_alike, check_state, one_of, require_params
 from gdx.fields import is_concrete, static, to_integer
-from gdx.grouping import assigned_to, groups, path_of
+from gdx.grouping import assigned_to, groups, leaf_paths
 from gdx.numerics import accurate, either, norm
 from gdx.transform import Transform, all_within, hyperparams_in_use, is_bfloat16, to_transform
 from gdx.values import is_float
@@ -133,7 +133,7 @@ class watch(Transform):
 
     def _parts(self, tree: Any) -> list[tuple[str, list[int]]]:
         """Name and leaves, by their number, of each part that is measured by itself."""
-        paths = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+        paths = [*leaf_paths(tree)]
         if self.per == "leaf":
             return [(path, [i]) for i, path in enumerate(paths)]
         if self.per == "all":

@@ -95,12 +95,15 @@ def test_the_first_pattern_counts_and_paths_are_spelled_alike_everywhere():
         "m": Module([jnp.ones(1), jnp.ones(2)], jnp.ones(3)),
         "model": nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0))),
     }
-    tx = gdx.groups(gdx.sgd(1.0), {"^m/layers/1$": {"learning_rate": 2.0}, "^m/layers": None, "kernel": gdx.sgd(3.0)})
+    changes = {"^m/layers/1$": {"learning_rate": 2.0}, "^m/layers": None, "kernel$": gdx.sgd(3.0)}
+    tx = gdx.groups(gdx.sgd(1.0), changes)
     ones = jax.tree.map(jnp.ones_like, tree)
     updates, _ = tx.update(ones, tx.init(tree), tree)
     found = [float(jnp.mean(u)) for u in jax.tree.leaves(updates["m"])]
     assert found == [0.0, -2.0, -1.0]
     assert [float(jnp.mean(u)) for u in jax.tree.leaves(updates["model"])] == [-1.0, -3.0]
+    with pytest.raises(ValueError, match=r"'value' matches no path.*m/scale, model/bias, model/kernel$"):
+        gdx.groups(gdx.sgd(1.0), {"value": None}).init(tree)  # flax's box of an array, no layer of the model
 
 
 def test_is_a_value():
@@ -155,13 +158,20 @@ def test_is_swept_and_learnt():
 def test_schedules_are_read_where_they_are():
     rate, b1 = gdx.schedules.linear_schedule(1.0, 0.0, 10), gdx.schedules.linear_schedule(0.9, 0.8, 10)
     tx = gdx.groups(
-        gdx.adamw(rate), {"embed": {"learning_rate": gdx.times(0.1)}, "kernel": {"b1": b1}, "bias": gdx.sgd(rate)}
+        gdx.adamw(rate),
+        {
+            "embed": {"learning_rate": gdx.times(0.1)},
+            "kernel": {"b1": b1},
+            "bias": gdx.sgd(rate),
+            "norm": {"learning_rate": gdx.times(rate)},
+        },
     )
     state = tx.init(PARAMS)
     for _ in range(3):
         _, state = tx.update(PARAMS, state, PARAMS)
     found = {name: float(x) for name, x in gdx.hyperparams_in_use(tx, state).items()}
     assert found["learning_rate"] == pytest.approx(0.7) and found["embed.learning_rate.factor"] == pytest.approx(0.1)
+    assert found["norm.learning_rate.factor"] == pytest.approx(0.7)
     assert found["kernel.b1"] == pytest.approx(0.87) and found["bias.learning_rate"] == pytest.approx(0.7)
 
 

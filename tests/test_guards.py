@@ -121,6 +121,13 @@ def test_a_skipped_step_changes_no_bit_of_a_parameter(dtype, jitted):
     assert state.skipped == 1
 
 
+def test_a_skipped_step_changes_no_bit_of_a_complex_parameter():
+    params = jnp.asarray(np.array([complex(x, y) for x in (0.0, -0.0, 1.0) for y in (0.0, -0.0, 1.0)], np.complex64))
+    tx = gdx.skip_spikes(gdx.sgd(0.1))
+    new, _ = one_step(tx, params, tx.init(params), jnp.full(9, jnp.nan, params.dtype))
+    assert np.asarray(new).tobytes() == np.asarray(params).tobytes()
+
+
 # What is a spike.
 
 
@@ -271,6 +278,8 @@ def test_it_follows_a_level_that_has_risen_for_good():
 def test_checking_what_has_no_guard_and_a_batch():
     with pytest.raises(TypeError, match=r"check_spikes: the state, .*, has no skip_spikes in it"):
         gdx.check_spikes(gdx.adam(0.1).init(jnp.ones(2)))
+    with pytest.raises(TypeError, match=r"check_spikes: the state is traced; call it between the steps"):
+        jax.jit(gdx.check_spikes)(gdx.skip_spikes(gdx.sgd(0.1)).init(jnp.ones(2)))
     batch = gdx.stack([gdx.skip_spikes(gdx.sgd(rate), most=1) for rate in (0.1, 0.2)])
     state = jax.vmap(lambda tx: tx.init(jnp.ones(2)))(batch)
     update = jax.vmap(lambda tx, g, state: tx.update(g, state)[1])
