@@ -242,6 +242,6 @@ def check_spikes(state: Any) -> None:
             )
 
 
-def _all(state: Any, name: str) -> list[int]:
+def _all(state: Any, name: str) -> list[Any]:
     """The largest of a batch, at each place in the state."""
     return [x if isinstance(x, jax.core.Tracer) else np.max(x) for _, x in optax.tree.get_all_with_path(state, name)]
