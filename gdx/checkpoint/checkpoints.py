@@ -328,7 +328,7 @@ def _check_order(call: str, tx: Any, params: Any, state: Any) -> None:
     # a dictionary has an `update` too
     if isinstance(tx, type) or not all(callable(getattr(tx, name, None)) for name in ("init", "update")):
         problem = f"tx is {reprlib.repr(tx)}; expected an optimizer, such as gdx.adam(0.1)"
-    elif params is ... or params is None or state is ... or state is None:
+    elif params is ... or params is None or state is ...:
         problem = f"{'params' if params is ... or params is None else 'state'} is missing"
     elif _is_state(tx, params, state) and not _is_state(tx, state, params):
         problem, bundles = "params is what tx.init makes of state: they are in each other's place", ""
