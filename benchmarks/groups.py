@@ -22,6 +22,7 @@ LEAVES, SIZE = 1000, 3_200
 RATE, DECAY = 1e-3, 1e-4
 GROUPS = ("layer", "norm", "bias", "embed")
 WIDTH, LAYERS, BATCH = 512, 4, 32
+EVERY = 10
 ALLOCATIONS = 3
 
 Run = Callable[[int], None]
@@ -66,6 +67,7 @@ def around() -> dict[str, optax.GradientTransformation]:
         "average_parameters": gdx.average_parameters(tx),
         "average_parameters, bfloat16": gdx.average_parameters(tx, dtype=gdx.storage.StochasticBfloat16()),
         "average_parameters, decay=None": gdx.average_parameters(tx, None),
+        "watch": gdx.watch(tx, every=EVERY),
     }
 
 
@@ -117,7 +119,9 @@ def time_steps(
         runs = {name: allocated(ways[name], programs[name], params, given) for name in order}
         for run in runs.values():
             run(2)
-        steps = steps or calls_for(lambda: runs[next(iter(ways))](1), duration=0.02)  # noqa: B023
+        # as many as have the same share of watched ones
+        calls = lambda: calls_for(lambda: runs[next(iter(ways))](1), duration=0.02)  # noqa: B023, E731
+        steps = steps or -(-calls() // EVERY) * EVERY
         parts.append(
             interleaved(
                 {name: functools.partial(run, steps) for name, run in runs.items()},
@@ -172,6 +176,9 @@ def around_table(rounds: int) -> str:
                 "a guarded optimizer step as long as with optax.apply_if_finite",
                 1.05,
                 {"skip_spikes": ratio(steps, "skip_spikes", "optax.apply_if_finite")},
+            ),
+            came_out(
+                "a training step of which every tenth is watched", 1.03, {"watch": ratio(training, "watch", "alone")}
             ),
         ]
     )
