@@ -166,7 +166,7 @@ class Sweep(NamedTuple):
     def diverged(self) -> jax.Array:
         """Of shape (members,): whether the last loss or a number in final is infinite or NaN."""
         finite = jnp.ones(len(self.losses), bool)
-        for leaf in jax.tree.leaves((self.losses[:, -1], self.final)):
+        for leaf in jax.tree.leaves((self.losses[:, -1:], self.final)):
             finite &= jnp.all(jnp.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
         return ~finite
 

@@ -88,7 +88,7 @@ class watch(Transform):
 
     Cost: a measured step computes the updates twice, and reads gradients, updates and parameters for their norms; the
     others take as long as without. With every tenth step measured on two CPU cores, a training step of a network of 1M
-    parameters at batches of 64 takes 1.03 to 1.04 times as long, and AdamW alone 1.15 times. What the transform inside
+    parameters at batches of 64 takes 1.03 to 1.04 times as long, and AdamW alone 1.1 times. What the transform inside
     does besides, such as evaluating the loss for a line search, is done twice, too. In a batch whose members have a
     count each, as from `jax.vmap` over states, every step is measured, and most of it thrown away.
 
