@@ -52,7 +52,7 @@ def train(problem: Problem, tx: gdx.Transform, steps: int, size: int, seed: int)
     state, metrics = tx.init(params), evaluate(params)
     yield step, params, metrics
     for chunk in np.array_split(problem.batches(seed, steps, size), min(steps, 60) if problem.train else steps):
-        params, state, _ = advance(tx, params, chunk, state=state)
+        params, state, *_ = advance(tx, params, chunk, state=state)
         step, metrics = step + len(chunk), evaluate(params)
         yield step, params, metrics
         if terminal.interrupted.is_set() or not np.isfinite(metrics["loss"]):
