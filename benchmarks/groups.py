@@ -16,7 +16,7 @@ import optax
 
 import gdx
 from benchmarks.measure import calls_for, came_out, interleaved, ratio, table
-from benchmarks.step import lowering, train_step
+from benchmarks.step import Run, lowering, repeated, train_step
 
 LEAVES, SIZE = 1000, 3_200
 RATE, DECAY = 1e-3, 1e-4
@@ -24,9 +24,6 @@ GROUPS = ("layer", "norm", "bias", "embed")
 WIDTH, LAYERS, BATCH = 512, 4, 32
 EVERY = 10
 ALLOCATIONS = 3
-
-Run = Callable[[int], None]
-"""Makes that many training steps."""
 
 
 def leaves() -> dict[str, Any]:
@@ -95,16 +92,8 @@ def jitted_step(tx: Any, gradient: Callable[[Any, Any], Any]) -> Callable[..., A
 
 def allocated(tx: Any, step: Callable[..., Any], params: Any, given: Any) -> Run:
     """Steps with buffers of their own."""
-    carry = jax.tree.map(jnp.copy, params)
-    carry = (carry, tx.init(carry))
-
-    def run(steps: int) -> None:
-        nonlocal carry
-        for _ in range(steps):
-            carry = step(*carry, given)
-        jax.block_until_ready(carry)
-
-    return run
+    params = jax.tree.map(jnp.copy, params)
+    return repeated(step, (params, tx.init(params)), given)
 
 
 def time_steps(

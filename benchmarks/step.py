@@ -86,17 +86,21 @@ def jax_step(sizes: Sequence[int], tx: Any, *, argument: bool = False) -> Callab
     def allocate() -> Run:
         random = np.random.default_rng(0)
         params, grads = ([jnp.asarray(random.random(size, np.float32)) for size in sizes] for _ in range(2))
-        carry = (params, tx.init(params))
-
-        def run(steps: int) -> None:
-            nonlocal carry
-            for _ in range(steps):
-                carry = step(*carry, grads)
-            jax.block_until_ready(carry)
-
-        return run
+        return repeated(step, (params, tx.init(params)), grads)
 
     return allocate
+
+
+def repeated(step: Callable[..., Any], carry: Any, given: Any) -> Run:
+    """Steps from this carry on, each with what is given."""
+
+    def run(steps: int) -> None:
+        nonlocal carry
+        for _ in range(steps):
+            carry = step(*carry, given)
+        jax.block_until_ready(carry)
+
+    return run
 
 
 def torch_step(sizes: Sequence[int]) -> Callable[[], Run]:
