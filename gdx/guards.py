@@ -228,11 +228,11 @@ def check_spikes(state: Any) -> None:
     Traceback (most recent call last):
     RuntimeError: skip_spikes: gave up: so many spikes were made as they are: 1 (2 in a row up to now, 1 skipped). ...
     """
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(state)):
+        raise TypeError("check_spikes: the state is traced; call it between the steps, outside of compiled functions")
     counts = [*zip(*(_all(state, name) for name in ("let_through", "in_a_row", "skipped")))]
     if not counts:
         raise TypeError(f"check_spikes: the state, {reprlib.repr(state)}, has no skip_spikes in it")
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(counts)):
-        raise TypeError("check_spikes: the state is traced; call it between the steps, outside of compiled functions")
     for let_through, in_a_row, skipped in counts:
         if let_through:
             raise RuntimeError(
@@ -242,6 +242,6 @@ def check_spikes(state: Any) -> None:
             )
 
 
-def _all(state: Any, name: str) -> list[Any]:
+def _all(state: Any, name: str) -> list[int]:
     """The largest of a batch, at each place in the state."""
-    return [x if isinstance(x, jax.core.Tracer) else np.max(x) for _, x in optax.tree.get_all_with_path(state, name)]
+    return [np.max(x) for _, x in optax.tree.get_all_with_path(state, name)]
