@@ -237,9 +237,7 @@ def _scalars(links: tuple[Leafwise, ...], counts: list[Any], *, dtypes: tuple[np
 def _stepper(structure: Any) -> Callable[..., tuple[Any, ...]]:
     """The jitted step of one leaf through links of this structure: each shape and dtype is traced once."""
 
-    @functools.partial(jax.jit, static_argnums=1)
-    @on_its_mesh
-    def step(numbers: list, acting: tuple[bool, ...], g: Any, p: Any, moments: tuple, index: Any) -> tuple[Any, ...]:
+    def step(acting: tuple[bool, ...], numbers: list, g: Any, p: Any, moments: tuple, index: Any) -> tuple[Any, ...]:
         links = zip(*jax.tree.unflatten(structure, numbers), acting, moments, _dtypes(g, p, moments))
         u, new = g, list[tuple[Any, ...]]()
         for link, shared, count, acts, kept, dtype in links:
@@ -250,7 +248,7 @@ def _stepper(structure: Any) -> Callable[..., tuple[Any, ...]]:
             new.append(tuple(kept))
         return u, *new
 
-    return step
+    return jax.jit(functools.partial(on_its_mesh, step), static_argnums=1)
 
 
 def _moments_of(link: Leafwise) -> list[str]:

@@ -128,7 +128,7 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
             return new, state
         if self.rounds:
             # what rounds parameters to bfloat16 says how far in float32
-            return jax.tree.map(lambda u, g, p: u if _is_bfloat16(p) else cast_like(u, g), new, updates, params), state
+            updates = jax.tree.map(lambda u, g, p: u if jnp.result_type(p) == jnp.bfloat16 else g, new, updates, params)
         return jax.tree.map(cast_like, new, updates), state
 
     @property
@@ -217,9 +217,9 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
             self._check_single(name, value)
             arrays[name] = value.astype(dtype)
         # a schedule that is a plain function is part of the structure, its value is not
-        at = values.unflatten(type(self), structure.with_children(arrays), _children(self))
+        at = values.unflatten(type(self), structure.with_children(arrays), values.flatten(self)[0])
         vars(at).update(arrays)
-        if not self.has_schedule and all(isinstance(x, np.generic) for x in jax.tree.leaves(_children(self))):
+        if not self.has_schedule and all(isinstance(x, np.generic) for x in jax.tree.leaves(self)):
             fields["_at"] = dtype, at
         return at
 
@@ -255,14 +255,10 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
     index = _NoAttribute()
 
 
-def _children(tx: Transform) -> tuple:
-    return values.flatten(tx)[0]
-
-
 def transforms_in(tx: Transform) -> Iterator[Transform]:
     """The transforms among its arguments."""
     # at each update, so without their paths
-    for leaf in jax.tree.leaves(_children(tx), is_leaf=_is_transform):
+    for leaf in jax.tree.leaves(values.flatten(tx)[0], is_leaf=_is_transform):
         if isinstance(leaf, Transform):
             yield leaf
 
@@ -297,10 +293,6 @@ def widened(g: Any) -> Any:
 def cast_like(u: Any, g: Any) -> Any:
     dtype = jnp.result_type(g)
     return u if u.dtype == dtype else u.astype(dtype)
-
-
-def _is_bfloat16(p: Any) -> bool:
-    return jnp.result_type(p) == jnp.bfloat16
 
 
 class Foreign(Transform):
@@ -395,7 +387,7 @@ class Call(Transform):
         fields: dict[str, Any] = vars(self)  # type: ignore[assignment]
         if "_made" in fields:
             return fields["_made"]
-        if not all(isinstance(x, np.generic) for x in jax.tree.leaves(_children(self))):
+        if not all(isinstance(x, np.generic) for x in jax.tree.leaves(self)):
             return self._call(self._arguments_in(jnp.result_type(float)))
         # kept, so that what the function computes must be no part of a program that is traced around this
         with jax.ensure_compile_time_eval():
