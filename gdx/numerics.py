@@ -47,8 +47,10 @@ def by_itself(x: jax.Array) -> jax.Array:
 
     Of two factors that are constants it would make one, whose product is rounded another way.
     """
+    if not isinstance(x, jax.core.Tracer) or not jnp.isrealobj(x):
+        return x
     # infinity is its own magnitude, and what is no number is none, which no compiler makes use of
-    return jax.lax.select(_is_below_infinity(x), x, jax.lax.abs(x)) if jnp.isrealobj(x) else x
+    return jax.lax.select(_is_below_infinity(x), x, jax.lax.abs(x))
 
 
 def _is_below_infinity(x: jax.Array) -> jax.Array:

@@ -189,7 +189,7 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
             if is_number and not self._is_static(field):
                 yield field.name, value
 
-    @property
+    @functools.cached_property
     def has_schedule(self) -> bool:
         """Whether a hyperparameter of its own, not of a transform inside it, is a schedule."""
         return any(callable(value) for _, value in self._hyperparameters())
