@@ -20,16 +20,28 @@ from gdx.storage.formats import Format, is_encoded, why_whole
 from gdx.trees import path_text, paths
 
 
+def check_floating(label: str, tree: Any, mend: str = "") -> None:
+    """Raises unless every leaf of a tree is a floating-point array."""
+    leaves = jax.tree.leaves(tree)
+    kinds = [getattr(leaf, "dtype", type(leaf)) for leaf in leaves]
+    wrong = [kind for kind in dict.fromkeys(kinds) if not jnp.issubdtype(kind, np.inexact)]
+    if wrong:
+        i = kinds.index(wrong[0])
+        raise TypeError(f"{label} at {_path(tree, i)} is {_array(leaves[i])}, expected a floating-point array{mend}")
+
+
 def check_params(tx: Any, params: optax.Params) -> None:
     """Raises unless every leaf is a floating-point array."""
-    _check_leaves(tx, "parameter", params)
+    mend = ". Train only such leaves: filter the others out (optax.masked, equinox.partition) or cast them."
+    check_floating(f"{_name(tx)}: the parameter", params, mend)
 
 
 def check_gradients(tx: Any, updates: optax.Updates, params: optax.Params | None) -> None:
     """Raises unless the gradients are floating-point arrays shaped like the parameters, if those are given."""
-    _check_leaves(tx, "gradient", updates)
+    mend = ". Differentiate with respect to floating-point parameters only."
+    check_floating(f"{_name(tx)}: the gradient", updates, mend)
     if params is not None:
-        _check_leaves(tx, "parameter", params)
+        check_params(tx, params)
         check_like(tx, updates, "params", params)
         check_complex(tx, updates, [jax.tree.leaves(params)])
 
@@ -283,11 +295,6 @@ def require_params(tx: Any, params: optax.Params | None) -> None:
         raise ValueError(f"{_name(tx)}: update needs the parameters; call update(gradients, state, params)")
 
 
-_LEAF_MENDS = {
-    "parameter": "Train only such leaves: filter the others out (optax.masked, equinox.partition) or cast them.",
-    "gradient": "Differentiate with respect to floating-point parameters only.",
-}
-
 _STATE_MEND = (
     "Pass the state that this transform's init or its last update returned, as update(gradients, state, params); "
     "restore a saved one with init(params) as the target."
@@ -317,23 +324,6 @@ def _format(format: Any) -> str:
     if isinstance(format, np.dtype):
         return f"an optimizer with {format.name}"
     return repr(format) if isinstance(format, Format) else "an optimizer without a storage format, in float32 or wider,"
-
-
-@functools.cache
-def _is_inexact(dtype: Any) -> bool:
-    return bool(jnp.issubdtype(dtype, np.inexact))
-
-
-def _check_leaves(tx: Any, what: str, tree: Any) -> None:
-    for i, leaf in enumerate(jax.tree.leaves(tree)):
-        dtype = getattr(leaf, "dtype", None)
-        if dtype is None and isinstance(leaf, float | complex):
-            continue
-        if dtype is None or not _is_inexact(dtype):
-            raise TypeError(
-                f"{_name(tx)}: the {what} at {_path(tree, i)} is {_array(leaf)}, expected a floating-point array. "
-                + _LEAF_MENDS[what]
-            )
 
 
 def _difference(updates: Any, tree: Any, name: str) -> str:

@@ -63,10 +63,11 @@ class chain(Transform):
         return tuple(link._init(params) for link in self.transforms)
 
     def _update(self, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> tuple[Any, Any]:
-        links = _links(self)
-        pairs, states = list(_with_states(self, links, state)), list[Any]()
+        structure: Any  # its type knows no methods
+        links, structure = jax.tree.flatten(_links(self, state), is_leaf=lambda x: isinstance(x, Transform))
+        pairs, states = list(zip(links, structure.flatten_up_to(state))), list[Any]()
         # neighbouring leafwise links share one compiled call for each leaf
-        for is_leafwise, group in itertools.groupby(pairs, _is_leafwise):
+        for is_leafwise, group in itertools.groupby(pairs, lambda pair: isinstance(pair[0], Leafwise)):
             if is_leafwise:
                 neighbours, old_states = zip(*group)
                 updates, new = update_leaves(neighbours, old_states, updates, params)
@@ -77,7 +78,7 @@ class chain(Transform):
                     states.append(new_state)
                     # what ends the chain is added to parameters, as an update of gdx's own is
                     updates = jax.tree.map(alike if len(states) == len(pairs) else by_itself, updates)
-        return updates, _nested(links, iter(states))
+        return updates, jax.tree.unflatten(structure, states)
 
     def _counts(self, state: Any) -> Iterator[tuple[Any, Any]]:
         check_chain_state(self, state, len(self.transforms))
@@ -86,14 +87,11 @@ class chain(Transform):
                 yield ("transforms", index, *path), count
 
 
-def _is_leafwise(pair: tuple[Transform, Any]) -> bool:
-    return isinstance(pair[0], Leafwise)
-
-
-def _links(tx: chain) -> list[Any]:
-    """The links, each as what does the work, with those of a chain inside it as a list."""
-    made = map(_made, tx.transforms)
-    return [_links(link) if isinstance(link, chain) else link for link in made]
+def _links(tx: chain, states: Any) -> tuple[Any, ...]:
+    """The links, each as what does the work, with those of a chain inside it as a tuple, as their states are."""
+    check_chain_state(tx, states, len(tx.transforms))
+    made = zip(map(_made, tx.transforms), states)
+    return tuple(_links(link, state) if isinstance(link, chain) else link for link, state in made)
 
 
 def _made(link: Transform) -> Transform:
@@ -101,18 +99,3 @@ def _made(link: Transform) -> Transform:
     while isinstance(link, Call) and isinstance(made := link.made, Transform):
         link = made
     return link
-
-
-def _with_states(tx: Transform, links: list[Any], states: Any) -> Iterator[tuple[Transform, Any]]:
-    """Each link with its state, through the chains inside."""
-    check_chain_state(tx, states, len(links))
-    for link, state in zip(links, states):
-        if isinstance(link, list):
-            yield from _with_states(tx, link, state)
-        else:
-            yield link, state
-
-
-def _nested(links: list[Any], states: Iterator) -> tuple:
-    """The states in the order of `_with_states`, in tuples as the links are composed."""
-    return tuple(_nested(link, states) if isinstance(link, list) else next(states) for link in links)

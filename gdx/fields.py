@@ -89,7 +89,7 @@ def to_scalar(
         raise TypeError(f"{label} is {text(value)}, which is no function of the step count; {expected}: call it first")
     if callable(value) or (optional and value is None):
         return value
-    if not isinstance(value, _NUMBERS) or not _is_real(value):
+    if not isinstance(value, _NUMBERS) or not is_real(value):
         raise TypeError(f"{label} is {reprlib.repr(value)}; {expected}")
     if np.shape(value) != ():
         raise ValueError(
@@ -127,18 +127,21 @@ def makes_schedules(function: Any) -> bool:
 
 def to_bool(label: str, value: Any) -> bool:
     """Converts a static switch."""
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{label} is {reprlib.repr(value)}; expected True or False")
-    return bool(value)
+    return bool(value) if isinstance(value, bool | np.bool_) else refuse(label, value, "True or False")
 
 
 def to_integer(label: str, value: Any, *, minimum: int | None = None) -> int:
     """Converts a static whole number."""
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{label} is {reprlib.repr(value)}; expected an integer")
+        refuse(label, value, "an integer")
     if minimum is not None and value < minimum:
-        raise ValueError(f"{label} is {value}; expected an integer >= {minimum}")
+        refuse(label, value, f"an integer >= {minimum}", ValueError)
     return int(value)
+
+
+def refuse(label: str, value: Any, expected: str, error: type[Exception] = TypeError) -> Any:
+    """Raises an error that says what was got and what was expected."""
+    raise error(f"{label} is {text(value) if is_number(value) else reprlib.repr(value)}; expected {expected}")
 
 
 _NUMBERS = int | float | np.generic | np.ndarray | jax.Array
@@ -146,7 +149,7 @@ _NUMBERS = int | float | np.generic | np.ndarray | jax.Array
 
 def is_number(value: Any) -> bool:
     """Whether it is a real number, or an array of one."""
-    return isinstance(value, _NUMBERS) and not isinstance(value, bool) and _is_real(value) and np.shape(value) == ()
+    return isinstance(value, _NUMBERS) and not isinstance(value, bool) and is_real(value) and np.shape(value) == ()
 
 
 def to_number(value: Any) -> Any:
@@ -157,9 +160,13 @@ def to_number(value: Any) -> Any:
     return value.astype(jnp.result_type(float)) if not is_concrete(value) else np.float64(value)
 
 
-def _is_real(value: Any) -> bool:
-    dtype = getattr(value, "dtype", np.dtype(type(value)))
-    return bool(jnp.issubdtype(dtype, np.floating) or jnp.issubdtype(dtype, np.integer))
+def is_real(x: Any) -> bool:
+    """Whether it is a real number, or an array or list of such."""
+    try:
+        dtype = x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
+        return bool(jnp.issubdtype(dtype, np.floating) or jnp.issubdtype(dtype, np.integer))
+    except (TypeError, ValueError):  # random keys; lists of several lengths
+        return False
 
 
 def _interval(minimum: float, below: float) -> str:

@@ -42,7 +42,7 @@ import numpy as np
 import optax
 
 from gdx.checks import check_chain_state, held_together
-from gdx.fields import Scalar, hyperparameter, is_concrete, is_number, static, text, to_number
+from gdx.fields import Scalar, hyperparameter, is_number, static, text, to_number
 from gdx.numerics import by_itself
 from gdx.schedules import schedule
 from gdx.transform import Foreign, Transform, to_transform, value
@@ -88,7 +88,7 @@ def _multiplied(value: Any, factor: Any) -> Any:
         return product(value, factor)
     # rounded as in a compiled program, to which both may be arguments
     pair = [x.astype(jnp.result_type(float)) for x in (value, factor)]
-    return pair[0] * pair[1] if all(map(is_concrete, pair)) else by_itself(pair[0] * pair[1])
+    return by_itself(pair[0] * pair[1])
 
 
 class groups(Transform):

@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdx.arguments import check_floating, check_function, check_key, is_real, number, refuse
-from gdx.fields import to_integer
+from gdx.arguments import check_function, check_key, number
+from gdx.checks import check_floating
+from gdx.fields import is_real, refuse, to_integer
 from gdx.numerics import accurate, compute_dtype
 from gdx.trees import paths
 

@@ -69,12 +69,14 @@ class Leafwise(Transform):
             raise TypeError(
                 f"{cls.__name__}: State is {cls.State!r}; expected a NamedTuple, with a field for each moment"
             )
+        cls._moments = [name for name in cls.State._fields if name != "count"]
         super().__init_subclass__()
 
     State: ClassVar[Any] = optax.EmptyState
     Counted: ClassVar[Any] = optax.ScaleByScheduleState
     elementwise: ClassVar[bool] = False
     rounds: ClassVar[bool] = False
+    _moments: ClassVar[list[str]] = []
 
     @property
     def formats(self) -> tuple[Any, ...]:
@@ -130,7 +132,7 @@ class Leafwise(Transform):
 
     # The state: moments, and the step count if it is needed.
 
-    @property
+    @functools.cached_property
     def counts(self) -> bool:
         """Whether the state has the step count beside `State`: for a schedule, or to round moments at random."""
         is_random = any(getattr(format, "stochastic", False) for format in self.formats)
@@ -138,9 +140,8 @@ class Leafwise(Transform):
 
     def _packed(self, count: Any, structure: Any, rows: Iterable[Iterable]) -> Any:
         """The state of a count and of each leaf's moments."""
-        names = _moments_of(self)
-        columns = _columns(rows, len(names))
-        moments = {name: jax.tree.unflatten(structure, column) for name, column in zip(names, columns)}
+        columns = _columns(rows, len(self._moments))
+        moments = {name: jax.tree.unflatten(structure, column) for name, column in zip(self._moments, columns)}
         if not self.counts:
             state = self.State(**moments) if count is None else self.State(count=count, **moments)
         else:
@@ -153,7 +154,7 @@ class Leafwise(Transform):
             check_state(self, state, optax.MaskedState)
             state = state.inner_state
         kind, count = self.State, None
-        if self.counts and _moments_of(self):
+        if self.counts and self._moments:
             check_state(self, state, CountedState)
             count, state = state
         elif self.counts:
@@ -168,8 +169,8 @@ class Leafwise(Transform):
         count = jnp.zeros([], jnp.int32) if self.counts or "count" in self.State._fields else None
         rows = list(map(self.at(count).start, leaves))
         for row in rows:
-            check_returned(self, "start", row, _moments_of(self), f"the moments of State, {self.State.__name__}")
-        check_held(self, params, _moments_of(self), rows)
+            check_returned(self, "start", row, self._moments, f"the moments of State, {self.State.__name__}")
+        check_held(self, params, self._moments, rows)
         return self._packed(count, structure, rows)
 
     def _update(self, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> tuple[Any, Any]:
@@ -193,7 +194,7 @@ def update_leaves(
     for link, state in zip(links, states):
         count, kept = link._unpacked(state)
         at.append(link.at(count))
-        columns = checked_moments(link, updates, {name: getattr(kept, name) for name in _moments_of(link)})
+        columns = checked_moments(link, updates, {name: getattr(kept, name) for name in link._moments})
         mask = link.acts_on(params) if gradients else True
         acting.append([mask] * size if isinstance(mask, bool) else jax.tree.leaves(mask))
         counts.append(None if count is None else optax.safe_increment(count))
@@ -237,9 +238,7 @@ def _scalars(links: tuple[Leafwise, ...], counts: list[Any], *, dtypes: tuple[np
 def _stepper(structure: Any) -> Callable[..., tuple[Any, ...]]:
     """The jitted step of one leaf through links of this structure: each shape and dtype is traced once."""
 
-    @functools.partial(jax.jit, static_argnums=1)
-    @on_its_mesh
-    def step(numbers: list, acting: tuple[bool, ...], g: Any, p: Any, moments: tuple, index: Any) -> tuple[Any, ...]:
+    def step(acting: tuple[bool, ...], numbers: list, g: Any, p: Any, moments: tuple, index: Any) -> tuple[Any, ...]:
         links = zip(*jax.tree.unflatten(structure, numbers), acting, moments, _dtypes(g, p, moments))
         u, new = g, list[tuple[Any, ...]]()
         for link, shared, count, acts, kept, dtype in links:
@@ -250,11 +249,7 @@ def _stepper(structure: Any) -> Callable[..., tuple[Any, ...]]:
             new.append(tuple(kept))
         return u, *new
 
-    return step
-
-
-def _moments_of(link: Leafwise) -> list[str]:
-    return [name for name in link.State._fields if name != "count"]
+    return jax.jit(functools.partial(on_its_mesh, step), static_argnums=1)
 
 
 def _columns(rows: Iterable[Iterable], width: int) -> list[tuple]:

@@ -27,8 +27,7 @@ def uncontracted(product: jax.Array) -> jax.Array:
     if jax.config.jax_disable_jit or not jnp.isrealobj(product):
         return product
     # barriers and reduce_precision are removed before the compiler fuses
-    is_finite = jax.lax.lt(product, jax.lax.full_like(product, jnp.inf))
-    return jax.lax.select(is_finite, product, jax.lax.full_like(product, jnp.nan))
+    return jax.lax.select(_is_below_infinity(product), product, jax.lax.full_like(product, jnp.nan))
 
 
 def alike(product: jax.Array) -> jax.Array:
@@ -50,24 +49,14 @@ def by_itself(x: jax.Array) -> jax.Array:
 
     Of two factors that are constants it would make one, whose product is rounded another way.
     """
-    return _behind_bits_of_shape(x) if jnp.isrealobj(x) else x
+    if not isinstance(x, jax.core.Tracer) or not jnp.isrealobj(x):
+        return x
+    # infinity is its own magnitude, and what is no number is none, which no compiler makes use of
+    return jax.lax.select(_is_below_infinity(x), x, jax.lax.abs(x))
 
 
-@jax.custom_jvp
-def _behind_bits(x: jax.Array) -> jax.Array:
-    # one chain of operations: a mesh sends what is used twice twice
-    bits = jax.lax.bitcast_convert_type(x, np.dtype(f"int{8 * x.dtype.itemsize}"))
-    nan = jax.lax.full_like(bits, np.array(np.nan, x.dtype).view(bits.dtype).item())
-    return jax.lax.bitcast_convert_type(jax.lax.min(bits, nan), x.dtype)
-
-
-@_behind_bits.defjvp
-def _behind_bits_jvp(primals: tuple, tangents: tuple) -> tuple:
-    return _behind_bits(*primals), tangents[0]
-
-
-# what has a slope of its own is slow to trace: so it is once for each shape, not once for each product
-_behind_bits_of_shape = jax.jit(_behind_bits, inline=True)
+def _is_below_infinity(x: jax.Array) -> jax.Array:
+    return jax.lax.lt(x, x.dtype.type(np.inf))
 
 
 def either(condition: jax.Array, this: Callable[[], Any], other: Callable[[], Any]) -> Any:

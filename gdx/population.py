@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gdx.arguments import is_real
-from gdx.fields import text
+from gdx.fields import is_real, text
 from gdx.schedules import Schedule
 from gdx.transform import Transform
 from gdx.values import names_of, on_every_device, stacked

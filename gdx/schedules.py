@@ -28,8 +28,7 @@ import numpy as np
 import optax
 
 from gdx.annotations import check_type
-from gdx.arguments import is_real
-from gdx.fields import in_default_dtype, is_concrete, is_opaque, static, text
+from gdx.fields import in_default_dtype, is_concrete, is_opaque, is_real, static, text
 from gdx.numerics import by_itself
 from gdx.values import KEEPERS, Value, kept_calls
 

@@ -193,7 +193,7 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
             if is_number and not self._is_static(field):
                 yield field.name, value
 
-    @property
+    @functools.cached_property
     def has_schedule(self) -> bool:
         """Whether a hyperparameter of its own, not of a transform inside it, is a schedule."""
         return any(callable(value) for _, value in self._hyperparameters())
@@ -221,9 +221,9 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
             self._check_single(name, value)
             arrays[name] = value.astype(dtype)
         # a schedule that is a plain function is part of the structure, its value is not
-        at = values.unflatten(type(self), structure.with_children(arrays), _children(self))
+        at = values.unflatten(type(self), structure.with_children(arrays), values.flatten(self)[0])
         vars(at).update(arrays)
-        if not self.has_schedule and all(isinstance(x, np.generic) for x in jax.tree.leaves(_children(self))):
+        if not self.has_schedule and all(isinstance(x, np.generic) for x in jax.tree.leaves(self)):
             fields["_at"] = dtype, at
         return at
 
@@ -259,14 +259,10 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
     index = _NoAttribute()
 
 
-def _children(tx: Transform) -> tuple:
-    return values.flatten(tx)[0]
-
-
 def transforms_in(tx: Transform) -> Iterator[Transform]:
     """The transforms among its arguments."""
     # at each update, so without their paths
-    for leaf in jax.tree.leaves(_children(tx), is_leaf=_is_transform):
+    for leaf in jax.tree.leaves(values.flatten(tx)[0], is_leaf=_is_transform):
         if isinstance(leaf, Transform):
             yield leaf
 
@@ -407,7 +403,7 @@ class Call(Transform):
         fields: dict[str, Any] = vars(self)  # type: ignore[assignment]
         if "_made" in fields:
             return fields["_made"]
-        if not all(isinstance(x, np.generic) for x in jax.tree.leaves(_children(self))):
+        if not all(isinstance(x, np.generic) for x in jax.tree.leaves(self)):
             return self._call(self._arguments_in(jnp.result_type(float)))
         # kept, so that what the function computes must be no part of a program that is traced around this
         with jax.ensure_compile_time_eval():

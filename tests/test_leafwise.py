@@ -136,6 +136,17 @@ def link(step, start=lambda self, p: (jnp.zeros_like(p),), **more):
 
 
 IN_TWO = {"accumulate": lambda self, shared, g, p, m: (g,), "direction": lambda self, shared, g, p, m: m}
+
+
+def in_few_bits(**parts):
+    return link(
+        gdx.Leafwise.step,
+        **{**IN_TWO, **parts},
+        start=lambda self, p: (gdx.storage.moment_like(p, "bfloat16"),),
+        formats=property(lambda self: (np.dtype("bfloat16"),)),
+    )
+
+
 RETURNS = {
     "an array for a tuple": (lambda: link(lambda self, shared, g, p, m: g), r"step returned no tuple but float32\[3\]"),
     "no moment": (
@@ -173,21 +184,11 @@ RETURNS = {
     ),
     "a State that is none": (lambda: link(None, State=dict), r"State is <class 'dict'>; expected a NamedTuple"),
     "few bits of another shape": (
-        lambda: link(
-            gdx.Leafwise.step,
-            **{**IN_TWO, "accumulate": lambda self, shared, g, p, m: (jnp.mean(g),)},
-            start=lambda self, p: (gdx.storage.moment_like(p, "bfloat16"),),
-            formats=property(lambda self: (np.dtype("bfloat16"),)),
-        ),
+        lambda: in_few_bits(accumulate=lambda self, shared, g, p, m: (jnp.mean(g),)),
         r"accumulate returned a tuple of 1, in the shapes \(\); expected",
     ),
     "a mean of few bits": (
-        lambda: link(
-            gdx.Leafwise.step,
-            **{**IN_TWO, "direction": lambda self, shared, g, p, m: jnp.mean(m)},
-            start=lambda self, p: (gdx.storage.moment_like(p, "bfloat16"),),
-            formats=property(lambda self: (np.dtype("bfloat16"),)),
-        ),
+        lambda: in_few_bits(direction=lambda self, shared, g, p, m: jnp.mean(m)),
         r"direction returned a tuple of 1, in the shapes \(\); expected",
     ),
 }

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdx.arguments import check_floating, check_function, of_kind
-from gdx.checks import check_params
+from gdx.arguments import check_function, of_kind
+from gdx.checks import check_floating, check_params
 from gdx.compat import has_no_derivative
 from gdx.fields import is_concrete
 from gdx.mesh import on_any_mesh

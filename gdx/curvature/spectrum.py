@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdx.arguments import check_function, check_key, is_real, number, refuse
+from gdx.arguments import check_function, check_key, number
 from gdx.curvature.krylov import dot, from_vector, lanczos, measured, near, on_vectors, to_vector
 from gdx.curvature.operators import Operator, check_operator
-from gdx.fields import is_concrete, to_integer
+from gdx.fields import is_concrete, is_real, refuse, to_integer
 from gdx.mesh import on_any_mesh
 
 Progress = Callable[[float], None]

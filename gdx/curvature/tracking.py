@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gdx.arguments import check_floating, check_key, of_kind
+from gdx.arguments import check_key, of_kind
+from gdx.checks import check_floating
 from gdx.curvature.krylov import from_vector, lanczos, on_vectors, to_vector
 from gdx.curvature.operators import Operator, check_operator, check_vector
 from gdx.fields import to_integer

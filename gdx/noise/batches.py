@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdx.arguments import check_key, refuse
-from gdx.fields import is_concrete, to_integer
+from gdx.arguments import check_key
+from gdx.fields import is_concrete, refuse, to_integer
 from gdx.trees import leading_axis
 
 

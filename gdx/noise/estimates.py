@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdx.arguments import check_floating, is_real, number, refuse
-from gdx.fields import is_concrete
+from gdx.arguments import number
+from gdx.checks import check_floating
+from gdx.fields import is_concrete, is_real, refuse
 from gdx.numerics import accurate, squared_norm
 from gdx.trees import leading_axis
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdx.arguments import check_floating, check_function
-from gdx.checks import check_state
+from gdx.arguments import check_function
+from gdx.checks import check_floating, check_state
 from gdx.fields import Scalar, hyperparameter, to_integer
 from gdx.noise.batches import Batches
 from gdx.noise.estimates import Noise, estimate

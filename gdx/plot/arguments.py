@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from gdx.arguments import is_real, of_kind, refuse
+from gdx.arguments import of_kind
+from gdx.fields import is_real, refuse
 
 
 def numbers(label: str, value: Any, expected: str, *shapes: tuple[int | None, ...]) -> np.ndarray:

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gdx.arguments import refuse
-from gdx.fields import to_bool
+from gdx.fields import refuse, to_bool
 from gdx.plot.arguments import ascending, by_name, numbers
 from gdx.plot.style import axes_or_new, finite_length, line_styles, run_label
 

@@ -37,21 +37,17 @@ def draws(link: Formula) -> bool:
     return link.rounds or any(isinstance(format, Format) for format in link.formats)
 
 
-def on_its_mesh(step: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """`step(numbers, acting, g, p, moments, index)`, a leaf's update and the moments of each link, wherever that is."""
-
-    def on_mesh(numbers: Any, acting: Any, g: Any, p: Any, moments: Any, index: Any) -> tuple[Any, ...]:
-        def one_step(numbers: Any, g: Any, p: Any, moments: Any, index: Any) -> tuple[Any, ...]:
-            return step(numbers, acting, g, p, moments, index)
-
-        if any(map(is_packed, jax.tree.leaves(moments, is_leaf=is_packed))):
-            g, p, moments = varying_alike((g, p, moments))
-            types = types_of((g, *moments))
-            # blocks may end inside the part of a device, which types cannot say
-            return untyped(one_step, types[0].mesh, types)(numbers, g, p, moments, index)
-        return one_step(numbers, g, p, moments, index)
-
-    return on_mesh
+def on_its_mesh(
+    step: Callable[..., Any], numbers: Any, acting: Any, g: Any, p: Any, moments: Any, index: Any
+) -> tuple[Any, ...]:
+    """`step(acting, numbers, g, p, moments, index)`, a leaf's update and the links' moments, wherever that is."""
+    step = functools.partial(step, acting)
+    if any(map(is_packed, jax.tree.leaves(moments, is_leaf=is_packed))):
+        g, p, moments = varying_alike((g, p, moments))
+        types = types_of((g, *moments))
+        # blocks may end inside the part of a device, which types cannot say
+        step = untyped(step, types[0].mesh, types)
+    return step(numbers, g, p, moments, index)
 
 
 def stepped(
