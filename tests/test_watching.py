@@ -187,6 +187,12 @@ def test_train_collects_the_curves_of_a_loop():
     assert jax.jit(lambda state: rest(state=state))(first.state).watched.step.tolist() == [4, -1]
     slope = jax.grad(lambda tx: gdx.train(bowl, tx, start, batches, remat=True).losses[-1])
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), slope(tx).transforms[1].tx, slope(inner))
+    # a slope of 0 times that of a norm at 0 would be NaN
+    flat = functools.partial(gdx.train, bowl, params={"a": jnp.ones(3), "b": jnp.zeros(2)}, batches=batches)
+    slope = jax.grad(lambda tx: flat(tx=tx).losses[-1])
+    np.testing.assert_allclose(
+        slope(gdx.watch(gdx.sgd(0.1), 1, "leaf")).tx.learning_rate, slope(gdx.sgd(0.1)).learning_rate
+    )
     # steps that are not made are no measurements
     spiked = gdx.skip_spikes(gdx.watch(gdx.sgd(0.1), 2))
     assert gdx.train(bowl, spiked, start, batches.at[2:5].set(jnp.nan)).watched.step.tolist() == [0, 2, 4]
