@@ -21,7 +21,7 @@ from benchmarks.step import Run, lowering, repeated, train_step
 LEAVES, SIZE = 1000, 3_200
 RATE, DECAY = 1e-3, 1e-4
 GROUPS = ("layer", "norm", "bias", "embed")
-WIDTH, LAYERS, BATCH = 512, 4, 32
+WIDTH, LAYERS, BATCH = 512, 4, 64
 EVERY = 10
 ALLOCATIONS = 3
 
