@@ -124,7 +124,8 @@ from gdx.links.rounding import round_stochastically, round_with_compensation, ro
 from gdx.numerics import alike, uncontracted
 from gdx.population import grid, labels, stack, unstack
 from gdx.schedules import schedule
-from gdx.training import RangeTest, Sweep, Trained, range_test, sweep, train
+from gdx.sweeping import RangeTest, Sweep, range_test, sweep
+from gdx.training import Trained, train
 from gdx.transform import CountedState, Transform, hyperparams_in_use, value
 from gdx.watching import Watched, read_watch, watch
 

@@ -134,8 +134,8 @@ def grid(make: Callable[..., Transform], /, **settings: Any) -> Transform:
     return stack(make(**{**settings, **point}) for point in points)
 
 
-def to_scores(label: str, score: Any, size: int, each: str) -> np.ndarray:
-    """A score as float64, checked to be one real number for each of so many.
+def to_scores(label: str, score: Any, shape: tuple[int, ...], each: str) -> np.ndarray:
+    """A score as float64, checked to be one real number for each of these.
 
     Raises:
       TypeError: it is no real numbers.
@@ -144,8 +144,8 @@ def to_scores(label: str, score: Any, size: int, each: str) -> np.ndarray:
     if not is_real(score):
         raise TypeError(f"{label}: score is {reprlib.repr(score)}; expected real numbers, one for each {each}")
     array = np.asarray(score)
-    if array.shape != (size,):
-        raise ValueError(f"{label}: score has shape {array.shape}; expected ({size},), one number for each {each}")
+    if array.shape != shape:
+        raise ValueError(f"{label}: score has shape {array.shape}; expected {shape}, one number for each {each}")
     return array.astype(float)
 
 

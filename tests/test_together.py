@@ -98,7 +98,7 @@ def walk(step, tx, params, state, *batches):
     """The parameters after each step, the last state and the losses."""
     points, losses = [], []
     for batch in zip(*batches):
-        (params, state), value = step(tx, (params, state), batch)
+        (params, state, _), (value, _) = step(tx, (params, state, (None, None)), (0, batch))
         points.append(params)
         losses.append(float(value))
     return points, state, losses

@@ -11,6 +11,7 @@ import pytest
 import gdx
 from gdx.compat import enable_x64
 from gdx.surroundings import Surroundings
+from gdx.training import TREE
 from tests.contract.table import assert_same_bits
 
 random = np.random.default_rng(0)
@@ -151,22 +152,23 @@ def test_a_sweep_trains_each_member(chunk_size):
 
 
 def test_another_grid_compiles_nothing(monkeypatch):
-    from gdx import training
+    from gdx import sweeping
 
     gdx.sweep(loss, GRID, START, EXAMPLES, evaluate=final_loss)
-    size = training._sweep._cache_size()
+    size = sweeping._sweep._cache_size()
     gdx.sweep(loss, jax.tree.map(lambda h: h / 2, GRID), START, EXAMPLES, evaluate=final_loss)
-    assert training._sweep._cache_size() == size
+    assert sweeping._sweep._cache_size() == size
 
 
 def test_chunks_bound_the_memory():
-    from gdx import training
+    from gdx import sweeping
 
     def temporary(size):
         batch = gdx.grid(gdx.adamw, learning_rate=np.geomspace(1e-3, 1e-1, 256))
         wide = {"a": jnp.zeros((5, 512)), "b": jnp.zeros((512, 1))}
-        around = Surroundings(loss, final_loss)
-        compiled = training._sweep.lower(loss, final_loss, None, around, size, batch, wide, EXAMPLES).compile()
+        plan = sweeping._Plan(loss, final_loss, None, (), Surroundings(loss, final_loss), TREE, size, 0)
+        arrays = {"params": (wide, None), "model_state": None, "batches": EXAMPLES}
+        compiled = sweeping._sweep.lower(plan, batch, None, arrays).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(16) < temporary(256) / 10
@@ -341,7 +343,7 @@ def test_refuses(case):
 @pytest.mark.parametrize(
     ("returned", "kinds"),
     [
-        (lambda x: (x, 1.0), r"\('float32\[\]', 'float32\[\]'\)"),
+        (lambda x: (x, 1.0, 2.0), r"\('float32\[\]', 'float32\[\]', 'float32\[\]'\)"),
         (lambda x: x[None], r"float32\[1\]"),
         (lambda x: {"loss": x}, r"\{'loss': 'float32\[\]'\}"),
         (lambda x: 1, r"int32\[\]"),
@@ -474,7 +476,7 @@ def test_functions_that_take_what_they_are_given():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"progress": True}, "progress is True; expected a function of the fraction that is done and the least loss"),
+        ({"progress": 1}, "progress is 1; expected a function of the fraction that is done and the least loss"),
         ({"progress": lambda done: None}, r"progress is <lambda>\(done\); expected a function of the fraction"),
         ({"evaluate": 3}, "evaluate is 3; expected a function of the final parameters"),
         ({"evaluate": 0}, "evaluate is 0; expected a function of the final parameters"),

@@ -13,8 +13,9 @@ import pdoc
 
 import gdx
 from gdx.curvature.spectrum import Progress as CurvatureProgress
+from gdx.progress import Progress
 from gdx.schedules import Number
-from gdx.training import Loss, Progress
+from gdx.training import Loss
 
 FOLDER = Path(__file__).parent
 # annotations by the names that they have where they are written

@@ -25,7 +25,7 @@ from gdx.plot.style import (
     words,
 )
 from gdx.population import to_scores
-from gdx.training import RangeTest
+from gdx.sweeping import RangeTest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -130,7 +130,7 @@ def sweep(
         )
     if not labels or not labels[0]:
         raise ValueError("plot.sweep: the points differ in no hyperparameter; expected labels such as gdx.labels gives")
-    score = to_scores("plot.sweep", score, len(labels), "label")
+    score = to_scores("plot.sweep", score, (len(labels),), "label")
     if limits is not None:
         limits = tuple(ascending("plot.sweep: limits", limits, "(low, high) with low < high", 2).tolist())
     of_kind("plot.sweep: name", name, str, "text")

@@ -1,0 +1,372 @@
+"""Losses with aux, state and random keys, modules, seeds, evaluation and halving, against loops written out."""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import gdx
+from tests.contract.table import assert_same_bits
+
+STEPS, SEEDS = 12, 3
+IMAGES = jnp.asarray(np.random.default_rng(0).standard_normal((48, 6, 6, 1)), "float32")
+LABELS = jnp.asarray(np.random.default_rng(1).integers(0, 4, 48))
+BATCHES = jnp.asarray(np.random.default_rng(2).integers(0, 48, (STEPS, 16)))
+KEYS = jax.random.split(jax.random.key(0), SEEDS)
+loose = functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=1e-5)
+close = functools.partial(jax.tree.map, loose)
+
+
+def cross_entropy(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+# A network with a running mean, noise and aux, as plain functions.
+
+
+def init(key):
+    return {"w": jax.random.normal(key, (36, 4)) / 6, "b": jnp.zeros(4)}
+
+
+def loss(params, mean, batch):
+    examples, key = batch
+    x = IMAGES[examples].reshape(-1, 36)
+    x = (x - mean) * jax.random.bernoulli(key, 0.8, x.shape).astype(x.dtype)
+    logits = x @ params["w"] + params["b"][None]
+    return cross_entropy(logits, LABELS[examples]), 0.9 * mean + 0.1 * x.mean(), {"logits": logits[0]}
+
+
+def batches_of(key):
+    return jax.random.permutation(key, BATCHES, axis=0), jax.random.split(key, STEPS)
+
+
+START, BEGIN, DATA = init(KEYS[0]), jnp.zeros(()), batches_of(KEYS[0])
+
+
+def by_hand(tx, params, mean, data):
+    """Parameters, means, losses and aux after each step."""
+    state, rows = tx.init(params), []
+
+    @jax.jit
+    def step(tx, params, state, mean, batch):
+        def first(params):
+            value, *others = loss(params, mean, batch)
+            return value, others
+
+        (value, (mean, aux)), gradients = jax.value_and_grad(first, has_aux=True)(params)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, mean, value, aux
+
+    for i in range(STEPS):
+        params, state, mean, value, aux = step(tx, params, state, mean, jax.tree.map(lambda x: x[i], data))  # noqa: B023
+        rows.append((params, mean, value, aux))
+    return jax.tree.map(lambda *x: jnp.stack(x), *rows)
+
+
+def score(params, mean):
+    return {"norm": jnp.sum(params["w"] ** 2), "mean": mean}
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("jitted", [False, True])
+def test_a_loss_with_state_keys_and_aux(jitted, remat):
+    tx = gdx.adamw(0.05)
+    run = functools.partial(gdx.train, loss, model_state=BEGIN, evaluate=score, every=5, remat=remat)
+    found = (jax.jit(run) if jitted else run)(tx, START, DATA)
+    params, means, losses, aux = by_hand(tx, START, BEGIN, DATA)
+    close((found.params, found.model_state), jax.tree.map(lambda x: x[-1], (params, means)))
+    close((found.losses, found.aux), (losses, aux))
+    rows = [4, 9, 11]
+    assert found.evaluated.step.tolist() == [5, 10, 12]
+    close(found.evaluated.value["mean"], means[np.array(rows)])
+    close(found.evaluated.value["norm"], jnp.sum(params["w"] ** 2, axis=(1, 2))[np.array(rows)])
+
+
+def test_a_resumed_run_is_the_uninterrupted_one():
+    tx = gdx.adamw(gdx.schedules.linear_schedule(0.1, 0.0, 12))
+    run = jax.jit(lambda p, s, m, data: gdx.train(loss, tx, p, data, state=s, model_state=m))
+    first, second = jax.tree.map(lambda x: x[:5], DATA), jax.tree.map(lambda x: x[5:], DATA)
+    whole = run(START, tx.init(START), BEGIN, DATA)
+    half = run(START, tx.init(START), BEGIN, first)
+    rest = run(half.params, half.state, half.model_state, second)
+    assert_same_bits((rest.params, rest.state, rest.model_state), (whole.params, whole.state, whole.model_state))
+    joined = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), (half.losses, half.aux), (rest.losses, rest.aux))
+    assert_same_bits(joined, (whole.losses, whole.aux))
+
+
+GRID = gdx.grid(gdx.adamw, learning_rate=[0.001, 0.01, 0.1], weight_decay=[0.0, 0.1])
+
+
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_a_sweep_over_seeds_is_the_runs_alone(chunk_size):
+    made = {"model_state": lambda key: jax.random.uniform(key), "keys": KEYS, "evaluate": score}
+    found = gdx.sweep(loss, GRID, init, batches_of, chunk_size=chunk_size, **made)
+    assert found.losses.shape == (6, SEEDS, STEPS) and found.aux["logits"].shape == (6, SEEDS, STEPS, 4)
+    scores = np.zeros((6, SEEDS))
+    for i, tx in enumerate(gdx.unstack(GRID)):
+        for j, key in enumerate(KEYS):
+            params, means, losses, aux = by_hand(tx, init(key), jax.random.uniform(key), batches_of(key))
+            loose(found.losses[i, j], losses)
+            loose(found.aux["logits"][i, j], aux["logits"])
+            end = score(*jax.tree.map(lambda x: x[-1], (params, means)))
+            close(jax.tree.map(lambda x: x[i, j], found.final), end)  # noqa: B023
+            scores[i, j] = losses[-1]
+    mean, error = found.mean(found.losses[..., -1])
+    loose(mean, scores.mean(axis=1))
+    loose(error, scores.std(axis=1, ddof=1) / np.sqrt(SEEDS))
+    assert found.ranking(found.losses[..., -1]) == np.argsort(scores.mean(axis=1)).tolist()
+    # what is no function is the same for all seeds
+    same = gdx.sweep(loss, GRID, START, batches_of, model_state=BEGIN, keys=KEYS)
+    loose(same.losses[2, 0], by_hand(gdx.unstack(GRID)[2], START, BEGIN, DATA)[2])
+
+
+def bowl(theta, batch):
+    return jnp.sum(theta**2) + batch
+
+
+@pytest.mark.parametrize("keys", [None, KEYS])
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_halving_drops_the_worse_half(keys, chunk_size):
+    rates = np.random.default_rng(0).permutation(np.geomspace(1e-3, 0.6, 16)).tolist()
+    rates[5] = 1e30  # it diverges
+    grid = gdx.grid(gdx.sgd, learning_rate=rates)
+    start = jnp.ones(3) if keys is None else lambda key: 1 + jax.random.uniform(key, 3)
+    run = functools.partial(gdx.sweep, bowl, grid, start, jnp.zeros(9), keys=keys, chunk_size=chunk_size)
+    whole, found = run(), run(halve=2)
+    losses = np.nan_to_num(np.asarray(whole.losses, float), nan=1e9, posinf=1e9).reshape(16, -1, 9).clip(max=1e9)
+    alive, steps = np.arange(16), np.full(16, 3)
+    for part in (slice(0, 3), slice(3, 6)):
+        means = losses[alive, :, part].mean(axis=(1, 2))
+        alive = np.sort(alive[np.argsort(means)[: len(alive) // 2]])
+        steps[alive] += 3
+    assert found.steps.tolist() == steps.tolist() and whole.steps.tolist() == [9] * 16
+    assert sorted(found.ranking(found.losses[..., -1])) == alive.tolist()
+    assert np.flatnonzero(found.diverged.reshape(16, -1).all(axis=1)).tolist() == [5]
+    for i, made in enumerate(steps):
+        np.testing.assert_allclose(found.losses[i, ..., :made], whole.losses[i, ..., :made], rtol=1e-5)
+        assert np.all(np.isnan(found.losses[i, ..., made:]))
+        if made == 9:
+            np.testing.assert_allclose(found.final[i], whole.final[i], rtol=1e-5)
+
+
+# Modules with batch normalisation and dropout.
+
+
+class Flax(nnx.Module):
+    def __init__(self, key):
+        rngs = nnx.Rngs(key)
+        self.conv = nnx.Conv(1, 4, (3, 3), use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.dropout = nnx.Dropout(0.2, rngs=rngs)
+        self.head = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.dropout(nnx.relu(self.norm(self.conv(x))).mean(axis=(1, 2))))
+
+
+def in_flax(model, batch):
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        return cross_entropy(model(IMAGES[batch[0]]), LABELS[batch[0]])
+
+
+class Equinox(eqx.Module):
+    conv: eqx.nn.Conv2d
+    norm: eqx.nn.BatchNorm
+    dropout: eqx.nn.Dropout
+    head: eqx.nn.Linear
+
+    def __init__(self, key):
+        keys = jax.random.split(key)
+        self.conv = eqx.nn.Conv2d(1, 4, 3, use_bias=False, key=keys[0])
+        self.norm = eqx.nn.BatchNorm(4, "batch", mode="batch")
+        self.dropout = eqx.nn.Dropout(0.2)
+        self.head = eqx.nn.Linear(4, 4, key=keys[1])
+
+    def __call__(self, x, state, key):
+        x, state = self.norm(self.conv(x), state)
+        return self.head(self.dropout(jax.nn.relu(x).mean(axis=(1, 2)), key=key)), state
+
+
+def in_equinox(model, state, batch):
+    examples, key = batch
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        logits, state = jax.vmap(model, (0, None, None), (0, None), axis_name="batch")(
+            jnp.moveaxis(IMAGES[examples], -1, 1), state, key
+        )
+    return cross_entropy(logits, LABELS[examples]), state
+
+
+def flax_by_hand(tx, model, data):
+    """nnx's own way: a model that is changed in place."""
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    losses = []
+    for i in range(STEPS):
+        batch = jax.tree.map(lambda x: x[i], data)  # noqa: B023
+        value, gradients = nnx.value_and_grad(in_flax)(model, batch)
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            optimizer.update(model, gradients)
+        losses.append(value)
+    return jnp.stack(losses)
+
+
+def test_a_module_of_flax_is_trained_as_it_trains_itself():
+    tx, model = gdx.adamw(0.02), Flax(KEYS[1])
+    before = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
+    found = gdx.train(in_flax, tx, model, DATA, evaluate=lambda model: model.norm.mean[...], every=6)
+    assert_same_bits(nnx.to_pure_dict(nnx.state(model, nnx.Param)), nnx.to_pure_dict(before))
+    loose(found.losses, flax_by_hand(tx, model, DATA))
+    close(*(nnx.to_pure_dict(nnx.state(m, (nnx.Param, nnx.BatchStat))) for m in (found.params, model)))
+    loose(found.evaluated.value[-1], model.norm.mean[...])
+
+
+def equinox_by_hand(tx, model, state, data):
+    params, fixed = eqx.partition(model, eqx.is_inexact_array)
+    opt_state, losses = tx.init(params), []
+
+    @eqx.filter_jit
+    def step(params, opt_state, state, batch):
+        def first(params):
+            return in_equinox(eqx.combine(params, fixed), state, batch)
+
+        (value, state), gradients = eqx.filter_value_and_grad(first, has_aux=True)(params)
+        updates, opt_state = tx.update(gradients, opt_state, params)
+        return eqx.apply_updates(params, updates), opt_state, state, value
+
+    for i in range(STEPS):
+        params, opt_state, state, value = step(params, opt_state, state, jax.tree.map(lambda x: x[i], data))  # noqa: B023
+        losses.append(value)
+    return eqx.combine(params, fixed), state, jnp.stack(losses)
+
+
+def test_a_module_of_equinox_is_trained():
+    tx = gdx.adamw(0.02)
+    model, state = eqx.nn.make_with_state(Equinox)(KEYS[1])
+    found = gdx.train(in_equinox, tx, model, DATA, model_state=state)
+    expected, end, losses = equinox_by_hand(tx, model, state, DATA)
+    loose(found.losses, losses)
+    close(eqx.filter(found.params, eqx.is_array), eqx.filter(expected, eqx.is_array))
+    close(found.model_state, end)
+    assert found.params.dropout.p == 0.2 and jax.tree.structure(found.params) == jax.tree.structure(model)
+
+
+@pytest.mark.parametrize("library", ["flax", "equinox"])
+def test_a_network_is_swept_over_rate_decay_and_seeds(library):
+    if library == "flax":
+        found = gdx.sweep(in_flax, GRID, Flax, batches_of, keys=KEYS, halve=1)
+    else:
+        make = eqx.nn.make_with_state(Equinox)
+        begin = lambda key: make(key)[1]  # noqa: E731
+        found = gdx.sweep(in_equinox, GRID, lambda key: make(key)[0], batches_of, model_state=begin, keys=KEYS, halve=1)
+    best = found.ranking(found.losses[..., -1])[0]
+    for i, j in ((best, 2), (0, 1)):
+        tx, key, made = gdx.unstack(GRID)[i], KEYS[j], int(found.steps[i])
+        if library == "flax":
+            losses = flax_by_hand(tx, Flax(key), batches_of(key))
+        else:
+            losses = equinox_by_hand(tx, *make(key), batches_of(key))[2]
+        loose(found.losses[i, j, :made], losses[:made])
+    assert found.steps.tolist().count(STEPS) == 3
+
+
+# Progress and interruption.
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_train_tells_how_far_it_is(jitted):
+    calls = []
+    run = functools.partial(gdx.train, bowl, gdx.sgd(0.1), progress=lambda *call: calls.append(call))
+    found = (jax.jit(run) if jitted else run)(jnp.ones(3), jnp.zeros(250))
+    jax.effects_barrier()
+    done = [call[0] for call in calls]
+    assert done == sorted(done) and done[-1] == 1 and 100 <= len(done) <= 130 and calls[-1][1:] == (found.losses[-1], 0)
+    assert_same_bits(
+        found.losses, jax.jit(functools.partial(gdx.train, bowl, gdx.sgd(0.1)))(jnp.ones(3), jnp.zeros(250)).losses
+    )
+
+
+@pytest.mark.parametrize("has_rich", [True, False])
+def test_a_bar_is_shown(has_rich, monkeypatch, capsys):
+    if not has_rich:
+        monkeypatch.setitem(__import__("sys").modules, "rich.progress", None)
+    gdx.train(bowl, gdx.sgd(0.1), jnp.ones(3), jnp.zeros(20), progress=True)
+    gdx.sweep(bowl, gdx.grid(gdx.sgd, learning_rate=[0.1, 1e30]), jnp.ones(3), jnp.zeros(20), progress=True)
+    jax.effects_barrier()
+    shown = "".join(capsys.readouterr())
+    assert "100%" in shown and "loss 0.0006" in shown and "1 diverged" in shown
+
+
+def test_what_there_is_is_kept_when_it_is_interrupted():
+    def stop(done, least, diverged):
+        if done >= 0.5:
+            raise KeyboardInterrupt
+
+    tx, batches = gdx.watch(gdx.adamw(0.1), 4), jnp.arange(40.0)
+    run = functools.partial(gdx.train, bowl, tx, jnp.ones(3), evaluate=lambda theta: theta[0], every=8)
+    found, expected = run(batches, progress=stop), run(batches[:20])
+    assert_same_bits(found[:3], expected[:3])
+    assert found.watched.step.tolist() == expected.watched.step.tolist() == [0, 4, 8, 12, 16]
+    assert found.evaluated.step.tolist() == [8, 16] and expected.evaluated.step.tolist() == [8, 16, 20]
+
+    def at_once(theta, batch):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gdx.train(at_once, tx, jnp.ones(3), batches, progress=stop)
+
+
+REFUSED = {
+    "every alone": (
+        lambda: gdx.train(bowl, gdx.sgd(0.1), jnp.ones(3), BATCHES, every=3),
+        ValueError,
+        "every is 3 without",
+    ),
+    "another state": (
+        lambda: gdx.train(
+            lambda p, s, b: (bowl(p, 0.0), s[None]), gdx.sgd(0.1), jnp.ones(3), BATCHES, model_state=BEGIN
+        ),
+        TypeError,
+        r"was given the model_state \['float32\[\]'\] and returned \['float32\[1\]'\]; expected the same tree",
+    ),
+    "no state": (
+        lambda: gdx.train(lambda p, s, b: bowl(p, 0.0), gdx.sgd(0.1), jnp.ones(3), BATCHES, model_state=BEGIN),
+        TypeError,
+        r"the loss returned float32\[\]; expected \(a real scalar, model_state\) or",
+    ),
+    "aux that is no array": (
+        lambda: gdx.train(lambda p, b: (bowl(p, 0.0), "a"), gdx.sgd(0.1), jnp.ones(3), BATCHES),
+        TypeError,
+        "the aux that the loss returned is 'a' at the root; expected arrays",
+    ),
+    "a loss without state": (
+        lambda: gdx.train(lambda p, b: bowl(p, 0.0), gdx.sgd(0.1), jnp.ones(3), BATCHES, model_state=BEGIN),
+        TypeError,
+        "expected a function of the parameters and the model_state and a batch",
+    ),
+    "functions without keys": (
+        lambda: gdx.sweep(loss, GRID, init, DATA, model_state=BEGIN),
+        TypeError,
+        "sweep: params is .* at the root; expected arrays, or with keys=",
+    ),
+    "keys that are none": (
+        lambda: gdx.sweep(loss, GRID, init, DATA, model_state=BEGIN, keys=3),
+        TypeError,
+        r"sweep: keys is 3; expected random keys, one for each seed, such as jax\.random\.split",
+    ),
+    "too much halving": (
+        lambda: gdx.sweep(loss, GRID, START, DATA, model_state=BEGIN, halve=3),
+        ValueError,
+        "halve is 3 for 6 members and 12 steps; expected at least 8 members and 4 steps",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses(case):
+    run, error, words = REFUSED[case]
+    with pytest.raises(error, match=words):
+        run()
