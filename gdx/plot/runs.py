@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gdx.arguments import of_kind
-from gdx.fields import is_number
+from gdx.fields import is_number, is_real
 from gdx.plot.arguments import ascending, curves
 from gdx.plot.style import (
     COLOURS,
@@ -99,7 +99,8 @@ def sweep(
 
     Args:
       labels: the hyperparameters of each point, as `gdx.labels` gives them.
-      score: of shape (points,): the smaller the better; NaN or infinite for a point that diverged.
+      score: of shape (points,): the smaller the better; NaN or infinite for a point that diverged. Of shape
+        (points, seeds), as of a sweep with keys, their mean is drawn, along a curve with its standard error.
       ax: the axes to draw on; None for new ones.
       name: what the score is, such as "validation loss".
       limits: (low, high), the ends of its colours or axis, logarithmic where they span more than a decade; colours
@@ -130,7 +131,11 @@ def sweep(
         )
     if not labels or not labels[0]:
         raise ValueError("plot.sweep: the points differ in no hyperparameter; expected labels such as gdx.labels gives")
-    score = to_scores("plot.sweep", score, (len(labels),), "label")
+    seeds = np.shape(score)[1:2] if is_real(score) else ()
+    score = to_scores("plot.sweep", score, (len(labels), *seeds), "label and seed" if seeds else "label")
+    score = score.reshape(len(labels), -1)
+    errors = score.std(axis=1, ddof=1) / np.sqrt(score.shape[1]) if score.shape[1] > 1 else np.zeros(len(score))
+    score = score.mean(axis=1)
     if limits is not None:
         limits = tuple(ascending("plot.sweep: limits", limits, "(low, high) with low < high", 2).tolist())
     of_kind("plot.sweep: name", name, str, "text")
@@ -148,7 +153,8 @@ def sweep(
         best[cell] = np.fmin(best[cell], value if np.isfinite(value) else np.nan)
         tried[cell] = True
     if len(names) == 1:
-        _curve(ax, names, values, best, name, limits)
+        error = np.array([errors[[point[names[0]] for point in labels].index(x)] for x in values[0]])
+        _curve(ax, names, values, best, error, name, limits)
     elif tried.all():
         _heat_map(ax, names, values, best, name, limits)
     else:
@@ -198,10 +204,18 @@ def range_test(result: Any, ax: "Axes | None" = None) -> "Axes":
 
 
 def _curve(
-    ax: "Axes", names: list[str], values: list[list[float]], best: np.ndarray, name: str, limits: Limits
+    ax: "Axes",
+    names: list[str],
+    values: list[list[float]],
+    best: np.ndarray,
+    error: np.ndarray,
+    name: str,
+    limits: Limits,
 ) -> None:
     x = np.asarray(values[0])
     ax.plot(x, best, marker="o", markersize=4, color=COLOURS[0])
+    if np.any(error > 0):
+        ax.fill_between(x, best - error, best + error, color=COLOURS[0], alpha=0.2, label="standard error of the mean")
     diverged = ~np.isfinite(best)
     if not diverged.all():
         at = int(np.nanargmin(best))
