@@ -495,7 +495,8 @@ VARIANTS = list(map(Variant._make, (
      "training:_evaluation", lambda right, name, evaluate, parts, start, variables:
      lambda params, _: right(name, evaluate, parts, start, variables)(params, variables)),
     ("what a module writes into itself lost",
-     "test_real_models.py::test_a_module_of_flax_is_trained_as_it_trains_itself", "modules:Parts.rest_of", lambda right, self, model, rest: rest),
+     "test_real_models.py::test_a_module_of_flax_is_trained_as_it_trains_itself", "modules:Parts.rest_of",
+     lambda right, self, model, rest: rest),
     ("nothing rematerialised", "test_training.py::test_rematerialisation_keeps_memory_for_the_root_of_the_steps",
      "training:_rematerialised_scan", lambda right, step, carry, batches: jax.lax.scan(step, carry, batches)),
     ("state of before forgotten", "test_training.py::test_goes_on_from_a_state", "training:train",
