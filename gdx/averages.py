@@ -113,7 +113,8 @@ def _compensated_sum(x: jax.Array, change: jax.Array, rest: jax.Array) -> tuple[
 
 def _to_format(label: str, value: Any) -> np.dtype | Format | None:
     """Converts the field that says how the average is kept."""
-    value = to_storage(label, value)
+    expected = "gdx.storage.StochasticBfloat16(), a dtype of 32 bits or more, or None"
+    value = to_storage(label, value, expected=expected)
     if isinstance(value, Format):
         # the reader has to know it from what is stored
         moves = value.stochastic and isinstance(value, StochasticBfloat16 | Blocks)
@@ -122,7 +123,7 @@ def _to_format(label: str, value: Any) -> np.dtype | Format | None:
     if not moves:
         raise ValueError(
             f"{label} is {value}: rounded to nearest, an average stands still where it should move by less than half "
-            f"a unit in its last place; expected gdx.storage.StochasticBfloat16(), a dtype of 32 bits or more, or None"
+            f"a unit in its last place; expected {expected}"
         )
     return value
 

@@ -324,6 +324,11 @@ def test_errors():
     for other in ({"w": jnp.ones(2)}, {"v": jnp.ones(3)}, jnp.ones(3)):
         with pytest.raises(ValueError, match=r"read_average: params has leaves at .*, unlike the average"):
             gdx.read_average(state, other)
+    for dtype in ("complex64", "int32", bool, "float16", "float8_e5m2", "a"):
+        with pytest.raises(
+            (TypeError, ValueError), match=r"dtype is .*; expected .*StochasticBfloat16\(\), a dtype of 32"
+        ):
+            gdx.average_parameters(gdx.sgd(0.1), dtype=dtype)
     assert isinstance(state, AverageState)
 
 
