@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from gdx.fields import is_concrete, is_number, makes_schedules, text
 
@@ -28,6 +29,7 @@ class Takes:
         and None are in the annotation and the default is None: an integer is then a seed, or a choice.
       arrays: whether its annotation is an array, and no number, or its default has a shape.
       dtypes: whether its annotation names dtypes.
+      transforms: whether its annotation names transforms, and no function.
       kinds: the types in the annotation, and the default's.
     """
 
@@ -36,6 +38,7 @@ class Takes:
     floats: bool = True
     arrays: bool = True
     dtypes: bool = False
+    transforms: bool = False
     kinds: tuple[Any, ...] | None = None
 
 
@@ -59,6 +62,7 @@ def read_parameter(parameter: inspect.Parameter) -> Takes:
         floats=isinstance(default, float) or (names_floats and not is_choice),
         arrays=has_shape or names_arrays,
         dtypes=np.dtype in typing.get_args(annotation),
+        transforms=any(map(_is_transform, kinds)) and "Callable" not in str(annotation),
         kinds=tuple(kinds),
     )
 
@@ -78,6 +82,10 @@ def _types_in(annotation: Any) -> list[Any]:
     elif isinstance(origin, type) and issubclass(origin, Mapping):
         inside = inside[1:]
     return [] if origin is Callable else [kind for part in inside for kind in _types_in(part)]
+
+
+def _is_transform(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, optax.GradientTransformation)
 
 
 def _is_finite(x: Any) -> bool:

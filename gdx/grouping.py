@@ -42,7 +42,7 @@ import numpy as np
 import optax
 
 from gdx.checks import check_chain_state, held_together
-from gdx.fields import Scalar, hyperparameter, is_number, static, text, to_number
+from gdx.fields import Scalar, hyperparameter, is_number, static, text, to_number, uncalled
 from gdx.numerics import by_itself
 from gdx.schedules import schedule
 from gdx.transform import Foreign, Transform, to_transform, value
@@ -143,12 +143,21 @@ class groups(Transform):
         self.__post_init__()
 
     def _convert(self, name: str, value: Any, source: str = "") -> tuple[Any, bool]:
-        if name == "changes":  # what is no number is for the transform to refuse
+        if name == "tx":
+            value = to_transform("groups: tx", value)
+        elif name == "patterns":
+            value = tuple(map(_to_pattern, value)) if isinstance(value, tuple | list) else (_to_pattern(value),)
+        elif name == "changes":  # what is no number is for the transform to refuse
             convert = lambda x: to_number(x) if is_number(x) else x  # noqa: E731
             value = jax.tree.map(convert, value, is_leaf=lambda x: isinstance(x, Value))
         return value, name in ("tx", "changes")
 
     def validate(self) -> None:
+        if len(self.patterns) != len(self.changes):
+            raise ValueError(
+                f"groups: patterns is {self.patterns}; expected {len(self.changes)}, one for each change. For other "
+                f"groups make them anew: gdx.groups(tx, changes)"
+            )
         _ = self.members
 
     @property
@@ -190,15 +199,15 @@ class groups(Transform):
         return any(tx.rounds for tx in self.members)
 
     def _init(self, params: optax.Params) -> optax.OptState:
-        parts = self._split(params)[1]
+        parts = self.split(params)[1]
         # a group may be of small leaves alone: what is said of formats that hold nothing is said of all together
         with held_together(self, params):
             return tuple(tx._init(part) for tx, part in zip(self.members, parts))
 
     def _update(self, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> tuple[Any, Any]:
         check_chain_state(self, state, len(self.members))
-        assigned, gradients = self._split(updates)
-        parts = [None] * len(gradients) if params is None else self._split(params)[1]
+        assigned, gradients = self.split(updates)
+        parts = [None] * len(gradients) if params is None else self.split(params)[1]
         new, states = list[Iterator[Any]](), list[Any]()
         for tx, g, s, p in zip(self.members, gradients, state, parts):
             u, s = tx._update(g, s, p, extra_args)
@@ -207,7 +216,7 @@ class groups(Transform):
         leaves = [next(new[group]) for group in assigned]
         return jax.tree.unflatten(jax.tree.structure(updates), leaves), tuple(states)
 
-    def _split(self, tree: Any) -> tuple[tuple[int, ...], list[Any]]:
+    def split(self, tree: Any) -> tuple[tuple[int, ...], list[Any]]:
         """Which group each leaf is in, and the tree of each group, None where it has no leaf."""
         leaves, structure = jax.tree.flatten(tree)
         assigned = assigned_to(self.patterns, structure)
@@ -236,6 +245,8 @@ class groups(Transform):
     def _walk(self, containers: bool = False) -> Iterator[Named]:
         for each in self.tx._walk(containers):
             yield each._replace(path=("tx", *each.path))
+        if containers:
+            yield Named(("tx",), ("tx",), False, self.tx)
         yield Named(("patterns",), ("patterns",), True, self.patterns)
         for i, (pattern, change, settings) in enumerate(zip(self.patterns, self.changes, self.settings)):
             for name, held in settings.items():
@@ -250,20 +261,25 @@ class groups(Transform):
                     yield each._replace(labels=(f"{pattern}.{name}.{inner}",), path=("changes", i, name, *each.path))
 
 
+def _to_pattern(value: Any) -> str:
+    try:
+        re.compile(value)
+    except (re.error, TypeError) as error:
+        raise (ValueError if isinstance(value, str) else TypeError)(
+            f"groups: the pattern {value!r} is no regular expression ({error}); expected one such as 'norm|bias'"
+        ) from error
+    return value
+
+
 def _parts(tx: Transform, pattern: Any, change: Any) -> tuple[Any, dict[str, Any]]:
     """What is changed in a group: a dict of numbers, a transform or None; and what is no number."""
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise (ValueError if isinstance(pattern, str) else TypeError)(
-            f"groups: the pattern {pattern!r} is no regular expression ({error}); expected one such as 'norm|bias'"
-        ) from error
     label = f"groups: the change at {pattern!r}"
     if change is None or isinstance(change, optax.GradientTransformation):
         return change if change is None else to_transform(label, change), {}
     if not isinstance(change, Mapping):
         raise TypeError(
             f"{label} is {reprlib.repr(change)}; expected a dict of hyperparameters, a transform, or None to freeze"
+            f"{uncalled(change)}"
         )
     if not change:
         raise ValueError(f"{label} is empty; expected at least one hyperparameter, or None to freeze")
@@ -296,7 +312,8 @@ def assigned_to(patterns: tuple[str, ...], structure: Any) -> tuple[int, ...]:
                 if hiding
                 else "matches no path"
             )
-            listed = ", ".join([*found[:20], "..."] if len(found) > 20 else found) or "none"
+            names = [*leaf_names(indices)]
+            listed = ", ".join([*names[:20], "..."] if len(names) > 20 else names)
             raise ValueError(
                 f"groups: the pattern {pattern!r} {what}; expected one that matches a path which no earlier one does. "
                 f"The paths are {listed}"
@@ -310,6 +327,11 @@ def leaf_paths(tree: Any) -> Iterator[str]:
     for path, box in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable):
         for inside, _ in jax.tree_util.tree_leaves_with_path(box):
             yield jax.tree_util.keystr((*path, *inside[1:]), simple=True, separator="/")
+
+
+def leaf_names(tree: Any) -> Iterator[str]:
+    """The same, in words where the path is empty."""
+    yield from (path or "the root" for path in leaf_paths(tree))
 
 
 def _is_variable(x: Any) -> bool:

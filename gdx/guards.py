@@ -1,6 +1,7 @@
 """Guards: steps that would harm a run are not made."""
 
 import dataclasses
+import functools
 import reprlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 import optax
 
 from gdx.checks import check_alike, check_state
-from gdx.fields import Scalar, hyperparameter, is_number, static, to_bool, to_integer
+from gdx.fields import Scalar, hyperparameter, is_number, static, to_bool, to_integer, to_word
 from gdx.numerics import by_itself, either, norm, uncontracted
 from gdx.transform import Transform, cast_like, to_transform, widened
 
@@ -35,12 +36,6 @@ class SpikesState(NamedTuple):
     in_a_row: jax.Array
     let_through: jax.Array
     inner_state: Any
-
-
-def _to_of(label: str, value: Any) -> str:
-    if value not in ("gradient", "value"):
-        raise ValueError(f"{label} is {reprlib.repr(value)}; expected 'gradient' (its norm) or 'value' (the loss)")
-    return value
 
 
 class skip_spikes(Transform):
@@ -118,7 +113,7 @@ class skip_spikes(Transform):
     warmup_steps: int = static(default=64, convert=lambda label, value: to_integer(label, value, minimum=2))
     most: int = static(default=10, convert=lambda label, value: to_integer(label, value, minimum=1))
     clip: bool = static(default=False, convert=to_bool)
-    of: str = static(default="gradient", convert=_to_of)
+    of: str = static(default="gradient", convert=functools.partial(to_word, words=("gradient", "value")))
 
     def validate(self) -> None:
         if self.clip and self.of == "value":
