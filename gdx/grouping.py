@@ -46,6 +46,7 @@ from gdx.fields import Scalar, hyperparameter, is_number, static, text, to_numbe
 from gdx.numerics import by_itself
 from gdx.schedules import schedule
 from gdx.transform import Foreign, Transform, to_transform, value
+from gdx.trees import is_box
 from gdx.values import Named, Value, names_of
 
 __all__ = ["groups", "times"]
@@ -324,7 +325,7 @@ def assigned_to(patterns: tuple[str, ...], structure: Any) -> tuple[int, ...]:
 def leaf_paths(tree: Any) -> Iterator[str]:
     """Where each leaf of a tree is, as patterns are searched in it."""
     # flax's box of an array is no part of the model: "value" would match every path of it
-    for path, box in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable):
+    for path, box in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_box):
         for inside, _ in jax.tree_util.tree_leaves_with_path(box):
             yield jax.tree_util.keystr((*path, *inside[1:]), simple=True, separator="/")
 
@@ -332,7 +333,3 @@ def leaf_paths(tree: Any) -> Iterator[str]:
 def leaf_names(tree: Any) -> Iterator[str]:
     """The same, in words where the path is empty."""
     yield from (path or "the root" for path in leaf_paths(tree))
-
-
-def _is_variable(x: Any) -> bool:
-    return any(kind.__name__ == "Variable" and kind.__module__.startswith("flax.nnx") for kind in type(x).__mro__)
