@@ -52,6 +52,9 @@ class skip_spikes(Transform):
     $$ w_n = \frac{1 - \beta}{1 - \beta^n}, \qquad m_n = m_{n-1} + w_n d, \qquad
        s_n^2 = (1 - w_n) (s_{n-1}^2 + w_n d^2). $$
 
+    As deviation counts at least $10^{-6} |m|$: after norms that were all alike, one that is larger by 1 % is a spike,
+    and one that is larger by a rounding is none.
+
     A skipped step leaves everything as it was, bit for bit: parameters (its updates are -0.0, which changes no number
     that it is added to), moments, counts, schedules and these averages. The run goes on as one that never saw the
     batch. A step that is made has the updates of `tx` alone, bit for bit. It belongs around a whole optimizer: what
@@ -173,7 +176,8 @@ def _judged(tx: skip_spikes, updates: Any, value: Any, state: SpikesState) -> tu
     size = norm(updates, jnp.where(mean > 0, mean, 1) if tx.of == "gradient" else jnp.ones_like(mean))
     x = size if tx.of == "gradient" else jnp.asarray(value, mean.dtype)
     is_finite = jnp.isfinite(size) & jnp.isfinite(x)
-    limit = mean + uncontracted(tx.threshold * deviation)
+    # at least a rounding of the mean: norms that were all alike are none that any larger one is far above
+    limit = mean + uncontracted(tx.threshold * jnp.maximum(deviation, 1e-6 * jnp.abs(mean)))
     is_above = (count >= tx.warmup_steps) & (x > limit)
     factor = jnp.ones_like(size)
     if tx.clip:
