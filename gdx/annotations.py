@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from gdx.fields import is_concrete, is_number, makes_schedules, text
 
@@ -62,7 +61,8 @@ def read_parameter(parameter: inspect.Parameter) -> Takes:
         floats=isinstance(default, float) or (names_floats and not is_choice),
         arrays=has_shape or names_arrays,
         dtypes=np.dtype in typing.get_args(annotation),
-        transforms=any(map(_is_transform, kinds)) and "Callable" not in str(annotation),
+        transforms="Callable" not in str(annotation)
+        and any(hasattr(k, "init") and hasattr(k, "update") for k in kinds),
         kinds=tuple(kinds),
     )
 
@@ -82,10 +82,6 @@ def _types_in(annotation: Any) -> list[Any]:
     elif isinstance(origin, type) and issubclass(origin, Mapping):
         inside = inside[1:]
     return [] if origin is Callable else [kind for part in inside for kind in _types_in(part)]
-
-
-def _is_transform(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, optax.GradientTransformation)
 
 
 def _is_finite(x: Any) -> bool:

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from gdx.checkpoint.describe import kind
 from gdx.checks import noted
 from gdx.fields import text
-from gdx.grouping import groups, leaf_names, times
+from gdx.grouping import groups, leaf_paths, times
 from gdx.mesh import names_of as axes_of
 from gdx.sharding.placement import plan_of
 from gdx.sharding.state import bare, check_layout
@@ -260,7 +260,7 @@ def _group(name: str, tx: Transform | None, hyperparams: dict[str, Any], sizes: 
     said = ", ".join(f"{name}={_said(value)}" for name, value in hyperparams.items())
     if tx is not None and name not in ("all", "all others"):
         said = "frozen" if kind(tx) == "set_to_zero" else f"{kind(tx)}: {said}".removesuffix(": ")
-    return Group(name, said, hyperparams, tuple(leaf_names(sizes)), sum(jax.tree.leaves(sizes)))
+    return Group(name, said, hyperparams, tuple(leaf_paths(sizes)), sum(jax.tree.leaves(sizes)))
 
 
 def _said(value: Any) -> str:

@@ -144,7 +144,7 @@ def to_integer(label: str, value: Any, *, minimum: int | None = None) -> int:
     return int(value)
 
 
-def to_word(label: str, value: Any, *, words: tuple[str, ...]) -> str:
+def to_word(label: str, value: Any, *words: str) -> str:
     """Converts a static choice among words."""
     if not isinstance(value, str) or value not in words:
         refuse(label, value, f"{', '.join(map(repr, words[:-1]))} or {words[-1]!r}", ValueError)

@@ -20,8 +20,8 @@ r"""Groups of parameters by path: one optimizer, and for each group what is diff
 0.01
 
 A path is spelled by what leads to the leaf, keys, attributes and indices, with slashes between them: `layer/kernel` in
-a dict or a flax nnx model, `layers/0/weight` in an equinox module. A pattern is a regular expression that is searched
-(`re.search`) in it; the first that matches counts.
+a dict or a flax nnx model, `layers/0/weight` in an equinox module, `the root` of an array alone. A pattern is a regular
+expression that is searched (`re.search`) in it; the first that matches counts.
 
 Each group is an optimizer of its leaves alone, in the tree that it is from, in which all other leaves are `None`: so
 state is as large as without groups (frozen leaves less), and a norm that is clipped inside a group is the group's. For
@@ -133,12 +133,8 @@ class groups(Transform):
             )
         if not changes:
             raise ValueError("groups: there are no changes; expected at least one, or the optimizer alone")
-        numbers, settings = list[Any](), list[dict[str, Any]]()
-        for pattern, change in changes.items():
-            of_group = _parts(base, pattern, change)
-            numbers.append(of_group[0])
-            settings.append(of_group[1])
-        given = {"tx": base, "patterns": tuple(changes), "changes": tuple(numbers), "settings": tuple(settings)}
+        numbers, settings = zip(*(_parts(base, pattern, change) for pattern, change in changes.items()))
+        given = {"tx": base, "patterns": tuple(changes), "changes": numbers, "settings": settings}
         for name, held in given.items():
             object.__setattr__(self, name, held)
         self.__post_init__()
@@ -155,10 +151,7 @@ class groups(Transform):
 
     def validate(self) -> None:
         if len(self.patterns) != len(self.changes):
-            raise ValueError(
-                f"groups: patterns is {self.patterns}; expected {len(self.changes)}, one for each change. For other "
-                f"groups make them anew: gdx.groups(tx, changes)"
-            )
+            raise ValueError(f"groups: patterns is {self.patterns}; expected {len(self.changes)}, one for each change")
         _ = self.members
 
     @property
@@ -313,8 +306,7 @@ def assigned_to(patterns: tuple[str, ...], structure: Any) -> tuple[int, ...]:
                 if hiding
                 else "matches no path"
             )
-            names = [*leaf_names(indices)]
-            listed = ", ".join([*names[:20], "..."] if len(names) > 20 else names)
+            listed = ", ".join([*found[:20], "..."] if len(found) > 20 else found)
             raise ValueError(
                 f"groups: the pattern {pattern!r} {what}; expected one that matches a path which no earlier one does. "
                 f"The paths are {listed}"
@@ -327,9 +319,4 @@ def leaf_paths(tree: Any) -> Iterator[str]:
     # flax's box of an array is no part of the model: "value" would match every path of it
     for path, box in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_box):
         for inside, _ in jax.tree_util.tree_leaves_with_path(box):
-            yield jax.tree_util.keystr((*path, *inside[1:]), simple=True, separator="/")
-
-
-def leaf_names(tree: Any) -> Iterator[str]:
-    """The same, in words where the path is empty."""
-    yield from (path or "the root" for path in leaf_paths(tree))
+            yield jax.tree_util.keystr((*path, *inside[1:]), simple=True, separator="/") or "the root"

@@ -1,7 +1,6 @@
 """Guards: steps that would harm a run are not made."""
 
 import dataclasses
-import functools
 import reprlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -116,7 +115,7 @@ class skip_spikes(Transform):
     warmup_steps: int = static(default=64, convert=lambda label, value: to_integer(label, value, minimum=2))
     most: int = static(default=10, convert=lambda label, value: to_integer(label, value, minimum=1))
     clip: bool = static(default=False, convert=to_bool)
-    of: str = static(default="gradient", convert=functools.partial(to_word, words=("gradient", "value")))
+    of: str = static(default="gradient", convert=lambda label, value: to_word(label, value, "gradient", "value"))
 
     def validate(self) -> None:
         if self.clip and self.of == "value":

@@ -100,9 +100,12 @@ class Schedule(Value):
                 raise ValueError(f"{type(self).__name__}: {name}{one} is {text(counted)}; expected {expected}")
             if name == "boundaries":
                 least, expected = counted, f"a number of steps >= {text(counted)}, the one before it"
-        is_logged, means = _LOGGED.get(name, (None, ""))
-        if is_logged and is_concrete(value) and np.any(is_logged(value)):
-            warnings.warn(f"{type(self).__name__}: {name} is {text(value)}: {means}, as in optax", stacklevel=2)
+        # what is hardly meant, and optax logs
+        logged = {"transition_steps": np.less_equal, "transition_begin": np.less, "decay_rate": np.equal}
+        if name in logged and is_concrete(value) and np.any(logged[name](np.asarray(value), 0)):
+            warnings.warn(
+                f"{type(self).__name__}: {name} is {text(value)}, which counts as none, as in optax", stacklevel=2
+            )
 
     def __call__(self, count: Any) -> jax.Array:
         """The value at a step count, or at each of an array of them."""
@@ -133,14 +136,6 @@ class Schedule(Value):
         if not callable(made):
             raise TypeError(f"{type(self).__name__} returned {made!r}; expected a function of the step count")
         return made
-
-
-# what optax gives a meaning that is hardly meant, and logs
-_LOGGED: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "transition_steps": (lambda steps: steps <= 0, "it stays as it begins"),
-    "transition_begin": (lambda begin: begin < 0, "it begins at 0"),
-    "decay_rate": (lambda rate: rate == 0, "it stays as it begins"),
-}
 
 
 class Plain(Value):

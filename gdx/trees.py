@@ -26,11 +26,8 @@ def is_box(x: Any) -> bool:
 
 def unboxed(tree: Any) -> Any:
     """The tree with what is in flax's boxes instead of them."""
-
-    def content(x: Any) -> Any:
-        return jax.tree.leaves(x, is_leaf=lambda inside: inside is not x)[0] if is_box(x) else x
-
-    return jax.tree.map(content, tree, is_leaf=is_box)
+    content = lambda box: jax.tree.leaves(box, is_leaf=lambda x: x is not box)[0]  # noqa: E731
+    return jax.tree.map(lambda x: content(x) if is_box(x) else x, tree, is_leaf=is_box)
 
 
 def check_arrays(label: str, tree: Any) -> None:

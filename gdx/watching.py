@@ -11,7 +11,7 @@ import optax
 
 from gdx.checks import check_alike, check_state, one_of, require_params
 from gdx.fields import static, to_integer, to_word
-from gdx.grouping import assigned_to, groups, leaf_names
+from gdx.grouping import assigned_to, groups, leaf_paths
 from gdx.numerics import accurate, either, norm
 from gdx.transform import Transform, all_within, hyperparams_in_use, is_bfloat16, to_transform
 from gdx.values import is_float
@@ -108,7 +108,7 @@ class watch(Transform):
 
     tx: Transform = dataclasses.field(metadata={"convert": to_transform})
     every: int = static(default=10, convert=functools.partial(to_integer, minimum=1))
-    per: str = static(default="all", convert=functools.partial(to_word, words=("all", "group", "leaf")))
+    per: str = static(default="all", convert=lambda label, value: to_word(label, value, "all", "group", "leaf"))
 
     def validate(self) -> None:
         if self.per == "group":
@@ -126,7 +126,7 @@ class watch(Transform):
 
     def _parts(self, tree: Any) -> list[tuple[str, list[int]]]:
         """Name and leaves, by their number, of each part that is measured by itself."""
-        names = [*leaf_names(tree)]
+        names = [*leaf_paths(tree)]
         if self.per == "leaf":
             return [(name, [i]) for i, name in enumerate(names)]
         if self.per == "all":
