@@ -28,7 +28,7 @@ class Takes:
         and None are in the annotation and the default is None: an integer is then a seed, or a choice.
       arrays: whether its annotation is an array, and no number, or its default has a shape.
       dtypes: whether its annotation names dtypes.
-      transforms: whether its annotation names transforms, and no function.
+      transforms: whether its annotation names transforms, and nothing that makes them.
       kinds: the types in the annotation, and the default's.
     """
 
@@ -61,8 +61,8 @@ def read_parameter(parameter: inspect.Parameter) -> Takes:
         floats=isinstance(default, float) or (names_floats and not is_choice),
         arrays=has_shape or names_arrays,
         dtypes=np.dtype in typing.get_args(annotation),
-        transforms="Callable" not in str(annotation)
-        and any(hasattr(k, "init") and hasattr(k, "update") for k in kinds),
+        transforms=any(hasattr(kind, "init") and hasattr(kind, "update") for kind in kinds)
+        and not re.search(r"Callable|[Tt]ype\[", str(annotation)),
         kinds=tuple(kinds),
     )
 

@@ -26,7 +26,8 @@ expression that is searched (`re.search`) in it; the first that matches counts.
 Each group is an optimizer of its leaves alone, in the tree that it is from, in which all other leaves are `None`: so
 state is as large as without groups (frozen leaves less), and a norm that is clipped inside a group is the group's. For
 that of all parameters clip outside: `gdx.chain(clip, gdx.groups(...))`. An average goes around the groups, too. Groups
-may hold groups: their patterns are then searched among the group's own leaves. `nnx.Optimizer` takes groups from flax
+may hold groups: their patterns are then searched among the group's own leaves. Where patterns take all parameters, what
+only the optimizer of all others has acts on nothing; `gdx.describe` shows it. `nnx.Optimizer` takes groups from flax
 0.12 on; before, split the model and write the step.
 """
 

@@ -189,8 +189,13 @@ def test_what_makes_a_transform_in_the_place_of_one_is_to_be_called():
         for place in places:
             with pytest.raises(TypeError, match=rf"; call it, as in {make.__name__}\("):
                 place(make)
+
     # where a function is asked for, one that makes transforms is one
-    assert gdx.value(lambda make, rate: make(rate))(gdx.sgd, 0.1).init(p) == gdx.sgd(0.1).init(p)
+    def made(make: type[gdx.Transform], rate: float):
+        return make(rate)
+
+    for takes in (made, lambda make, rate: make(rate)):
+        assert gdx.value(takes)(gdx.sgd, 0.1).init(p) == gdx.sgd(0.1).init(p)
 
 
 def test_leaves_are_the_hyperparameters_with_keys():
