@@ -28,6 +28,7 @@ class Takes:
         and None are in the annotation and the default is None: an integer is then a seed, or a choice.
       arrays: whether its annotation is an array, and no number, or its default has a shape.
       dtypes: whether its annotation names dtypes.
+      transforms: whether its annotation names transforms, and nothing that makes them.
       kinds: the types in the annotation, and the default's.
     """
 
@@ -36,6 +37,7 @@ class Takes:
     floats: bool = True
     arrays: bool = True
     dtypes: bool = False
+    transforms: bool = False
     kinds: tuple[Any, ...] | None = None
 
 
@@ -59,6 +61,8 @@ def read_parameter(parameter: inspect.Parameter) -> Takes:
         floats=isinstance(default, float) or (names_floats and not is_choice),
         arrays=has_shape or names_arrays,
         dtypes=np.dtype in typing.get_args(annotation),
+        transforms=any(hasattr(kind, "init") and hasattr(kind, "update") for kind in kinds)
+        and not re.search(r"Callable|[Tt]ype\[", str(annotation)),
         kinds=tuple(kinds),
     )
 

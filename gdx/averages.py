@@ -18,7 +18,7 @@ from gdx.numerics import compute_dtype, uncontracted
 from gdx.storage.blocks import Blocks, is_packed
 from gdx.storage.formats import Format, StochasticBfloat16, moment_like, to_storage
 from gdx.transform import Transform, to_transform
-from gdx.trees import paths
+from gdx.trees import paths, unboxed
 
 
 class Mean(NamedTuple):
@@ -113,7 +113,8 @@ def _compensated_sum(x: jax.Array, change: jax.Array, rest: jax.Array) -> tuple[
 
 def _to_format(label: str, value: Any) -> np.dtype | Format | None:
     """Converts the field that says how the average is kept."""
-    value = to_storage(label, value)
+    expected = "gdx.storage.StochasticBfloat16(), a dtype of 32 bits or more, or None"
+    value = to_storage(label, value, expected=expected)
     if isinstance(value, Format):
         # the reader has to know it from what is stored
         moves = value.stochastic and isinstance(value, StochasticBfloat16 | Blocks)
@@ -122,7 +123,7 @@ def _to_format(label: str, value: Any) -> np.dtype | Format | None:
     if not moves:
         raise ValueError(
             f"{label} is {value}: rounded to nearest, an average stands still where it should move by less than half "
-            f"a unit in its last place; expected gdx.storage.StochasticBfloat16(), a dtype of 32 bits or more, or None"
+            f"a unit in its last place; expected {expected}"
         )
     return value
 
@@ -242,8 +243,8 @@ def read_average(state: Any, params: optax.Params) -> optax.Params:
 
     Args:
       state: a state with one such average in it, however deep; also of a batch of optimizers, with a leading axis.
-      params: the parameters after the step that returned this state. The average is where they are on a mesh. What
-        `optax.masked` keeps from the average is returned as it is.
+      params: the parameters after the step that returned this state, in flax's boxes or without. The average is where
+        they are on a mesh. What `optax.masked` or `gdx.groups` keep from the average is returned as it is.
 
     Raises:
       ValueError: there is no average in the state, or several; or params is not what it is the average of.
@@ -263,7 +264,7 @@ def read_average(state: Any, params: optax.Params) -> optax.Params:
     structure: Any = jax.tree.structure(mean.average, is_leaf=_is_leaf)
     rests = [None] * len(averages) if isinstance(mean, Mean) else structure.flatten_up_to(mean.compensation)
     try:
-        kept = structure.flatten_up_to(params)
+        kept = structure.flatten_up_to(unboxed(params))
         is_like = all(_is_masked(x) or np.shape(p) == x.shape for p, x in zip(kept, averages))
     except ValueError:
         is_like = False
@@ -285,11 +286,12 @@ def read_average(state: Any, params: optax.Params) -> optax.Params:
         types = types_of(p)
         return as_placed(untyped(read, types.mesh, types)(weight, p, average, rest), p)
 
-    return jax.tree.unflatten(structure, map(of_leaf, kept, averages, rests))
+    read_tree = jax.tree.unflatten(structure, map(of_leaf, kept, averages, rests))
+    return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(read_tree))
 
 
 def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
+    return x is None or isinstance(x, optax.MaskedNode)
 
 
 def _is_leaf(x: Any) -> bool:

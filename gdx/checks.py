@@ -17,7 +17,7 @@ from gdx.compat import varying_axes
 from gdx.mesh import unreduced_axes
 from gdx.storage.blocks import is_packed, reassembled
 from gdx.storage.formats import Format, is_encoded, why_whole
-from gdx.trees import path_text, paths
+from gdx.trees import path_text, paths, unboxed
 
 
 def check_floating(label: str, tree: Any, mend: str = "") -> None:
@@ -88,14 +88,14 @@ def nodes_of(state: Any) -> list[Any]:
 
 
 def one_of(label: str, state: Any, kind: Any, what: str, maker: str) -> Any:
-    """The one state of this kind in a state; raises where there is none, or several."""
+    """The one state of this kind in a state, without boxes of flax's; raises where there is none, or several."""
     found = [x for x in nodes_of(state) if isinstance(x, kind)]
     if len(found) != 1:
         raise ValueError(
             f"{label}: the state has {len(found) or 'no'} {what}{'s' * (len(found) > 1)}; expected that of one "
-            f"{maker}, as its init or update returned it, or part of it with one {what}"
+            f"{maker}, around all groups, as its init or update returned it, or part of it with one {what}"
         )
-    return found[0]
+    return unboxed(found[0])
 
 
 def state_kinds(state: Any) -> list[type]:

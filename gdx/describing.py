@@ -19,7 +19,7 @@ from gdx.sharding.placement import plan_of
 from gdx.sharding.state import bare, check_layout
 from gdx.storage.blocks import is_packed
 from gdx.transform import Transform, to_transform
-from gdx.values import Value, names_of
+from gdx.values import Value, names_of, size_of
 
 
 class Group(NamedTuple):
@@ -209,9 +209,9 @@ def describe(
       [0][0].trace['b']     28  no dimension of (7,) divides into 8
     """
     tx = to_transform("describe: tx", tx)
-    if tx._size():
+    if size := size_of(tx):
         raise ValueError(
-            f"describe: tx is a batch of {tx._size()} optimizers; expected a single one, such as gdx.unstack(tx)[0]"
+            f"describe: tx is a batch of {size} optimizers; expected a single one, such as gdx.unstack(tx)[0]"
         )
     shapes = bare("describe", params)
     # traced anew, which notes why moments are whole
@@ -244,7 +244,7 @@ def _groups(tx: groups, sizes: Any) -> Iterator[Group]:
     """Those that a transform makes of parameters of these sizes."""
     names = names_of(tx.tx)
     for name, member, change, settings, part in itertools.zip_longest(
-        (*tx.patterns, "all others"), tx.members, tx.changes, tx.settings, tx._split(sizes)[1]
+        (*tx.patterns, "all others"), tx.members, tx.changes, tx.settings, tx.split(sizes)[1]
     ):
         held = {path: value for _, path, _, value in names_of(member).values()}
         if isinstance(change, dict):
@@ -260,8 +260,7 @@ def _group(name: str, tx: Transform | None, hyperparams: dict[str, Any], sizes: 
     said = ", ".join(f"{name}={_said(value)}" for name, value in hyperparams.items())
     if tx is not None and name not in ("all", "all others"):
         said = "frozen" if kind(tx) == "set_to_zero" else f"{kind(tx)}: {said}".removesuffix(": ")
-    paths = tuple(path or "the root" for path in leaf_paths(sizes))
-    return Group(name, said, hyperparams, paths, sum(jax.tree.leaves(sizes)))
+    return Group(name, said, hyperparams, tuple(leaf_paths(sizes)), sum(jax.tree.leaves(sizes)))
 
 
 def _said(value: Any) -> str:

@@ -125,6 +125,11 @@ def makes_schedules(function: Any) -> bool:
     return isinstance(function, type)
 
 
+def uncalled(value: Any) -> str:
+    """What to do with a function or class where what it makes is expected."""
+    return f"; call it, as in {value.__name__}(...)" if isinstance(value, type | types.FunctionType) else ""
+
+
 def to_bool(label: str, value: Any) -> bool:
     """Converts a static switch."""
     return bool(value) if isinstance(value, bool | np.bool_) else refuse(label, value, "True or False")
@@ -137,6 +142,13 @@ def to_integer(label: str, value: Any, *, minimum: int | None = None) -> int:
     if minimum is not None and value < minimum:
         refuse(label, value, f"an integer >= {minimum}", ValueError)
     return int(value)
+
+
+def to_word(label: str, value: Any, *words: str) -> str:
+    """Converts a static choice among words."""
+    if not isinstance(value, str) or value not in words:
+        refuse(label, value, f"{', '.join(map(repr, words[:-1]))} or {words[-1]!r}", ValueError)
+    return value
 
 
 def refuse(label: str, value: Any, expected: str, error: type[Exception] = TypeError) -> Any:

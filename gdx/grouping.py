@@ -20,13 +20,14 @@ r"""Groups of parameters by path: one optimizer, and for each group what is diff
 0.01
 
 A path is spelled by what leads to the leaf, keys, attributes and indices, with slashes between them: `layer/kernel` in
-a dict or a flax nnx model, `layers/0/weight` in an equinox module. A pattern is a regular expression that is searched
-(`re.search`) in it; the first that matches counts.
+a dict or a flax nnx model, `layers/0/weight` in an equinox module, `the root` of an array alone. A pattern is a regular
+expression that is searched (`re.search`) in it; the first that matches counts.
 
 Each group is an optimizer of its leaves alone, in the tree that it is from, in which all other leaves are `None`: so
 state is as large as without groups (frozen leaves less), and a norm that is clipped inside a group is the group's. For
 that of all parameters clip outside: `gdx.chain(clip, gdx.groups(...))`. An average goes around the groups, too. Groups
-may hold groups: their patterns are then searched among the group's own leaves. `nnx.Optimizer` takes groups from flax
+may hold groups: their patterns are then searched among the group's own leaves. Where patterns take all parameters, what
+only the optimizer of all others has acts on nothing; `gdx.describe` shows it. `nnx.Optimizer` takes groups from flax
 0.12 on; before, split the model and write the step.
 """
 
@@ -42,10 +43,11 @@ import numpy as np
 import optax
 
 from gdx.checks import check_chain_state, held_together
-from gdx.fields import Scalar, hyperparameter, is_number, static, text, to_number
+from gdx.fields import Scalar, hyperparameter, is_number, static, text, to_number, uncalled
 from gdx.numerics import by_itself
 from gdx.schedules import schedule
 from gdx.transform import Foreign, Transform, to_transform, value
+from gdx.trees import is_box
 from gdx.values import Named, Value, names_of
 
 __all__ = ["groups", "times"]
@@ -132,23 +134,25 @@ class groups(Transform):
             )
         if not changes:
             raise ValueError("groups: there are no changes; expected at least one, or the optimizer alone")
-        numbers, settings = list[Any](), list[dict[str, Any]]()
-        for pattern, change in changes.items():
-            of_group = _parts(base, pattern, change)
-            numbers.append(of_group[0])
-            settings.append(of_group[1])
-        given = {"tx": base, "patterns": tuple(changes), "changes": tuple(numbers), "settings": tuple(settings)}
+        numbers, settings = zip(*(_parts(base, pattern, change) for pattern, change in changes.items()))
+        given = {"tx": base, "patterns": tuple(changes), "changes": numbers, "settings": settings}
         for name, held in given.items():
             object.__setattr__(self, name, held)
         self.__post_init__()
 
     def _convert(self, name: str, value: Any, source: str = "") -> tuple[Any, bool]:
-        if name == "changes":  # what is no number is for the transform to refuse
+        if name == "tx":
+            value = to_transform("groups: tx", value)
+        elif name == "patterns":
+            value = tuple(map(_to_pattern, value)) if isinstance(value, tuple | list) else (_to_pattern(value),)
+        elif name == "changes":  # what is no number is for the transform to refuse
             convert = lambda x: to_number(x) if is_number(x) else x  # noqa: E731
             value = jax.tree.map(convert, value, is_leaf=lambda x: isinstance(x, Value))
         return value, name in ("tx", "changes")
 
     def validate(self) -> None:
+        if len(self.patterns) != len(self.changes):
+            raise ValueError(f"groups: patterns is {self.patterns}; expected {len(self.changes)}, one for each change")
         _ = self.members
 
     @property
@@ -190,15 +194,15 @@ class groups(Transform):
         return any(tx.rounds for tx in self.members)
 
     def _init(self, params: optax.Params) -> optax.OptState:
-        parts = self._split(params)[1]
+        parts = self.split(params)[1]
         # a group may be of small leaves alone: what is said of formats that hold nothing is said of all together
         with held_together(self, params):
             return tuple(tx._init(part) for tx, part in zip(self.members, parts))
 
     def _update(self, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> tuple[Any, Any]:
         check_chain_state(self, state, len(self.members))
-        assigned, gradients = self._split(updates)
-        parts = [None] * len(gradients) if params is None else self._split(params)[1]
+        assigned, gradients = self.split(updates)
+        parts = [None] * len(gradients) if params is None else self.split(params)[1]
         new, states = list[Iterator[Any]](), list[Any]()
         for tx, g, s, p in zip(self.members, gradients, state, parts):
             u, s = tx._update(g, s, p, extra_args)
@@ -207,7 +211,7 @@ class groups(Transform):
         leaves = [next(new[group]) for group in assigned]
         return jax.tree.unflatten(jax.tree.structure(updates), leaves), tuple(states)
 
-    def _split(self, tree: Any) -> tuple[tuple[int, ...], list[Any]]:
+    def split(self, tree: Any) -> tuple[tuple[int, ...], list[Any]]:
         """Which group each leaf is in, and the tree of each group, None where it has no leaf."""
         leaves, structure = jax.tree.flatten(tree)
         assigned = assigned_to(self.patterns, structure)
@@ -236,6 +240,8 @@ class groups(Transform):
     def _walk(self, containers: bool = False) -> Iterator[Named]:
         for each in self.tx._walk(containers):
             yield each._replace(path=("tx", *each.path))
+        if containers:
+            yield Named(("tx",), ("tx",), False, self.tx)
         yield Named(("patterns",), ("patterns",), True, self.patterns)
         for i, (pattern, change, settings) in enumerate(zip(self.patterns, self.changes, self.settings)):
             for name, held in settings.items():
@@ -250,20 +256,25 @@ class groups(Transform):
                     yield each._replace(labels=(f"{pattern}.{name}.{inner}",), path=("changes", i, name, *each.path))
 
 
+def _to_pattern(value: Any) -> str:
+    try:
+        re.compile(value)
+    except (re.error, TypeError) as error:
+        raise (ValueError if isinstance(value, str) else TypeError)(
+            f"groups: the pattern {value!r} is no regular expression ({error}); expected one such as 'norm|bias'"
+        ) from error
+    return value
+
+
 def _parts(tx: Transform, pattern: Any, change: Any) -> tuple[Any, dict[str, Any]]:
     """What is changed in a group: a dict of numbers, a transform or None; and what is no number."""
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise (ValueError if isinstance(pattern, str) else TypeError)(
-            f"groups: the pattern {pattern!r} is no regular expression ({error}); expected one such as 'norm|bias'"
-        ) from error
     label = f"groups: the change at {pattern!r}"
     if change is None or isinstance(change, optax.GradientTransformation):
         return change if change is None else to_transform(label, change), {}
     if not isinstance(change, Mapping):
         raise TypeError(
             f"{label} is {reprlib.repr(change)}; expected a dict of hyperparameters, a transform, or None to freeze"
+            f"{uncalled(change)}"
         )
     if not change:
         raise ValueError(f"{label} is empty; expected at least one hyperparameter, or None to freeze")
@@ -296,7 +307,7 @@ def assigned_to(patterns: tuple[str, ...], structure: Any) -> tuple[int, ...]:
                 if hiding
                 else "matches no path"
             )
-            listed = ", ".join([*found[:20], "..."] if len(found) > 20 else found) or "none"
+            listed = ", ".join([*found[:20], "..."] if len(found) > 20 else found)
             raise ValueError(
                 f"groups: the pattern {pattern!r} {what}; expected one that matches a path which no earlier one does. "
                 f"The paths are {listed}"
@@ -307,10 +318,6 @@ def assigned_to(patterns: tuple[str, ...], structure: Any) -> tuple[int, ...]:
 def leaf_paths(tree: Any) -> Iterator[str]:
     """Where each leaf of a tree is, as patterns are searched in it."""
     # flax's box of an array is no part of the model: "value" would match every path of it
-    for path, box in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable):
+    for path, box in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_box):
         for inside, _ in jax.tree_util.tree_leaves_with_path(box):
-            yield jax.tree_util.keystr((*path, *inside[1:]), simple=True, separator="/")
-
-
-def _is_variable(x: Any) -> bool:
-    return any(kind.__name__ == "Variable" and kind.__module__.startswith("flax.nnx") for kind in type(x).__mro__)
+            yield jax.tree_util.keystr((*path, *inside[1:]), simple=True, separator="/") or "the root"

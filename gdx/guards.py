@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from gdx.checks import check_alike, check_state
-from gdx.fields import Scalar, hyperparameter, is_number, static, to_bool, to_integer
+from gdx.fields import Scalar, hyperparameter, is_number, static, to_bool, to_integer, to_word
 from gdx.numerics import by_itself, either, norm, uncontracted
 from gdx.transform import Transform, cast_like, to_transform, widened
 
@@ -37,12 +37,6 @@ class SpikesState(NamedTuple):
     inner_state: Any
 
 
-def _to_of(label: str, value: Any) -> str:
-    if value not in ("gradient", "value"):
-        raise ValueError(f"{label} is {reprlib.repr(value)}; expected 'gradient' (its norm) or 'value' (the loss)")
-    return value
-
-
 class skip_spikes(Transform):
     r"""Does not make a step whose gradient is not finite, or far larger than the recent ones.
 
@@ -56,6 +50,9 @@ class skip_spikes(Transform):
 
     $$ w_n = \frac{1 - \beta}{1 - \beta^n}, \qquad m_n = m_{n-1} + w_n d, \qquad
        s_n^2 = (1 - w_n) (s_{n-1}^2 + w_n d^2). $$
+
+    As deviation counts at least $10^{-6} |m|$: after norms that were all alike, one that is larger by 1 % is a spike,
+    and one that is larger by a rounding is none.
 
     A skipped step leaves everything as it was, bit for bit: parameters (its updates are -0.0, which changes no number
     that it is added to), moments, counts, schedules and these averages. The run goes on as one that never saw the
@@ -118,7 +115,7 @@ class skip_spikes(Transform):
     warmup_steps: int = static(default=64, convert=lambda label, value: to_integer(label, value, minimum=2))
     most: int = static(default=10, convert=lambda label, value: to_integer(label, value, minimum=1))
     clip: bool = static(default=False, convert=to_bool)
-    of: str = static(default="gradient", convert=_to_of)
+    of: str = static(default="gradient", convert=lambda label, value: to_word(label, value, "gradient", "value"))
 
     def validate(self) -> None:
         if self.clip and self.of == "value":
@@ -178,7 +175,8 @@ def _judged(tx: skip_spikes, updates: Any, value: Any, state: SpikesState) -> tu
     size = norm(updates, jnp.where(mean > 0, mean, 1) if tx.of == "gradient" else jnp.ones_like(mean))
     x = size if tx.of == "gradient" else jnp.asarray(value, mean.dtype)
     is_finite = jnp.isfinite(size) & jnp.isfinite(x)
-    limit = mean + uncontracted(tx.threshold * deviation)
+    # at least a rounding of the mean: norms that were all alike are none that any larger one is far above
+    limit = mean + uncontracted(tx.threshold * jnp.maximum(deviation, 1e-6 * jnp.abs(mean)))
     is_above = (count >= tx.warmup_steps) & (x > limit)
     factor = jnp.ones_like(size)
     if tx.clip:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gdx.fields import is_real, text
+from gdx.fields import is_real, text, uncalled
 from gdx.schedules import Schedule
 from gdx.transform import Transform
 from gdx.values import names_of, on_every_device, stacked
@@ -45,7 +45,7 @@ def stack(optimizers: Iterable[Transform]) -> Transform:
         if not isinstance(member, Transform):
             raise TypeError(
                 f"stack: optimizer {i} is {reprlib.repr(member)}; expected one of gdx's, such as gdx.sgd(0.1) or "
-                f"gdx.value(optax.lion)(0.1)"
+                f"gdx.value(optax.lion)(0.1){uncalled(member)}"
             )
         structure: Any = jax.tree.structure(member)
         if structure != jax.tree.structure(members[0]):

@@ -12,13 +12,15 @@ changed without compiling, batched and differentiated like any hyperparameter of
 
 `gdx.schedule` makes a class of schedules of a function. The result has the same bits whether the numbers are constants,
 arguments or lanes of `vmap`, eagerly and compiled, for one count or an array of them. At every count the slopes in all
-numbers are finite. A number of steps between 0 and 1 is refused where it can be read: it is meant for something else.
+numbers are finite. A number of steps between 0 and 1 is refused where it can be read: it is meant for something else;
+and what optax only logs, such as a transition of 0 steps, is warned of.
 Steps are computed in the default float dtype: in float32 they are exact up to $2^{24}$.
 """
 
 import functools
 import math
 import reprlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, cast
 
@@ -85,11 +87,10 @@ class Schedule(Value):
 
     def _check_steps(self, name: str, value: Any) -> None:
         """Raises where an argument that counts steps, as optax's names tell, has something else."""
-        # a transition may have any number of steps, of which optax gives those below 0 a meaning, too
-        numbers = [value] if name.endswith("_steps") and not name.startswith("transition") else []
+        numbers = [value] if name.endswith(("_steps", "_begin")) else []
         if name.startswith("boundaries") and value is not None:
             numbers = [at[0] if isinstance(at, tuple | list) else at for at in value]
-        least: Any = 0 if name.endswith("_steps") else -math.inf
+        least: Any = 0 if name.endswith("_steps") and name != "transition_steps" else -math.inf
         expected = f"a number of steps, none of them between 0 and 1{'' if least else ' or below 0'}"
         for number in filter(is_concrete, numbers):
             counted = in_default_dtype(np.asarray(number, float))
@@ -99,6 +100,12 @@ class Schedule(Value):
                 raise ValueError(f"{type(self).__name__}: {name}{one} is {text(counted)}; expected {expected}")
             if name == "boundaries":
                 least, expected = counted, f"a number of steps >= {text(counted)}, the one before it"
+        # what is hardly meant, and optax logs
+        logged = {"transition_steps": np.less_equal, "transition_begin": np.less, "decay_rate": np.equal}
+        if name in logged and is_concrete(value) and np.any(logged[name](np.asarray(value), 0)):
+            warnings.warn(
+                f"{type(self).__name__}: {name} is {text(value)}, which counts as none, as in optax", stacklevel=2
+            )
 
     def __call__(self, count: Any) -> jax.Array:
         """The value at a step count, or at each of an array of them."""
@@ -304,6 +311,8 @@ def exponential_decay(
     >>> float(gdx.schedules.exponential_decay(1.0, transition_steps=10, decay_rate=0.25)(5))
     0.5
     """
+
+    _check("exponential_decay: decay_rate", decay_rate, staircase or decay_rate >= 0, "a number >= 0")
 
     def at(count: Any) -> Any:
         passed, acts = _passed(count, transition_begin), (transition_steps > 0) & (decay_rate != 0)

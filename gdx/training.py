@@ -13,7 +13,7 @@ import optax
 
 from gdx.arguments import check_function
 from gdx.checks import check_state_like
-from gdx.fields import is_concrete, to_bool, to_integer
+from gdx.fields import is_concrete, to_bool, to_integer, uncalled
 from gdx.mesh import as_placed
 from gdx.modules import Parts, take_apart
 from gdx.numerics import either
@@ -290,7 +290,7 @@ def check_call(name: str, loss: Any, tx: Any, params: Any, batches: Any, model_s
     between = () if model_state is None else ("the model_state",)
     check_function(f"{name}: loss", loss, "the parameters", *between, "a batch", mend=f", as in {usage}")
     if isinstance(tx, type) or not (hasattr(tx, "init") and hasattr(tx, "update")):
-        mend = f"; call it, as in {tx.__name__}(...)" if isinstance(tx, type) else f", as in {usage}"
+        mend = uncalled(tx) if isinstance(tx, type) else f", as in {usage}"
         if isinstance(tx, list | tuple):
             mend = "; train several as one batch, as in gdx.sweep(loss, gdx.stack(optimizers), params, batches)"
         raise TypeError(f"{name}: {reprlib.repr(tx)} is no optimizer; expected one such as gdx.sgd(0.1){mend}")

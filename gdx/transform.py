@@ -35,7 +35,7 @@ import optax
 
 from gdx import values
 from gdx.checks import check_gradients, check_params, check_state, check_state_like, state_kinds
-from gdx.fields import hyperparameter, static, text
+from gdx.fields import hyperparameter, static, text, uncalled
 from gdx.numerics import compute_dtype
 from gdx.values import KEEPERS, Value, is_float, kept_calls
 
@@ -381,12 +381,14 @@ def to_transform(label: str, value: Any) -> Transform:
     if not isinstance(value, optax.GradientTransformation):
         if hasattr(value, "gradient_transformation"):
             raise TypeError(f"{label} is a {type(value).__name__}, no transform; pass its .gradient_transformation()")
-        raise TypeError(f"{label} is {reprlib.repr(value)}; expected a transform such as gdx.scale_by_adam()")
+        raise TypeError(
+            f"{label} is {reprlib.repr(value)}; expected a transform such as gdx.scale_by_adam(){uncalled(value)}"
+        )
     return value if isinstance(value, Transform) else Foreign(value)
 
 
 values.is_transform = _is_transform
-values.as_child = lambda x: x if isinstance(x, Value) else Foreign(x)
+values.as_child = lambda label, x: x if isinstance(x, Value) else to_transform(label, x)
 
 
 class Call(Transform):
@@ -575,7 +577,7 @@ def hyperparams_in_use(tx: Transform, state: Any) -> dict[str, Any]:
     if not isinstance(tx, Transform):
         raise TypeError(
             f"hyperparams_in_use: tx is {reprlib.repr(tx)}; expected a transform of gdx's, such as gdx.sgd(0.1) or "
-            f"gdx.value(optax.lion)(1e-4)"
+            f"gdx.value(optax.lion)(1e-4){uncalled(tx)}"
         )
     counts = dict(tx._counts(state))
     settings = values.names_of(tx)

@@ -19,6 +19,17 @@ def paths(tree: Any) -> Iterator[str]:
         yield path_text(path)
 
 
+def is_box(x: Any) -> bool:
+    """Whether it is what flax's nnx keeps an array in."""
+    return any(kind.__name__ == "Variable" and kind.__module__.startswith("flax.nnx") for kind in type(x).__mro__)
+
+
+def unboxed(tree: Any) -> Any:
+    """The tree with what is in flax's boxes instead of them."""
+    content = lambda box: jax.tree.leaves(box, is_leaf=lambda x: x is not box)[0]  # noqa: E731
+    return jax.tree.map(lambda x: content(x) if is_box(x) else x, tree, is_leaf=is_box)
+
+
 def check_arrays(label: str, tree: Any) -> None:
     """Raises unless all leaves of a tree are arrays or numbers."""
     for path, x in jax.tree_util.tree_leaves_with_path(tree):

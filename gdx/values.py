@@ -217,12 +217,13 @@ class Value:
         for name in changes:
             if name not in names:
                 choices = [known for known in names if known.endswith(f".{name}")]
-                problem = "is ambiguous" if choices else "is unknown"
+                alone = "cannot be replaced as a whole" if name in self._given() else "is unknown"
+                problem = "is ambiguous" if choices else alone
                 meant = "" if choices else _meant(name, names)
                 hint = f"did you mean {meant}?" if meant else f"choose from {', '.join(choices or names)}"
                 raise ValueError(f"{type(self).__name__}.replace: {name!r} {problem}; {hint}")
         found = [names[name] for name in changes]
-        size = self._size()
+        size = size_of(self)
         if size:
             return self._put_each(found, list(changes.values()), size)
         return self._put([(each.path, value) for each, value in zip(found, changes.values())])
@@ -267,19 +268,6 @@ class Value:
             return jax.vmap(changed)(columns)
         return stacked([changed(items) for items in zip(*map(on_every_device, columns))])
 
-    def _size(self) -> int:
-        """How many members it has, if it is a batch: a number that takes no shape has one. 0 if it is none."""
-        for name in vars(self)["_structure"].children:
-            takes = self._metadata(name).get("takes")
-            for leaf in jax.tree.leaves(vars(self)[name], is_leaf=_is_whole):
-                if isinstance(leaf, Value):
-                    size = leaf._size()
-                else:
-                    size = np.shape(leaf)[0] if np.ndim(leaf) and is_float(leaf) and not (takes and takes.arrays) else 0
-                if size:
-                    return size
-        return 0
-
     # which function makes classes like it of functions, if it is made of one
     _keeper = ""
     # whether, in the values that hold it, it has a name of its own beside those of its fields
@@ -306,6 +294,20 @@ class Value:
             return bool(field.metadata.get("static"))
         is_child = field.name in vars(self)["_structure"].children
         return not (is_child or (callable(getattr(self, field.name)) and field.metadata["takes"].floats))
+
+
+def size_of(value: Value) -> int:
+    """How many members it has, if it is a batch: a number that takes no shape has one. 0 if it is none."""
+    for name in vars(value)["_structure"].children:
+        takes = value._metadata(name).get("takes")
+        for leaf in jax.tree.leaves(vars(value)[name], is_leaf=_is_whole):
+            if isinstance(leaf, Value):
+                size = size_of(leaf)
+            else:
+                size = np.shape(leaf)[0] if np.ndim(leaf) and is_float(leaf) and not (takes and takes.arrays) else 0
+            if size:
+                return size
+    return 0
 
 
 # what others call it
@@ -440,8 +442,8 @@ def guessed(label: str, value: Any, takes: Takes) -> tuple[Any, bool]:
     a switch does. Where a parameter takes floats, a truth value, a text or what is not finite is refused, unless its
     annotation names such things. Arrays are children, those of floats with a shape only where it takes arrays.
     """
-    if _is_whole(value):
-        return as_child(value), True
+    if _is_whole(value) or (takes.transforms and callable(value)):
+        return as_child(label, value), True
     if takes.dtypes and isinstance(value, str | type):
         return _to_dtype(value), False
     if value is None or is_opaque(value):
@@ -498,7 +500,7 @@ def _is_whole(x: Any) -> bool:
 
 # how transforms that are not values are recognised and kept, which gdx.transform says
 is_transform: Callable[[Any], bool] = lambda x: False  # noqa: E731
-as_child: Callable[[Any], Any] = lambda x: x  # noqa: E731
+as_child: Callable[[str, Any], Any] = lambda label, x: x  # noqa: E731
 
 
 def is_float(value: Any) -> bool:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import reprlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from gdx.checks import check_alike, check_state, one_of, require_params
-from gdx.fields import static, to_integer
+from gdx.fields import static, to_integer, to_word
 from gdx.grouping import assigned_to, groups, leaf_paths
 from gdx.numerics import accurate, either, norm
 from gdx.transform import Transform, all_within, hyperparams_in_use, is_bfloat16, to_transform
@@ -71,12 +70,6 @@ class WatchState(NamedTuple):
     inner_state: Any
 
 
-def _to_per(label: str, value: Any) -> str:
-    if value not in ("all", "group", "leaf"):
-        raise ValueError(f"{label} is {reprlib.repr(value)}; expected 'all', 'group' or 'leaf'")
-    return value
-
-
 class watch(Transform):
     r"""Measures norms, ratios and angles of what a transform does in every n-th step. Its updates pass unchanged.
 
@@ -115,7 +108,7 @@ class watch(Transform):
 
     tx: Transform = dataclasses.field(metadata={"convert": to_transform})
     every: int = static(default=10, convert=functools.partial(to_integer, minimum=1))
-    per: str = static(default="all", convert=_to_per)
+    per: str = static(default="all", convert=lambda label, value: to_word(label, value, "all", "group", "leaf"))
 
     def validate(self) -> None:
         if self.per == "group":
@@ -133,12 +126,12 @@ class watch(Transform):
 
     def _parts(self, tree: Any) -> list[tuple[str, list[int]]]:
         """Name and leaves, by their number, of each part that is measured by itself."""
-        paths = [*leaf_paths(tree)]
+        names = [*leaf_paths(tree)]
         if self.per == "leaf":
-            return [(path, [i]) for i, path in enumerate(paths)]
+            return [(name, [i]) for i, name in enumerate(names)]
         if self.per == "all":
-            return [("", [*range(len(paths))])]
-        names, assigned = (*self._patterns, "others"), assigned_to(self._patterns, jax.tree.structure(tree))
+            return [("", [*range(len(names))])]
+        names, assigned = [*self._patterns, "others"], assigned_to(self._patterns, jax.tree.structure(tree))
         members = [[i for i, group in enumerate(assigned) if group == number] for number in range(len(names))]
         return [(name, leaves) for name, leaves in zip(names, members) if leaves]
 

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import gdx
 from gdx.averages import AverageState
 from gdx.checkpoint import Checkpoints
 from gdx.compat import enable_x64
 from gdx.storage import SignedFourthRoot8, StochasticBfloat16
+from gdx.trees import unboxed
 from tests.contract.table import assert_same_bits, one_step, scan
 from tests.sharded import both_kinds, make_mesh, put
 
@@ -196,19 +198,36 @@ def test_is_found_however_deep(name):
     assert averages["none"] is None
 
 
-@pytest.mark.parametrize("is_inside", [True, False])
-def test_masked_and_frozen_leaves(is_inside):
+@pytest.mark.parametrize("place", ["inside", "outside", "in a group"])
+def test_masked_and_frozen_leaves(place):
     params = {"w": jnp.ones(3), "frozen": {"a": jnp.full(2, 7.0)}}
     labels = {"w": True, "frozen": {"a": False}}
-    if is_inside:
-        tx = gdx.average_parameters(optax.masked(gdx.sgd(0.1), labels), None)
-    else:
-        tx = optax.masked(gdx.average_parameters(gdx.sgd(0.1), None), labels)
+    tx = {
+        "inside": gdx.average_parameters(optax.masked(gdx.sgd(0.1), labels), None),
+        "outside": optax.masked(gdx.average_parameters(gdx.sgd(0.1), None), labels),
+        "in a group": gdx.groups(gdx.sgd(0.1), {"^w": gdx.average_parameters(gdx.sgd(0.1), None)}),
+    }[place]
     tx = optax.chain(tx, optax.masked(optax.set_to_zero(), jax.tree.map(lambda x: not x, labels)))
     gradients = jax.tree.map(lambda p: make_gradients(20, p.shape), params)
     points, averages = walk(tx, params, gradients)
     np.testing.assert_allclose(averages["w"][-1], oracle(points["w"], None), rtol=1e-6)
     assert_same_bits(jax.tree.map(lambda x: x[-1], averages["frozen"]), params["frozen"])
+
+
+def test_boxes_of_flax():
+    model, points = nnx.Linear(2, 2, use_bias=False, rngs=nnx.Rngs(0)), []
+    tx = gdx.watch(gdx.average_parameters(gdx.gradient_descent(0.5), None), 1)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    for _ in range(2):
+        optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
+        points.append(np.array(model.kernel[...]))
+    params = nnx.state(model, nnx.Param)
+    for like in (params, unboxed(params)):
+        average = gdx.read_average(optimizer.opt_state, like)
+        assert jax.tree.structure(average) == jax.tree.structure(like)
+        np.testing.assert_allclose(*jax.tree.leaves(average), np.mean(points, axis=0), rtol=1e-6)
+    watched = gdx.read_watch(optimizer.opt_state)
+    assert isinstance(watched.step, jax.Array) and (watched.step, watched.gradient_norm) == (1, 2)
 
 
 def test_complex_parameters():
@@ -324,6 +343,11 @@ def test_errors():
     for other in ({"w": jnp.ones(2)}, {"v": jnp.ones(3)}, jnp.ones(3)):
         with pytest.raises(ValueError, match=r"read_average: params has leaves at .*, unlike the average"):
             gdx.read_average(state, other)
+    for dtype in ("complex64", "int32", bool, "float16", "float8_e5m2", "f3"):
+        with pytest.raises(
+            (TypeError, ValueError), match=r"dtype is .*; expected .*StochasticBfloat16\(\), a dtype of 32"
+        ):
+            gdx.average_parameters(gdx.sgd(0.1), dtype=dtype)
     assert isinstance(state, AverageState)
 
 

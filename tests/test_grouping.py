@@ -292,6 +292,21 @@ WRONG = {
         ValueError,
         r"the change at 'a': mask is None; give a number",
     ),
+    "patterns of another number": (
+        lambda: gdx.groups(ADAMW, CHANGES).replace(patterns=["a"]),
+        ValueError,
+        r"groups: patterns is \('a',\); expected 3, one for each change$",
+    ),
+    "one of them none": (
+        lambda: gdx.groups(ADAMW, {"a": None}).replace(patterns=["("]),
+        ValueError,
+        r"the pattern '\(' is no regular expression",
+    ),
+    "a pattern for what has no path": (
+        lambda: gdx.groups(ADAMW, {"a": None}).init(jnp.ones(3)),
+        ValueError,
+        r"the pattern 'a' matches no path; .*The paths are the root$",
+    ),
     "a pattern for nothing": (
         lambda: gdx.groups(ADAMW, {"head": None}).init(PARAMS),
         ValueError,

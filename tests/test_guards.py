@@ -138,7 +138,7 @@ def oracle_of(norms, *, threshold=6.0, decay=0.99, warmup_steps=64, most=10, cli
         weights = decay ** np.arange(len(used))[::-1]
         mean = np.average(used, weights=weights) if len(used) else 0.0
         deviation = np.sqrt(np.average((used - mean) ** 2, weights=weights)) if len(used) else 0.0
-        limit, factor = mean + threshold * deviation, 1.0
+        limit, factor = mean + threshold * max(deviation, 1e-6 * abs(mean)), 1.0
         is_above = np.isfinite(x) and len(used) >= warmup_steps and x > limit
         if clip and is_above:
             x, factor, is_above = limit, limit / x, False
@@ -236,6 +236,19 @@ def test_the_loss_is_judged():
     assert_same_bits(state.inner_state, expected)
     _, state = tx.update(spoilt(params, np.inf), state, params, value=-3.0)  # the gradient is none
     assert state.skipped == 3
+
+
+@pytest.mark.parametrize(("of", "level"), [("gradient", 0.3), ("value", 0.3), ("value", -5.0)])
+def test_after_what_was_all_alike_a_rounding_is_no_spike(of, level):
+    tx = gdx.skip_spikes(gdx.sgd(1.0), of=of, warmup_steps=3)
+    alike = level + np.abs(level) * np.array([0, 0, 0, 0, 2e-7, 4e-7, 4e-6, 0.01])
+
+    def step(state, x):
+        _, state = tx.update(x if of == "gradient" else jnp.ones(()), state, value=x)
+        return state, state.skipped
+
+    skipped = jax.jit(lambda levels: jax.lax.scan(step, tx.init(jnp.zeros(())), levels)[1])(jnp.float32(alike))
+    assert skipped.tolist() == [0] * 7 + [1]
 
 
 @pytest.mark.parametrize("given", [{}, {"value": None}, {"value": jnp.ones(2)}, {"value": "x"}, {"value": 1j}])

@@ -411,6 +411,16 @@ def test_what_was_watched_has_a_panel_for_each_quantity_and_a_line_for_each_grou
     ax.figure.canvas.draw()
 
 
+@pytest.mark.parametrize("per", ["all", "leaf"])
+@pytest.mark.parametrize("params", [{}, {"w": np.ones(2)}])
+@pytest.mark.parametrize("made", [0, 2])
+def test_what_was_watched_may_be_nothing(ax, per, params, made):
+    watched = gdx.read_watch(gdx.watch(gdx.sgd(0.1), per=per).init(params))
+    curves = jax.tree.map(lambda x: np.zeros((made, *x.shape), x.dtype), watched)  # as a run on has them in other steps
+    plot.watched(curves, ax)
+    ax.figure.canvas.draw()
+
+
 def test_the_new_pictures_make_their_own_axes():
     assert isinstance(plot.loss_line([0.0, 1.0], {"loss": [1.0, 2.0]}), Axes)
     assert isinstance(plot.loss_plane([0.0, 1.0], [0.0, 1.0], np.eye(2)), Axes)

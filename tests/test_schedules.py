@@ -14,6 +14,9 @@ from gdx import schedules
 from gdx.compat import enable_x64
 from tests.contract.table import assert_same_bits
 
+# edges that optax logs
+pytestmark = pytest.mark.filterwarnings("ignore:.*, as in optax:UserWarning")
+
 
 def root(count):
     return (1 + count) ** 0.5
@@ -445,6 +448,11 @@ REFUSED = {
         TypeError,
         r"returned .*1\.0.*; expected a function of the step count",
     ),
+    "a root of a negative number": (
+        lambda: schedules.exponential_decay(1.0, 10, -0.5),
+        ValueError,
+        r"exponential_decay: decay_rate is -0\.5; expected a number >= 0",
+    ),
     "no such number": (lambda: warmup().replace(peak=3), ValueError, r"'peak' is unknown; choose from init_value"),
     "assignment": (lambda: setattr(warmup(), "peak_value", 3), AttributeError, "peak_value"),
 }
@@ -522,13 +530,14 @@ def test_refuses_what_an_annotation_does_not_say(words):
         OTHERS[words]()
 
 
-STEPS = [case for case in NUMBERS if case[2].endswith("_steps") and not case[2].startswith("transition")]
+STEPS = [case for case in NUMBERS if case[2].endswith(("_steps", "_begin"))]
 
 
 @pytest.mark.parametrize(("name", "settings", "parameter"), STEPS)
 def test_refuses_what_is_no_number_of_steps(name, settings, parameter):
     make = getattr(schedules, name)
-    for wrong in (0.1, np.float32(0.5), jnp.float32(0.75), -0.5, -1, -20.0):
+    is_any = parameter.startswith("transition")  # below 0 it has a meaning in optax
+    for wrong in (0.1, np.float32(0.5), jnp.float32(0.75), *((-0.5, -1, -20.0) if not is_any else ())):
         for refused in (
             lambda x: make(**{**settings, parameter: x}),
             lambda x: make(**settings).replace(**{parameter: x}),
@@ -545,6 +554,19 @@ def test_refuses_what_is_no_number_of_steps(name, settings, parameter):
     # what is not read is not checked
     moved = jax.tree.map(lambda x: x * 0.9 + 0.3, make(**settings))
     np.testing.assert_allclose(moved(7), jax.jit(lambda rate: rate(7))(moved), rtol=1e-5)
+
+
+LOGGED = {"transition_steps": (0, -3.0), "transition_begin": (-1, -0.5), "decay_rate": (0.0,)}
+
+
+@pytest.mark.parametrize(("name", "settings", "parameter"), [case for case in NUMBERS if case[2] in LOGGED])
+def test_warns_of_what_optax_logs(name, settings, parameter):
+    rate = getattr(schedules, name)(**CASES[name][0])
+    for wrong in LOGGED[parameter]:
+        with pytest.warns(
+            UserWarning, match=rf"^{name}: {parameter} is {float(wrong)}, which counts as none, as in optax"
+        ):
+            rate.replace(**{parameter: wrong})
 
 
 BOUNDARIES = {

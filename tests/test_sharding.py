@@ -230,7 +230,7 @@ def other_mesh():
 @pytest.mark.parametrize(
     ("wrong", "error", "words"),
     [
-        (lambda: init(axis="dat"), ValueError, r"shard_state: the mesh has no axis 'dat'; expected one of 'data'"),
+        (lambda: init(axis="dat"), ValueError, r"shard_state: axis is 'dat', and the mesh has no such.* axis='data'$"),
         (lambda: init(mesh=8), TypeError, r"shard_state: mesh is 8; expected a mesh of devices, .*jax\.make_mesh"),
         (lambda: init(tx=0.1), TypeError, r"shard_state: tx is 0\.1; expected a transform"),
         (
@@ -254,12 +254,12 @@ def other_mesh():
         (
             lambda: gdx.sharding.state_shardings(gdx.adam(0.1), make_params(), make_mesh(), "model"),
             ValueError,
-            r"state_shardings: the mesh has no axis 'model'",
+            r"state_shardings: axis is 'model', and the mesh has no such axis; expected axis='data'$",
         ),
         (
             lambda: gdx.describe(gdx.adam(0.1), make_params(), make_mesh(), "x"),
             ValueError,
-            r"describe: the mesh has",
+            r"describe: axis is 'x', and the mesh has no such axis; expected axis='data'$",
         ),
         (
             lambda: gdx.sharding.state_shardings(gdx.adam(0.1), put(make_params(), make_mesh(4)), make_mesh()),

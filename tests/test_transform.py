@@ -156,6 +156,46 @@ def test_replace_refuses_names_and_values():
         gdx.sgd(0.1).replace(speed=0.5)
     with pytest.raises(ValueError, match=r"sgd: momentum is 1\.0; expected a finite number in \[0, 1\)"):
         NESTED.replace(momentum=1.0)
+    tx, changes = gdx.groups(gdx.sgd(0.1), {"a": {"momentum": 0.9}}), {"a": {"momentum": 0.9}}
+    for whole in ("changes", "settings"):
+        with pytest.raises(
+            ValueError, match=rf"groups\.replace: '{whole}' cannot be replaced as a whole; choose from le"
+        ):
+            tx.replace(**{whole: {"a": None}})
+    assert gdx.chain(tx).replace(tx=gdx.sgd(0.2)) == gdx.chain(gdx.groups(gdx.sgd(0.2), changes))
+    for wrong in (gdx.sgd, 0.3):
+        with pytest.raises(TypeError, match=r"groups: tx is .*; expected a transform"):
+            tx.replace(tx=wrong)
+
+
+def test_what_makes_a_transform_in_the_place_of_one_is_to_be_called():
+    mesh, p = jax.make_mesh((1,), ("data",)), jnp.ones(2)
+    places = [
+        gdx.chain,
+        gdx.watch,
+        gdx.skip_spikes,
+        gdx.average_parameters,
+        lambda tx: gdx.groups(tx, {"a": None}),
+        lambda tx: gdx.groups(gdx.sgd(0.1), {"a": tx}),
+        lambda tx: gdx.sharding.shard_state(tx, mesh),
+        lambda tx: gdx.describe(tx, p),
+        lambda tx: gdx.hyperparams_in_use(tx, ()),
+        lambda tx: gdx.stack([tx]),
+        lambda tx: gdx.value(optax.MultiSteps)(tx, 2),
+        lambda tx: gdx.value(optax.masked)(tx, True),
+        lambda tx: gdx.value(optax.partition)({"a": tx}, {"a": "a"}),
+    ]
+    for make in (gdx.sgd, optax.adamw, gdx.value(optax.lion)):
+        for place in places:
+            with pytest.raises(TypeError, match=rf"; call it, as in {make.__name__}\("):
+                place(make)
+
+    # where a function is asked for, one that makes transforms is one
+    def made(make: type[gdx.Transform], rate: float):
+        return make(rate)
+
+    for takes in (made, lambda make, rate: make(rate)):
+        assert gdx.value(takes)(gdx.sgd, 0.1).init(p) == gdx.sgd(0.1).init(p)
 
 
 def test_leaves_are_the_hyperparameters_with_keys():

@@ -98,6 +98,8 @@ def test_sizes_beyond_squares_and_trees_of_every_kind():
         assert gdx.read_watch(state).update_over_parameter == ratio
     _, state = tx.update(jnp.zeros(2), tx.init(jnp.zeros(2)), jnp.zeros(2))
     assert gdx.read_watch(state)[1:6] == (0, 0, 0, 0, 0)
+    tx = gdx.watch(gdx.sgd(0.1), 1, "leaf")
+    assert gdx.read_watch(tx.init(jnp.ones(2))).names == ("the root",)
     for empty in ({}, None):
         for per in ("all", "leaf"):
             tx = gdx.watch(gdx.adamw(0.1), per=per)
@@ -239,6 +241,9 @@ def test_what_is_refused():
         tx.update(p, tx.init(p))
     with pytest.raises(TypeError, match=r"watch: tx is 0\.1; expected a transform"):
         gdx.watch(0.1)
+    for wrong in ("tree", None, 3, jnp.ones(2)):
+        with pytest.raises(ValueError, match=r"watch: per is .*; expected 'all', 'group' or 'leaf'"):
+            gdx.watch(gdx.sgd(0.1), per=wrong)
     for inner, found in ((gdx.sgd(0.1), "none"), (gdx.chain(*[gdx.groups(gdx.sgd(0.1), {"a": None})] * 2), "2")):
         with pytest.raises(
             ValueError, match=rf"watch: per='group' takes .* has {found} in it; expected watch\(gdx\.gr"

@@ -44,7 +44,7 @@ def watched(watched: Any, ax: "Axes | None" = None) -> "Axes":
     found = getattr(watched, "watched", watched) if isinstance(watched, Trained) else watched
     found = of_kind(f"{label}: watched", found, Watched, expected)
     at = numbers(f"{label}: step", found.step, "one for each measurement, as gdx.train collects them", (None,))
-    shape = (at.size, len(found.names)) if found.parts else (at.size,)
+    shape = (at.size, len(found.names)) if np.ndim(found.gradient_norm) > 1 else (at.size,)
     panels = {
         words(name): numbers(f"{label}: {name}", getattr(found, name), f"{shape}", shape)
         for name in Watched._fields[1:7]
@@ -63,7 +63,7 @@ def watched(watched: Any, ax: "Axes | None" = None) -> "Axes":
     for i, (title, values) in enumerate(panels.items()):
         place = (0.54 * (i % 2), 1 - (i // 2 + 0.84) / rows, 0.46, 0.76 / rows)
         panel = ax.inset_axes(place, sharex=ax.child_axes[0] if i else None)
-        lines = values[made].reshape(made.sum(), -1).T
+        lines = np.atleast_2d(values[made].T)
         names = found.names if values.ndim > 1 else ("",)
         is_logarithmic = title not in ("cosine", "unmoved")
         for line, name, style in zip(lines, names, line_styles()):

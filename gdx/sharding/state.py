@@ -199,7 +199,8 @@ def check_layout(name: str, mesh: Mesh | AbstractMesh, axis: str, specs: Any) ->
     _to_specs(f"{name}: specs", specs)
     if axis not in mesh.axis_names:
         raise ValueError(
-            f"{name}: the mesh has no axis {axis!r}; expected one of {', '.join(map(repr, mesh.axis_names))}"
+            f"{name}: axis is {axis!r}, and the mesh has no such axis; expected axis="
+            f"{' or '.join(map(repr, mesh.axis_names))}"
         )
 
 

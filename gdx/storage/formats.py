@@ -89,13 +89,14 @@ def _fields(format: Format) -> tuple[Any, ...]:
     return dataclasses.fields(format) if dataclasses.is_dataclass(format) else ()
 
 
-def to_storage(label: str, value: Any, *, second_moment: bool = False) -> np.dtype | Format | None:
+def to_storage(label: str, value: Any, *, second_moment: bool = False, expected: str = "") -> np.dtype | Format | None:
     """Converts the static field that says in which dtype or storage format a moment is kept.
 
     Args:
       label: what errors start with.
       value: a floating-point dtype, a format, or None.
       second_moment: whether the moment is never negative, and divided by its root.
+      expected: what errors say is expected, where that is less than all of these.
 
     Raises:
       TypeError, ValueError: it is none of these, or would lose what the moment is for.
@@ -107,7 +108,8 @@ def to_storage(label: str, value: Any, *, second_moment: bool = False) -> np.dty
     if value is None:
         return None
     good = "StochasticBfloat16() or gdx.storage." + ("FourthRoot8()" if second_moment else "SignedFourthRoot8()")
-    expected = f"expected a floating-point dtype such as 'bfloat16', a format such as gdx.storage.{good}, or None"
+    such = f"a floating-point dtype such as 'bfloat16', a format such as gdx.storage.{good}, or None"
+    expected = f"expected {expected or such}"
     if isinstance(value, type) and issubclass(value, Format):
         raise TypeError(f"{label} is the class {value.__name__}; {expected}")
     if isinstance(value, Format):
@@ -122,6 +124,8 @@ def to_storage(label: str, value: Any, *, second_moment: bool = False) -> np.dty
         dtype = jnp.dtype(value)
     except TypeError:
         raise TypeError(f"{label} is {reprlib.repr(value)}; {expected}") from None
+    if jnp.issubdtype(dtype, np.complexfloating):
+        raise ValueError(f"{label} is {dtype.name!r}; {expected}; of what is complex, that of its parts")
     if not jnp.issubdtype(dtype, np.floating) or dtype.itemsize < 2:
         raise ValueError(f"{label} is {dtype.name!r}, in which a moment would be rounded away; {expected}")
     if second_moment and jnp.finfo(dtype).tiny > np.finfo(np.float32).tiny:

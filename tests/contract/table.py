@@ -506,7 +506,7 @@ ROWS = (
                 ({"warmup_steps": 1}, ValueError, r"skip_spikes: warmup_steps is 1; expected an integer >= 2"),
                 ({"warmup_steps": 2.5}, TypeError, r"skip_spikes: warmup_steps is 2\.5; expected an integer"),
                 ({"clip": "yes"}, TypeError, r"skip_spikes: clip is 'yes'; expected True or False"),
-                ({"of": "loss"}, ValueError, r"skip_spikes: of is 'loss'; expected 'gradient' .* or 'value'"),
+                ({"of": "loss"}, ValueError, r"skip_spikes: of is 'loss'; expected 'gradient' or 'value'"),
                 ({"of": "value", "clip": True}, ValueError, r"skip_spikes: clip=True needs of='gradient'"),
                 ({"b1": 1.0}, ValueError, r"adamw: b1 is 1\.0"),
             )

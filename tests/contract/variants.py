@@ -453,7 +453,7 @@ VARIANTS = list(map(Variant._make, (
      "watching:watch._parts",
      then(lambda parts: [(name, leaves) for (name, _), (_, leaves) in zip(parts, reversed(parts))])),
     ("measured in every step", "test_watching.py::test_the_numbers_are_those_of_the_run_in_float64[all]",
-     "watching:either", lambda right, condition, yes, no: yes()),
+     "watching:either", lambda right, condition, this, other: this()),
     ("rates that are not those in use", "test_watching.py::test_the_numbers_are_those_of_the_run_in_float64[all]",
      "watching:watch._in_use", then(lambda in_use: {name: 0 * x for name, x in in_use.items()})),
     ("curves of the steps between", "test_watching.py::test_train_collects_the_curves_of_a_loop",
