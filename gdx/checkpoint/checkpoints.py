@@ -248,7 +248,7 @@ class Checkpoints:
         """
         skip = _sequence("restore_params: skip", skip, "patterns, such as ['^head']")
         targets = manifest.leaves(params, None)
-        skipped = manifest.skipped(skip, manifest.of_params(targets))
+        skipped = dict.fromkeys(manifest.skipped(skip, manifest.of_params(targets)))
         step, content = self._read("restore_params", step)
         wanted = {path: x for path, x in targets.items() if path.partition("/")[2] not in skipped}
         problem = manifest.check_params(content, manifest.of_params(wanted), skip)
@@ -256,7 +256,7 @@ class Checkpoints:
             raise CheckpointError(f"restore_params: {self._name(step)} {problem}")
         found = dict(zip(wanted, self._arrays(step, content["arrays"], wanted)))
         params = jax.tree.unflatten(jax.tree.structure(params), [found.get(path, x) for path, x in targets.items()])
-        unread = [path for path in manifest.of_params(content["arrays"]) if path not in manifest.of_params(wanted)]
+        unread = manifest.of_params({path: x for path, x in content["arrays"].items() if path not in wanted})
         return RestoredParams(step, params, content["extra"], tuple(skipped), tuple(unread))
 
     def wait(self) -> None:

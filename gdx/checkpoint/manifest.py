@@ -62,9 +62,9 @@ def leaves(params: Any, state: Any) -> dict[str, Any]:
     texts = list(leaf_paths(trees))
     # Orbax makes folders at slashes, and dots of them
     counts = collections.Counter(text.replace("/", ".") for text in texts)
-    folders = {text[:i] for text in texts for i, character in enumerate(text) if character == "/"}
+    folders = {folder for text in texts for folder in _folders(text)}
     for text in texts:
-        is_twice = counts[text.replace("/", ".")] > 1 or text in folders
+        is_twice = counts[text.replace("/", ".")] > 1 or f"{text}/" in folders
         if is_twice or ADDRESS.search(text):
             raise ValueError(
                 f"checkpoint: {'two leaves are' if is_twice else 'a leaf is'} called {text}, by which a leaf cannot be "
@@ -177,13 +177,16 @@ def _mend_params(arrays: Mapping[str, Any], targets: Mapping[str, Any], skip: Se
 
 def _patterns(unlike: Mapping[str, Any], targets: Mapping[str, Any]) -> list[str]:
     """Patterns that match these targets and no others: of folders, where all in them is unlike."""
-    others = [path for path in targets if path not in unlike]
+    others = {folder for path in targets if path not in unlike for folder in _folders(path)}
     found = dict[str, None]()
     for path in unlike:
-        folders = [path[: i + 1] for i, character in enumerate(path) if character == "/"]
-        whole = [folder for folder in folders if not any(other.startswith(folder) for other in others)]
+        whole = [folder for folder in _folders(path) if folder not in others]
         found[f"^{re.escape(whole[0])}" if whole else f"^{re.escape(path)}$"] = None
     return list(found)
+
+
+def _folders(path: str) -> list[str]:
+    return [path[: i + 1] for i, character in enumerate(path) if character == "/"]
 
 
 def _has_value(x: Any) -> bool:
