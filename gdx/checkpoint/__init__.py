@@ -29,12 +29,32 @@ training goes on bit for bit, and another one gives the same bits (8, 4, 1, 2x4,
     sharded = gdx.sharding.shard_state(tx, mesh)
     step, params, state, extra = checkpoints.restore(sharded, params, sharded.init(params))
 
+The parameters alone, for inference or another model, need neither the optimizer nor its state, which is not read
+either. Layers that only the checkpoint has are left out, and where a pattern matches, what is passed stays; the result
+says both. The state begins with `tx.init(params)`:
+
+    params = checkpoints.restore_params(params).params
+    step, params, extra, skipped, unread = checkpoints.restore_params(model_with_a_new_head, skip=["^head/"])
+
+Batch statistics that inference needs belong into what is saved as `params`; an average of the parameters is in the
+state, from where `gdx.read_average` takes it after `restore`.
+
+Files: the arrays of step 100 are in `100/arrays`, where Orbax alone reads them by the names of the tree (keys,
+attributes and indices; a slash in a key makes a folder of it), those of random keys as their data, without checksums:
+
+    orbax.checkpoint.PyTreeCheckpointer().restore(folder / "100" / "arrays")["params"]["layer"]["kernel"]
+
+States are optax's: a run of `optax.adamw` that Orbax alone saved goes on with `gdx.adamw`, by restoring it onto
+`gdx.adamw(...).init(params)` with Orbax. It takes over every bit; from there steps differ from optax's by rounding.
+
+Costs: a checksum reads each array once, on its devices, when it is saved and when it is restored.
+
 Limits: one writer at a time; two that save into one folder at the same moment are not kept apart. The fields of gdx's
 transforms and of `gdx.value`s are compared, also inside optax's wrappers; the numbers of optax's transforms as they
 are, which are functions, are not.
 """
 
-from gdx.checkpoint.checkpoints import CheckpointError, Checkpoints, Restored
+from gdx.checkpoint.checkpoints import CheckpointError, Checkpoints, Restored, RestoredParams
 from gdx.checkpoint.checksums import checksum
 
-__all__ = ["CheckpointError", "Checkpoints", "Restored", "checksum"]
+__all__ = ["CheckpointError", "Checkpoints", "Restored", "RestoredParams", "checksum"]

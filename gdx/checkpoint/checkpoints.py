@@ -45,6 +45,24 @@ class Restored(NamedTuple):
     extra: Any
 
 
+class RestoredParams(NamedTuple):
+    """What a checkpoint holds of a model, and what not.
+
+    Attributes:
+      step: the number of steps taken.
+      params: the parameters.
+      extra: what was saved beside them.
+      skipped: the paths of the parameters that are those passed, as patterns said.
+      unread: the paths of the parameters of the checkpoint that were not read.
+    """
+
+    step: int
+    params: Any
+    extra: Any
+    skipped: tuple[str, ...]
+    unread: tuple[str, ...]
+
+
 class Checkpoints:
     """The newest checkpoints of a run, in one directory, by their steps.
 
@@ -156,9 +174,8 @@ class Checkpoints:
         # those on the host may change while they are written
         arrays = {path: x.copy() if isinstance(x, np.ndarray) else x for path, x in arrays.items()}
         content = manifest.manifest(step, tx, params, state, extra, {path: checksum(x) for path, x in arrays.items()})
-        keys = _keys(arrays)
         # Orbax takes no array without elements, and no tree without arrays
-        data = {keys[path]: _global(x) for path, x in arrays.items() if x.size} or {"none": np.zeros(1)}
+        data = _nested({path: _global(x) for path, x in arrays.items() if x.size}) or {"none": np.zeros(1)}
         items = ocp.args.Composite(arrays=ocp.args.PyTreeSave(data), manifest=ocp.args.JsonSave(content))
         with self._writing():
             self._manager.save(step, args=items)
@@ -189,21 +206,58 @@ class Checkpoints:
             in the place of the other.
           CheckpointError: there is none, it is not what was saved, it was saved with another optimizer, or it holds
             other arrays. To take it into another storage format, restore it with the optimizer that saved it, then
-            use `gdx.storage.convert`.
+            use `gdx.storage.convert`; to take it into another model, `restore_params`.
         """
-        if isinstance(allow, str | bytes) or not isinstance(allow, Iterable):
-            raise TypeError(f"restore: allow is {allow!r}; expected a sequence of names, such as ['learning_rate']")
-        step = None if step is None else _integer("restore: step", step, 0)
+        allow = _sequence("restore: allow", allow, "names, such as ['learning_rate']")
         _check_order("restore(tx, params, state)", tx, params, state)
-        self.wait()
-        step = self._chosen(step)
-        content = self._manifest(step)
-        problem = manifest.check(content, tx, params, state, tuple(allow))
+        step, content = self._read("restore", step)
+        problem = manifest.check(content, tx, params, state, allow)
         if problem:
             raise CheckpointError(f"restore: {self._name(step)} {problem}")
         values = self._arrays(step, content["arrays"], manifest.leaves(params, state))
         params, state = jax.tree.unflatten(jax.tree.structure((params, state)), values)
         return Restored(step, params, state, content["extra"])
+
+    def restore_params(self, params: Any, *, step: int | None = None, skip: Sequence[str] = ()) -> RestoredParams:
+        """Reads the parameters alone, or some of them, onto the devices where `params` are.
+
+        Neither the optimizer nor its state is compared, nor needed. What is read has been compared and checked as in
+        `restore`.
+
+        Args:
+          params: what the parameters are to be like, as for `restore`. What only the checkpoint has is not read.
+          step: which one; None for the newest.
+          skip: patterns, regular expressions that are searched in the paths of `params` (`head/kernel`, as for
+            `gdx.groups`): where one matches, the array that is passed stays, such as that of a new head.
+
+        Raises:
+          TypeError: step is no integer, or skip no sequence of patterns.
+          ValueError: a pattern is no regular expression, or matches nothing; it matches what has no value, such as a
+            `jax.ShapeDtypeStruct`; nothing is left to be read.
+          CheckpointError: there is none, it is not what was saved, or it lacks a parameter in this shape and dtype.
+
+        >>> import gdx, jax.numpy as jnp, tempfile
+        >>> tx, params = gdx.adam(0.1), {"body": jnp.ones(3), "head": jnp.ones(10)}
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> with gdx.checkpoint.Checkpoints(folder.name) as checkpoints:
+        ...     checkpoints.save(1, tx, params, tx.init(params))
+        ...     found = checkpoints.restore_params({"body": jnp.zeros(3), "head": jnp.zeros(2)}, skip=["^head"])
+        >>> found.params["body"].tolist(), found.params["head"].tolist(), found.skipped, found.unread
+        ([1.0, 1.0, 1.0], [0.0, 0.0], ('head',), ('head',))
+        >>> folder.cleanup()
+        """
+        skip = _sequence("restore_params: skip", skip, "patterns, such as ['^head']")
+        targets = manifest.leaves(params, None)
+        skipped = dict.fromkeys(manifest.skipped(skip, manifest.of_params(targets)))
+        step, content = self._read("restore_params", step)
+        wanted = {path: x for path, x in targets.items() if path.partition("/")[2] not in skipped}
+        problem = manifest.check_params(content, manifest.of_params(wanted), skip)
+        if problem:
+            raise CheckpointError(f"restore_params: {self._name(step)} {problem}")
+        found = dict(zip(wanted, self._arrays(step, content["arrays"], wanted)))
+        params = jax.tree.unflatten(jax.tree.structure(params), [found.get(path, x) for path, x in targets.items()])
+        unread = manifest.of_params({path: x for path, x in content["arrays"].items() if path not in wanted})
+        return RestoredParams(step, params, content["extra"], tuple(skipped), tuple(unread))
 
     def wait(self) -> None:
         """Returns when all is written.
@@ -272,6 +326,13 @@ class Checkpoints:
         mend = f". Take another one: pass step={' or '.join(others)}" if others else ""
         return CheckpointError(f"restore: {self._name(step)} is damaged, or not one of gdx: {what}{mend}")
 
+    def _read(self, method: str, step: int | None) -> tuple[int, dict[str, Any]]:
+        """The step of a checkpoint, and its manifest."""
+        step = None if step is None else _integer(f"{method}: step", step, 0)
+        self.wait()
+        step = self._chosen(step)
+        return step, self._manifest(step)
+
     def _manifest(self, step: int) -> dict[str, Any]:
         import orbax.checkpoint as ocp
 
@@ -293,24 +354,26 @@ class Checkpoints:
         """The arrays at the targets' paths, placed as they are."""
         import orbax.checkpoint as ocp
 
-        keys = _keys(saved)
-        wanted = {}
+        wanted = dict[str, Any]()
         for path, target in targets.items():
             sharding = _sharding(target)
+            if not np.size(target):
+                continue
             if sharding is None or manifest.is_key(target) or _is_local(sharding):
-                wanted[keys[path]] = ocp.RestoreArgs(restore_type=np.ndarray)
+                wanted[path] = ocp.RestoreArgs(restore_type=np.ndarray)
             else:
-                wanted[keys[path]] = ocp.ArrayRestoreArgs(sharding=sharding, global_shape=target.shape)
-        wanted = {keys[path]: wanted[keys[path]] for path, target in targets.items() if np.size(target)}
+                wanted[path] = ocp.ArrayRestoreArgs(sharding=sharding, global_shape=target.shape)
+        tree = _nested(wanted)
         try:
-            args = ocp.args.PyTreeRestore(dict.fromkeys(wanted, 0), restore_args=wanted, partial_restore=True)
+            args = ocp.args.PyTreeRestore(jax.tree.map(lambda _: 0, tree), restore_args=tree, partial_restore=True)
             found = self._manager.restore(step, args=ocp.args.Composite(arrays=args))["arrays"] if wanted else {}
+            read = {path: functools.reduce(operator.getitem, path.split("/"), found) for path in wanted}
         except Exception as error:
             raise self._damaged(step, f"its arrays cannot be read ({_line(error)})") from error
-        for path in targets:
-            if keys[path] in found and checksum(found[keys[path]]) != saved[path][2]:
+        for path, x in read.items():
+            if checksum(x) != saved[path][2]:
                 raise self._damaged(step, f"{path} is not what was saved")
-        return [_placed(found.get(keys[path]), target) for path, target in targets.items()]
+        return [_placed(read.get(path), target) for path, target in targets.items()]
 
 
 def _integer(label: str, value: Any, minimum: int) -> int:
@@ -319,6 +382,13 @@ def _integer(label: str, value: Any, minimum: int) -> int:
         with contextlib.suppress(TypeError):
             value = operator.index(value)
     return to_integer(label, value, minimum=minimum)
+
+
+def _sequence(label: str, value: Any, what: str) -> tuple[Any, ...]:
+    """A sequence of texts, which is no text itself."""
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise TypeError(f"{label} is {value!r}; expected a sequence of {what}")
+    return tuple(value)
 
 
 def _check_order(call: str, tx: Any, params: Any, state: Any) -> None:
@@ -381,9 +451,16 @@ def _made(tx: Any, params: Any) -> Any:
         return None
 
 
-def _keys(paths: Iterable[str]) -> dict[str, str]:
-    """Names without special characters for the leaves at these paths."""
-    return {path: f"{i:06}" for i, path in enumerate(sorted(paths))}
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of dictionaries, with a folder for each slash in the paths."""
+    tree = dict[str, Any]()
+    for path, x in leaves.items():
+        *folders, name = path.split("/")
+        folder = tree
+        for inner in folders:
+            folder = folder.setdefault(inner, {})
+        folder[name] = x
+    return tree
 
 
 def _sharding(target: Any) -> Any:

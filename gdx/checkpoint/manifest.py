@@ -1,8 +1,10 @@
 """The manifest of a checkpoint: what it holds, in JSON, and how that differs from what is expected."""
 
+import collections
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,10 +13,11 @@ import numpy as np
 import optax
 
 from gdx.checkpoint.describe import ADDRESS, describe, kind, unplaced
+from gdx.grouping import leaf_paths
 from gdx.storage.blocks import is_packed
 from gdx.transform import Transform
 
-FORMAT = 1
+FORMAT = 2
 
 
 def manifest(
@@ -50,29 +53,76 @@ def digest(content: Mapping[str, Any]) -> str:
 
 
 def leaves(params: Any, state: Any) -> dict[str, Any]:
-    """Every leaf of both by its path.
+    """Every leaf of both by its path, with slashes between names.
 
     Raises:
       ValueError: two paths are the same text, or one holds an address: neither could be found again.
     """
-    found: dict[str, Any] = {}
-    for name, tree in (("params", params), ("state", state)):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            text = f"{name}{jax.tree_util.keystr(path)}"
-            problem = "two leaves are called" if text in found else "a leaf is called" if ADDRESS.search(text) else ""
-            if problem:
-                raise ValueError(
-                    f"checkpoint: {problem} {text}, by which a leaf cannot be found again; give the keys in its path a "
-                    f"repr that tells them apart and is the same in every process"
-                )
-            found[text] = leaf
-    return found
+    trees = {"params": params, "state": state}
+    texts = list(leaf_paths(trees))
+    # Orbax makes folders at slashes, and dots of them
+    counts = collections.Counter(text.replace("/", ".") for text in texts)
+    folders = {folder for text in texts for folder in _folders(text)}
+    for text in texts:
+        is_twice = counts[text.replace("/", ".")] > 1 or f"{text}/" in folders
+        if is_twice or ADDRESS.search(text):
+            raise ValueError(
+                f"checkpoint: {'two leaves are' if is_twice else 'a leaf is'} called {text}, by which a leaf cannot be "
+                f"found again; give the keys in its path texts that tell them apart, slashes and dots alike, and are "
+                f"the same in every process"
+            )
+    return dict(zip(texts, jax.tree.leaves(trees)))
 
 
 def storage(state: Any) -> dict[str, str]:
     """The storage format of each moment that is packed."""
-    nodes = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_packed)
-    return {f"state{jax.tree_util.keystr(path)}": repr(x.format) for path, x in nodes if is_packed(x)}
+    paths = leaf_paths({"state": jax.tree.map(is_packed, state, is_leaf=is_packed)})
+    return {path: repr(x.format) for path, x in zip(paths, jax.tree.leaves(state, is_leaf=is_packed)) if is_packed(x)}
+
+
+def of_params(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the parameters, by the paths in which patterns are searched."""
+    return {path[len("params/") :]: x for path, x in leaves.items() if path.split("/")[0] == "params"}
+
+
+def skipped(patterns: Sequence[str], targets: Mapping[str, Any]) -> list[str]:
+    """The targets whose path a pattern matches.
+
+    Raises:
+      TypeError, ValueError: a pattern is no regular expression, or matches nothing; a target that is matched has no
+        value, or none is left.
+    """
+    found = dict[str, Any]()
+    for pattern in patterns:
+        try:
+            matching = {path: x for path, x in targets.items() if re.search(pattern, path)}
+        except (re.error, TypeError) as error:
+            raise (ValueError if isinstance(pattern, str) else TypeError)(
+                f"restore_params: the pattern {pattern!r} is no regular expression ({error}); expected one such as "
+                f"'^head'"
+            ) from error
+        if not matching:
+            raise ValueError(
+                f"restore_params: the pattern {pattern!r} matches no path of params; expected one that does (what only "
+                f"the checkpoint has is not read anyway). The paths are {_listed(targets, 20)}"
+            )
+        found |= matching
+    for path, x in found.items():
+        if not _has_value(x):
+            raise ValueError(
+                f"restore_params: {path} has no value that could stay; expected an array where a pattern of skip "
+                f"matches, no jax.ShapeDtypeStruct, and none that was donated"
+            )
+    if len(found) == len(targets):
+        raise ValueError("restore_params: nothing is left to be read; expected parameters that skip does not match")
+    return [path for path in targets if path in found]
+
+
+def check_params(saved: Mapping[str, Any], targets: Mapping[str, Any], skip: Sequence[str]) -> str | None:
+    """How the parameters to be read differ from the saved ones, and what to do; None if all can be read."""
+    arrays = of_params(saved["arrays"])
+    said = _differences({path: x for path, x in arrays.items() if path in targets}, targets)
+    return f"is of another model: {'; '.join(said[:4])}. {_mend_params(arrays, targets, skip)}" if said else None
 
 
 def is_key(x: Any) -> bool:
@@ -89,43 +139,81 @@ def check(
     if unknown:
         return f"has no field {unknown[0]!r} to allow; choose from {', '.join(fields)}"
     changed = [name for name in {**fields, **here} if name not in allow and fields.get(name) != here.get(name)]
-    arrays = _differences(saved, leaves(params, state), storage(state))
+    targets, formats, was = leaves(params, state), storage(state), saved["storage"]
+    held = [path for path in {**formats, **was} if formats.get(path) != was.get(path)]
+    unlike = _differences(saved["arrays"], targets)
+    unlike += [f"{path} is held as {formats.get(path)}, saved {was.get(path)}" for path in held]
+    theirs, ours = of_params(saved["arrays"]), of_params(targets)
     mend = (
-        f"To go on in another storage format or with other links, restore with the optimizer that saved it, "
-        f"{saved['repr']}, and a target of its init(params); then gdx.storage.convert(state, tx.init(params))"
+        f"Restore with the optimizer that saved it, {saved['repr']}, onto what is like the saved state, such as its "
+        f"init(params); where storage formats are all that differs, gdx.storage.convert(state, tx.init(params)) goes "
+        f"on from there. Or go on with the parameters alone: restore_params(params)"
     )
+    if _differences(theirs, ours):
+        mend = _mend_params(theirs, ours)
     if changed:
         pairs = [(name, here.get(name, "absent"), fields.get(name, "absent")) for name in changed]
         said = "; ".join(f"{name} is {value}, saved {old}" for name, value, old in pairs)
         allowed = ", ".join(map(repr, [*allow, *changed]))
         return f"is of another optimizer: {said}. " + (
-            mend if arrays else f"To go on with the values of here, pass allow=[{allowed}]"
+            mend if unlike else f"To go on with the values of here, pass allow=[{allowed}]"
         )
-    return f"holds other arrays: {arrays}. {mend}" if arrays else None
+    return f"holds other arrays: {'; '.join(unlike[:4])}. {mend}" if unlike else None
 
 
-def _differences(saved: Mapping[str, Any], targets: Mapping[str, Any], formats: Mapping[str, str]) -> str:
-    """The leaves that are not alike, as text."""
-    arrays = saved["arrays"]
-    said = [
-        f"{word} {', '.join(listed[:3])}{' and others' if len(listed) > 3 else ''}"
-        for word, listed in (
-            ("it has nothing at", [path for path in targets if path not in arrays]),
-            ("it has also", [path for path in arrays if path not in targets]),
-        )
-        if listed
-    ]
+def _mend_params(arrays: Mapping[str, Any], targets: Mapping[str, Any], skip: Sequence[str] = ()) -> str:
+    """What can be done where parameters differ; `skip` has left out others already."""
+    unlike = {path: x for path, x in targets.items() if arrays.get(path, [])[:2] != _described(x)}
+    cast = any(arrays[path][1] == list(np.shape(x)) for path, x in unlike.items() if path in arrays)
+    said = ["Nothing is cast: ask for the saved dtype (64 bits by arrays of numpy), and cast what comes back"] * cast
+    if len(unlike) < len(targets):
+        patterns = f", skip={[*skip, *_patterns(unlike, targets)]}" if unlike else ""
+        values = "" if all(map(_has_value, unlike.values())) else ", with arrays, not shapes, where that matches"
+        said.append(f"To take what fits: restore_params(params{patterns}){values}")
+    elif not cast:
+        said.append("None of the parameters fits")
+    return ". ".join(said)
+
+
+def _patterns(unlike: Mapping[str, Any], targets: Mapping[str, Any]) -> list[str]:
+    """Patterns that match these targets and no others: of folders, where all in them is unlike."""
+    others = {folder for path in targets if path not in unlike for folder in _folders(path)}
+    found = dict[str, None]()
+    for path in unlike:
+        whole = [folder for folder in _folders(path) if folder not in others]
+        found[f"^{re.escape(whole[0])}" if whole else f"^{re.escape(path)}$"] = None
+    return list(found)
+
+
+def _folders(path: str) -> list[str]:
+    return [path[: i + 1] for i, character in enumerate(path) if character == "/"]
+
+
+def _has_value(x: Any) -> bool:
+    return not isinstance(x, jax.ShapeDtypeStruct) and not (isinstance(x, jax.Array) and x.is_deleted())
+
+
+def _listed(paths: Iterable[str], most: int = 3) -> str:
+    listed = [path or "the root" for path in paths]
+    return f"{', '.join(listed[:most])}{' and others' if len(listed) > most else ''}"
+
+
+def _differences(arrays: Mapping[str, Any], targets: Mapping[str, Any]) -> list[str]:
+    """The leaves that are not alike, in words."""
+    missing, more = (
+        [path for path in one if path not in other] for one, other in ((targets, arrays), (arrays, targets))
+    )
+    said = [f"it has {what} {_listed(paths)}" for what, paths in (("nothing at", missing), ("also", more)) if paths]
     for path in targets:
         if path in arrays and _described(targets[path]) != arrays[path][:2]:
-            said.append(f"{path} is {_shown(_described(targets[path]))}, saved {_shown(arrays[path])}")
-    for path in {**formats, **saved["storage"]}:
-        if formats.get(path) != saved["storage"].get(path):
-            said.append(f"{path} is held as {formats.get(path)}, saved {saved['storage'].get(path)}")
-    return "; ".join(said[:4])
+            said.append(f"{_listed([path])} is {_shown(_described(targets[path]))}, saved {_shown(arrays[path])}")
+    return said
 
 
 def _described(x: Any) -> list[Any]:
     dtype = x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
+    if isinstance(x, jax.ShapeDtypeStruct) and not is_key(x):
+        dtype = jax.dtypes.canonicalize_dtype(dtype)  # what JAX would make of it
     return [str(dtype), list(np.shape(x))]
 
 

@@ -171,8 +171,8 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     assert "its manifest cannot be read" in results["of Orbax alone"]
     for name in ("another step", "another extra"):
         assert "its manifest is not what was saved" in results[name]
-    assert "has format 99; this version of gdx reads 1" in results["another format"]
-    assert "params['b'] is not what was saved" in results["arrays of another run"]
+    assert "has format 99; this version of gdx reads 2" in results["another format"]
+    assert "params/b is not what was saved" in results["arrays of another run"]
 
 
 def test_steps_are_what_is_on_disk_after_a_write_that_failed(tmp_path):
