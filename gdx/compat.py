@@ -61,3 +61,10 @@ def contracts_all() -> bool:
 def wrap_key_data(value: Any, dtype: Any) -> jax.Array:
     """A random key of this dtype from its bits. From jax 0.10 on: `jax.random.wrap_key_data(value, dtype=dtype)`."""
     return jax.random.wrap_key_data(jnp.asarray(value), impl=jax.random.key_impl(jnp.empty(0, dtype)))
+
+
+def memory_kinds(device: Any) -> list[str]:
+    """The memories of a device that programs can use. From jax 0.10 on: all that it has."""
+    # before, a program on a CPU puts what is for the host into the device's memory, or ends Python
+    is_short = device.platform == "cpu" and jax.__version_info__ < (0, 10)
+    return [device.default_memory().kind] if is_short else [memory.kind for memory in device.addressable_memories()]

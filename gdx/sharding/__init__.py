@@ -56,6 +56,7 @@ ones, need a line more: see `shard_state`. It has run on CPUs alone; for TPUs an
 Source: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models (2020), section 5.1.
 """
 
+from gdx.sharding.offload import offload_state
 from gdx.sharding.state import shard_state, state_shardings
 
-__all__ = ["shard_state", "state_shardings"]
+__all__ = ["offload_state", "shard_state", "state_shardings"]
