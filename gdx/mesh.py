@@ -104,10 +104,10 @@ def constrained(mesh: Mesh, tree: Any, specs: Sequence[PartitionSpec]) -> Any:
     mesh = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     leaves, structure = jax.tree.flatten(tree)
     constrain = jax.lax.with_sharding_constraint
-    return jax.tree.unflatten(structure, [constrain(x, placed(mesh, spec, x)) for x, spec in zip(leaves, specs)])
+    return jax.tree.unflatten(structure, [constrain(x, held(mesh, spec, x)) for x, spec in zip(leaves, specs)])
 
 
-def placed(mesh: Mesh | AbstractMesh, spec: PartitionSpec, x: Any) -> NamedSharding:
+def held(mesh: Mesh | AbstractMesh, spec: PartitionSpec, x: Any) -> NamedSharding:
     """The sharding of an array, or of one of this type, that is split so in the memory that it is in."""
     kind = x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
     is_on_host = kind.memory_space is jax.memory.Space.Host

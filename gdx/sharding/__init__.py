@@ -1,4 +1,6 @@
-r"""Where state lives on a device mesh: optimizer state split over the data-parallel axis (ZeRO, stage 1).
+r"""Where state lives: split over the data-parallel axis of a mesh (ZeRO, stage 1), or in the host's memory.
+
+`offload_state` keeps moments in the host's memory between steps, on one device or a mesh. The rest is `shard_state`.
 
 With $n$ devices along the axis each holds, and updates, one $n$-th of the moments: gradients are
 reduce-scattered to where the moments are, and the updates all-gathered to where the parameters

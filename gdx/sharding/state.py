@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from gdx.checks import check_state_like
 from gdx.fields import static
-from gdx.mesh import constrained, hidden_axes, is_inside_shard_map, names_of, placed, sharding_of, typed_sharding, untyped
+from gdx.mesh import constrained, held, hidden_axes, is_inside_shard_map, names_of, sharding_of, typed_sharding, untyped
 from gdx.sharding.placement import Plan, check_devices, plan_of
 from gdx.transform import Transform, to_transform
 from gdx.trees import check_arrays, path_text
@@ -155,7 +155,7 @@ def state_shardings(
       specs: the parameters' own PartitionSpecs, as in `shard_state`; None to read them off the parameters.
 
     Returns:
-      A tree like the state with a `NamedSharding` for each array.
+      A tree like the state with a `NamedSharding` for each array, in the host's memory where `offload_state` is in tx.
 
     Raises:
       TypeError: tx is no transform, mesh no mesh of devices, params holds something else than arrays, or specs than
@@ -190,7 +190,7 @@ def bare(name: str, params: Any) -> Any:
 
 def _shardings(state: Any, plan: Plan, mesh: Mesh | AbstractMesh) -> Any:
     leaves, structure = jax.tree.flatten(state)
-    return jax.tree.unflatten(structure, [placed(mesh, spec, x) for x, spec in zip(leaves, plan.state)])
+    return jax.tree.unflatten(structure, [held(mesh, spec, x) for x, spec in zip(leaves, plan.state)])
 
 
 def _init(tx: Transform, params: optax.Params) -> optax.OptState:
