@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import optax
 
-from gdx.compat import memory_kinds
+from gdx.compat import evaluate, inlined, memory_kinds
 from gdx.fields import static, to_integer
 from gdx.sharding.state import is_arrays
 from gdx.transform import Transform, to_transform
@@ -117,6 +117,7 @@ def _leaf_by_leaf(step: Callable[..., Any], moves: Callable[[Any], bool], state:
     What the step does is put into the order in which its updates, one after the other, need it.
     """
     traced, shapes = jax.make_jaxpr(step, return_shape=True)(state, *args)
+    traced = inlined(traced)
     jaxpr: Any = traced.jaxpr
     count = len(jax.tree.leaves(state))
     last = len(jaxpr.outvars) - count
@@ -155,11 +156,7 @@ def _leaf_by_leaf(step: Callable[..., Any], moves: Callable[[Any], bool], state:
             both = [*fetched[turn], *before]
             values.update(zip(both, jax.lax.optimization_barrier([values[v] for v in both])))
             before = []
-        ours = list(equations)
-        made = [v for equation in ours for v in equation.outvars]
-        taken = [*{v for equation in ours for v in equation.invars if not _is_literal(v)}.difference(made)]
-        part = jaxpr.replace(constvars=[], invars=taken, eqns=ours, outvars=made)
-        values.update(zip(made, jax.core.eval_jaxpr(part, [], *(values[v] for v in taken))))
+        evaluate(jaxpr, equations, values)
         before += sent[turn]
     out = [v.val if _is_literal(v) else values[v] for v in jaxpr.outvars]
     return jax.tree.unflatten(jax.tree.structure(shapes), out)
