@@ -100,6 +100,28 @@ def _bytes_in(text: str) -> int:
     return total
 
 
+def nbytes_over_link(compiled: Any) -> tuple[int, int]:
+    """What a compiled program fetches from the host's memory and sends there, each reading of an array counted."""
+    text, fetched, sent = compiled.as_text(), 0, 0
+    entry = text[text.index("\nENTRY") :].split("\n}")[0]
+    on_host: dict[str, int] = {}
+    sizes: dict[str, int] = {}
+    for name, shapes, operation, operands in re.findall(
+        r"%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)(?:,|\n)", entry
+    ):
+        sizes[name] = _size_of(shapes)
+        # all that copies start with has a tuple's type, and what it is of is the operand
+        if "S(5)" in shapes and not shapes.startswith("("):
+            on_host[name] = sizes[name]
+        if operation in ("parameter", "tuple", "get-tuple-element", "bitcast", "copy-done", "opt-barrier"):
+            continue
+        taken = re.findall(r"%([\w.\-]+)", operands)
+        fetched += sum(on_host.get(operand, 0) for operand in taken)
+        if "S(5)" in shapes and not any(operand in on_host for operand in taken):
+            sent += sum(sizes.get(operand, 0) for operand in taken)
+    return fetched, sent
+
+
 def _size_of(shapes: str) -> int:
     return sum(
         _BYTES[dtype] * math.prod(map(int, filter(None, shape.split(","))))

@@ -1,11 +1,12 @@
 """State over a mesh: what each device holds, moves and sends, as compiled, and on paper for larger models.
 
-Run `python -m benchmarks sharding`, or only some of its parts: `compiled time paper`. It forces 8
+Run `python -m benchmarks sharding`, or only some of its parts: `compiled host time paper`. It forces 8
 host devices, and compiles for 8 accelerators that are not there (see `benchmarks.devices`). The
 formulas of the part `paper` are those that the part `compiled` puts beside the compilers' figures.
 """
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 import gdx
-from benchmarks.devices import OPTIONS, available, collectives, compiled_step, devices, nbytes_moved
+from benchmarks.devices import OPTIONS, available, collectives, compiled_step, devices, nbytes_moved, nbytes_over_link
 from benchmarks.measure import came_out, interleaved, ratio, table
 from benchmarks.storage import OPTIMIZERS
 from gdx.compat import to_varying
@@ -219,6 +220,43 @@ def measure_time(rounds: int) -> None:
     print(table(["training step", "time", "collective operations"], rows), "\n")
 
 
+def measure_host(kinds: list[str]) -> None:
+    """Prints the table of state in the host's memory."""
+    leaves, width = 12, 2048
+    count = leaves * width**2
+    rows, refused, at_once = [], list[str](), {}
+    for kind in available(kinds):
+        mesh = Mesh(np.array(devices(kind)), ("data",))
+        params = {
+            f"{i:02}": jax.ShapeDtypeStruct((width, width), jnp.float32, sharding=NamedSharding(mesh, P()))
+            for i in range(leaves)
+        }
+        for (name, tx), place in itertools.product(STATES.items(), ("device", "host")):
+            placed = gdx.sharding.offload_state(tx) if place == "host" else tx
+            state = jax.tree.map(
+                lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                jax.eval_shape(tx.init, params),
+                gdx.sharding.state_shardings(placed, params, mesh),
+            )
+            try:
+                step = compiled_step(placed, params, state, OPTIONS[kind])
+            except jax.errors.JaxRuntimeError as error:
+                rows.append((f"{kind} {name}, {place}", *[""] * 5))
+                refused.append(f"{kind} {name}, {place}: {str(error).splitlines()[0]}")
+                continue
+            memory = step.memory_analysis()
+            temporary = memory.temp_size_in_bytes
+            sizes = memory.argument_size_in_bytes, temporary, memory.host_argument_size_in_bytes
+            link = nbytes_over_link(step)
+            rows.append((f"{kind} {name}, {place}", *(f"{size / count:.3f}" for size in (*sizes, *link))))
+            if place == "host":
+                at_once[f"{kind} {name}"] = temporary * leaves / memory.host_argument_size_in_bytes
+    print(f"AdamW's step on {leaves} leaves of {width}x{width}: bytes per parameter; parameters and gradients take 8\n")
+    print(table(["state", "on the device", "temporary", "on the host", "fetched", "sent back"], rows), "\n")
+    print(*(f"Not compiled: {line}" for line in refused), sep="\n")
+    print(came_out("leaves whose moments are on the device at a time", 1.1, at_once), "\n")
+
+
 def show_paper() -> None:
     """Prints the third and fourth tables."""
     held, traffic = [], []
@@ -269,10 +307,10 @@ def _size(nbytes: float) -> str:
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ["compiled", "time", "paper"]
+    parts = ["compiled", "host", "time", "paper"]
     parser.add_argument("parts", nargs="*", help=f"which of {', '.join(parts)}; all by default")
     parser.add_argument(
-        "--devices", nargs="+", default=KINDS, choices=KINDS, help="what the part compiled compiles for"
+        "--devices", nargs="+", default=KINDS, choices=KINDS, help="what the parts compiled and host compile for"
     )
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds")
     args = parser.parse_args()
@@ -281,6 +319,8 @@ def main() -> None:
         parser.error(f"parts are {', '.join(parts)}")
     if "compiled" in chosen:
         measure_compiled(args.devices)
+    if "host" in chosen:
+        measure_host([kind for kind in args.devices if kind != "cpu"])
     if "time" in chosen:
         measure_time(args.rounds)
     if "paper" in chosen:

@@ -1,7 +1,7 @@
 """Where the versions of JAX that gdx runs on differ: one function each, with the version from which on it can go."""
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -61,3 +61,44 @@ def contracts_all() -> bool:
 def wrap_key_data(value: Any, dtype: Any) -> jax.Array:
     """A random key of this dtype from its bits. From jax 0.10 on: `jax.random.wrap_key_data(value, dtype=dtype)`."""
     return jax.random.wrap_key_data(jnp.asarray(value), impl=jax.random.key_impl(jnp.empty(0, dtype)))
+
+
+def memory_kinds(device: Any) -> list[str]:
+    """The memories of a device that programs can use. From jax 0.10 on: all that it has."""
+    # before, a program on a CPU puts what is for the host into the device's memory, or ends Python
+    is_short = device.platform == "cpu" and jax.__version_info__ < (0, 10)
+    return [device.default_memory().kind] if is_short else [memory.kind for memory in device.addressable_memories()]
+
+
+def evaluate(jaxpr: Any, equations: Iterable[Any], values: dict[Any, Any]) -> None:
+    """Adds to the values of variables those that some of a program's equations make; how one is bound differs."""
+    equations = list(equations)
+    made = [v for equation in equations for v in equation.outvars]
+    taken = {v: None for equation in equations for v in equation.invars if not hasattr(v, "val")}
+    given = [v for v in taken if v in values]
+    part = jaxpr.replace(constvars=[], invars=given, eqns=equations, outvars=made)
+    values.update(zip(made, jax.core.eval_jaxpr(part, [], *(values[v] for v in given))))
+
+
+def inlined(traced: Any) -> Any:
+    """A program without `jax.jit(..., inline=True)` in it. Before jax 0.12: the program itself, traced without."""
+
+    def is_call(equation: Any) -> bool:
+        return bool(equation.params.get("inline"))
+
+    def run(*args: Any) -> list[Any]:
+        values = dict(zip([*traced.jaxpr.constvars, *traced.jaxpr.invars], [*traced.consts, *args]))
+        for equation in traced.jaxpr.eqns:
+            if is_call(equation):
+                inner, given = (
+                    equation.params["jaxpr"],
+                    (v.val if hasattr(v, "val") else values[v] for v in equation.invars),
+                )
+                values.update(zip(equation.outvars, jax.core.eval_jaxpr(inner.jaxpr, inner.consts, *given)))
+            else:
+                evaluate(traced.jaxpr, [equation], values)
+        return [v.val if hasattr(v, "val") else values[v] for v in traced.jaxpr.outvars]
+
+    while any(map(is_call, traced.jaxpr.eqns)):
+        traced = jax.make_jaxpr(run)(*traced.in_avals)
+    return traced

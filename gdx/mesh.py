@@ -103,8 +103,15 @@ def constrained(mesh: Mesh, tree: Any, specs: Sequence[PartitionSpec]) -> Any:
     """Arrays split as these specs say, for the compiler to see to inside an `untyped` function."""
     mesh = mesh.update(axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     leaves, structure = jax.tree.flatten(tree)
-    placed = [jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec)) for x, spec in zip(leaves, specs)]
-    return jax.tree.unflatten(structure, placed)
+    constrain = jax.lax.with_sharding_constraint
+    return jax.tree.unflatten(structure, [constrain(x, held(mesh, spec, x)) for x, spec in zip(leaves, specs)])
+
+
+def held(mesh: Mesh | AbstractMesh, spec: PartitionSpec, x: Any) -> NamedSharding:
+    """The sharding of an array, or of one of this type, that is split so in the memory that it is in."""
+    kind = x if isinstance(x, jax.core.ShapedArray) else jax.typeof(x)
+    is_on_host = kind.memory_space is jax.memory.Space.Host
+    return NamedSharding(mesh, spec, memory_kind="pinned_host" if is_on_host else None)
 
 
 def explicit_first(mesh: Mesh | AbstractMesh, names: Iterable[str]) -> tuple[str, ...]:

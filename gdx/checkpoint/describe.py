@@ -14,7 +14,7 @@ import optax
 from gdx.compose import chain
 from gdx.fields import in_default_dtype, is_concrete, is_key, text
 from gdx.schedules import Schedule
-from gdx.sharding import shard_state
+from gdx.sharding import offload_state, shard_state
 from gdx.transform import Foreign, Transform, transforms_in
 from gdx.values import names_of
 
@@ -29,8 +29,8 @@ def describe(tx: optax.GradientTransformation) -> dict[str, str]:
 
     Numbers are as they enter a program, in the default float dtype. Schedules that are functions are told
     apart by their values at 22 counts up to 5,000,000, to four digits; other functions by their names. A transform
-    of optax has the fields of those of gdx that it is made of, and none of its own. Where `shard_state` keeps the
-    state is left out.
+    of optax has the fields of those of gdx that it is made of, and none of its own. Where `shard_state` and
+    `offload_state` keep the state is left out.
 
     >>> import gdx
     >>> describe(gdx.adam(0.1))["learning_rate"], describe(gdx.chain(gdx.sgd(0.1)))["optimizer"]
@@ -53,15 +53,15 @@ def _fields(tx: optax.GradientTransformation) -> dict[str, str]:
 
 
 def unplaced(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimizer without the `shard_state` around it or one of its links."""
+    """The optimizer without the `shard_state` or `offload_state` around it or one of its links."""
     if not isinstance(tx, Transform):
         return tx
-    tx = jax.tree.map(lambda x: x.tx if _is_placed(x) else x, tx, is_leaf=_is_placed)
+    tx = jax.tree.map(lambda x: unplaced(x.tx) if _is_placed(x) else x, tx, is_leaf=_is_placed)
     return tx.transform if isinstance(tx, Foreign) else tx
 
 
 def _is_placed(x: Any) -> bool:
-    return isinstance(x, shard_state)
+    return isinstance(x, shard_state | offload_state)
 
 
 def kind(tx: optax.GradientTransformation) -> str:

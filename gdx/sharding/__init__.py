@@ -1,4 +1,6 @@
-r"""Where state lives on a device mesh: optimizer state split over the data-parallel axis (ZeRO, stage 1).
+r"""Where state lives: split over the data-parallel axis of a mesh (ZeRO, stage 1), or in the host's memory.
+
+`offload_state` keeps moments in the host's memory between steps, on one device or a mesh. The rest is `shard_state`.
 
 With $n$ devices along the axis each holds, and updates, one $n$-th of the moments: gradients are
 reduce-scattered to where the moments are, and the updates all-gathered to where the parameters
@@ -56,6 +58,7 @@ ones, need a line more: see `shard_state`. It has run on CPUs alone; for TPUs an
 Source: Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models (2020), section 5.1.
 """
 
+from gdx.sharding.offload import offload_state
 from gdx.sharding.state import shard_state, state_shardings
 
-__all__ = ["shard_state", "state_shardings"]
+__all__ = ["offload_state", "shard_state", "state_shardings"]

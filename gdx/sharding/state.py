@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from gdx.checks import check_state_like
 from gdx.fields import static
-from gdx.mesh import constrained, hidden_axes, is_inside_shard_map, names_of, sharding_of, typed_sharding, untyped
+from gdx.mesh import constrained, held, hidden_axes, is_inside_shard_map, names_of, sharding_of, typed_sharding, untyped
 from gdx.sharding.placement import Plan, check_devices, plan_of
 from gdx.transform import Transform, to_transform
 from gdx.trees import check_arrays, path_text
@@ -109,7 +109,7 @@ class shard_state(Transform):
             updates, state = tx.update(updates, constrain(state, plan.state), params, **arrays, **others)
             return constrain(updates, plan.params), constrain(state, plan.state)
 
-        arrays = {name: value for name, value in extra_args.items() if _is_arrays(value)}
+        arrays = {name: value for name, value in extra_args.items() if is_arrays(value)}
         others = {name: value for name, value in extra_args.items() if name not in arrays}
         out = tuple(
             jax.tree.unflatten(jax.tree.structure(tree), [typed_sharding(self.mesh, spec) for spec in specs])
@@ -155,7 +155,7 @@ def state_shardings(
       specs: the parameters' own PartitionSpecs, as in `shard_state`; None to read them off the parameters.
 
     Returns:
-      A tree like the state with a `NamedSharding` for each array.
+      A tree like the state with a `NamedSharding` for each array, in the host's memory where `offload_state` is in tx.
 
     Raises:
       TypeError: tx is no transform, mesh no mesh of devices, params holds something else than arrays, or specs than
@@ -177,7 +177,9 @@ def _abstract(
 ) -> tuple[Any, Plan]:
     """The state in shapes and dtypes, and its plan, for the function of this name."""
     check_layout(name, mesh, axis, specs)
-    state = jax.jit(_init).eval_shape(to_transform(f"{name}: tx", tx), bare(name, params))
+    traced = jax.jit(_init).trace(to_transform(f"{name}: tx", tx), bare(name, params))
+    # types, which say in which memory each array is
+    state = jax.tree.unflatten(jax.tree.structure(traced.out_info), traced.jaxpr.out_avals)
     return state, plan_of(name, state, params, mesh, axis, specs)
 
 
@@ -187,7 +189,8 @@ def bare(name: str, params: Any) -> Any:
 
 
 def _shardings(state: Any, plan: Plan, mesh: Mesh | AbstractMesh) -> Any:
-    return jax.tree.unflatten(jax.tree.structure(state), [NamedSharding(mesh, spec) for spec in plan.state])
+    leaves, structure = jax.tree.flatten(state)
+    return jax.tree.unflatten(structure, [held(mesh, spec, x) for x, spec in zip(leaves, plan.state)])
 
 
 def _init(tx: Transform, params: optax.Params) -> optax.OptState:
@@ -204,5 +207,5 @@ def check_layout(name: str, mesh: Mesh | AbstractMesh, axis: str, specs: Any) ->
         )
 
 
-def _is_arrays(value: Any) -> bool:
+def is_arrays(value: Any) -> bool:
     return all(isinstance(leaf, jax.Array | np.ndarray | float | int | complex) for leaf in jax.tree.leaves(value))
