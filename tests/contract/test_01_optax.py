@@ -4,16 +4,18 @@ import jax
 import numpy as np
 import optax
 
+import gdx
 from tests.contract.table import assert_same_bits, every_case, every_row, gradients, one_step, scan, tree
 
 
 def steps(tx, count=5):
-    """Parameters after single jitted steps."""
-    params, all_gradients = tree(), gradients(count)
+    """Parameters after single jitted steps: of a value by one program, of what is built around it by its own."""
+    step = jax.jit(one_step if isinstance(tx, gdx.Transform) else lambda _, *args: one_step(tx, *args))
+    params, all_gradients = tree(), jax.tree.map(np.asarray, gradients(count))
     state = tx.init(params)
-    step = jax.jit(lambda params, state, g: one_step(tx, params, state, g))
     for i in range(count):
-        params, state = step(params, state, jax.tree.map(lambda g: g[i], all_gradients))  # noqa: B023
+        g = jax.tree.map(lambda g: g[i], all_gradients)  # noqa: B023
+        params, state = step(tx if isinstance(tx, gdx.Transform) else None, params, state, g)
     return params
 
 

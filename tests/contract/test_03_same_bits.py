@@ -65,7 +65,7 @@ def test_a_call_per_step(row, settings):
     """A jitted step in a Python loop instead of a scan."""
     step = jax.jit(one_step)
     tx, (params, all_gradients) = row.make(**settings), trees(row)
-    state = tx.init(params)
+    state, all_gradients = tx.init(params), jax.tree.map(np.asarray, all_gradients)
     for i in range(STEPS):
         params, state = step(tx, params, state, jax.tree.map(lambda g: g[i], all_gradients))  # noqa: B023
     assert_same_bits(params, by_argument(row, settings))
@@ -77,17 +77,24 @@ def batch_of(row: Row, settings: dict):
     return jax.tree.map(lambda h: jnp.float32(h) * jnp.array([1.0, 0.5, 0.25], jnp.float32), tx)
 
 
+@jax.jit
+def mapped(batch, p, g):
+    return jax.lax.map(lambda tx: scan(tx, p, g), batch)
+
+
 @every_case
 def test_lax_map(row, settings):
-    batch = batch_of(row, settings)
-    found = jax.jit(lambda batch, p, g: jax.lax.map(lambda tx: scan(tx, p, g), batch))(batch, *trees(row))
+    found = mapped(batch_of(row, settings), *trees(row))
     assert_same_bits(jax.tree.map(lambda x: x[0], found), by_argument(row, settings))
+
+
+lanes = jax.jit(jax.vmap(scan, (0, None, None)))
 
 
 @every_case
 def test_lanes_of_vmap(row, settings):
     batch, (params, g) = batch_of(row, settings), trees(row)
-    found = jax.jit(jax.vmap(scan, (0, None, None)))(batch, params, g)
+    found = lanes(batch, params, g)
     single = jax.jit(scan)
     for lane in range(3):
         tx = jax.tree.map(lambda h: h[lane], batch)  # noqa: B023
