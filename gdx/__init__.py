@@ -5,7 +5,7 @@
 - Composing: `chain`, `value` (any optimizer, link or wrapper of optax as a value), `groups`, `times` (changes by path)
 - Schedules: `gdx.schedules` (the usual ones, as values), `schedule`, `hyperparams_in_use`
 - Looking: `describe`, `Description` (who is where, in which format, in how many bytes)
-- Training: `train`, `Trained`
+- Training: `train`, `Trained`, `Evaluated`
 - Sweeps: `grid`, `stack`, `unstack`, `labels`, `sweep`, `Sweep`, `range_test`, `RangeTest`
 - Averages: `average_parameters`, `read_average`
 - Guards: `skip_spikes`, `check_spikes`
@@ -125,7 +125,7 @@ from gdx.numerics import alike, uncontracted
 from gdx.population import grid, labels, stack, unstack
 from gdx.schedules import schedule
 from gdx.sweeping import RangeTest, Sweep, range_test, sweep
-from gdx.training import Trained, train
+from gdx.training import Evaluated, Trained, train
 from gdx.transform import CountedState, Transform, hyperparams_in_use, value
 from gdx.watching import Watched, read_watch, watch
 
@@ -154,6 +154,7 @@ __all__ = [  # noqa: RUF022
     "Description",
     "train",
     "Trained",
+    "Evaluated",
     "grid",
     "stack",
     "unstack",

@@ -50,7 +50,7 @@ class Trained(NamedTuple):
         of measurements. None where there is none.
       model_state: the state of the model after the last step; None where none was given.
       aux: what the loss returned beside the loss, with a leading axis of steps; None where it is the loss alone.
-      evaluated: what `evaluate` returned, a `gdx.training.Evaluated`; None without it.
+      evaluated: what `evaluate` returned, a `gdx.Evaluated`; None without it.
     """
 
     params: Any

@@ -61,7 +61,7 @@ def watched(watched: Any, ax: "Axes | None" = None) -> "Axes":
     ax.set_axis_off()
     made = at >= 0
     for i, (title, values) in enumerate(panels.items()):
-        place = (0.54 * (i % 2), 1 - (i // 2 + 0.84) / rows, 0.46, 0.76 / rows)
+        place = (0.57 * (i % 2), 1 - (i // 2 + 0.84) / rows, 0.43, 0.76 / rows)
         panel = ax.inset_axes(place, sharex=ax.child_axes[0] if i else None)
         lines = np.atleast_2d(values[made].T)
         names = found.names if values.ndim > 1 else ("",)
