@@ -157,6 +157,22 @@ def test_a_sweep_of_one_hyperparameter_is_a_curve(ax):
     ax.figure.canvas.draw()
 
 
+def test_a_sweep_over_seeds_is_its_mean_with_an_error(ax):
+    points, scores = (
+        [{"learning_rate": rate} for rate in (0.1, 0.2, 0.4)],
+        np.array([[1, 3], [2.0, 2.5], [1.0, np.inf]]),
+    )
+    plot.sweep(points, scores, ax)
+    np.testing.assert_allclose(ax.get_lines()[0].get_ydata(), [2, 2.25, np.nan])
+    edges = ax.collections[0].get_paths()[0].vertices
+    np.testing.assert_allclose(sorted({y for x, y in edges if x == 0.1}), [1, 3])  # 1.41 / root of 2 on each side
+    assert labels(ax) == ["standard error of the mean", "best: 0.1, at the edge: try wider", "diverged"]
+    with pytest.raises(
+        ValueError, match=r"score has shape \(2, 2\); expected \(3, 2\), one number for each label and seed"
+    ):
+        plot.sweep(points, scores[:2], ax)
+
+
 def test_a_sweep_of_two_is_a_heat_map(ax):
     plot.sweep(grid([1e-2, 1e-1], [0.0, 1.0, 2.0]), [1.0, 2.0, 3.0, 40.0, np.inf, 0.5], ax, name="error")
     np.testing.assert_array_equal(ax.images[0].get_array().filled(-1), [[1, 2, 3], [40, -1, 0.5]])

@@ -273,6 +273,39 @@ def test_a_network_is_swept_over_rate_decay_and_seeds(library):
     assert found.steps.tolist().count(STEPS) == 3
 
 
+@pytest.mark.parametrize("library", ["flax", "equinox"])
+def test_a_new_head_is_trained_on_a_body_that_was_saved(library, tmp_path):
+    tx = gdx.adamw(0.02)
+    if library == "flax":
+        trained = gdx.train(in_flax, tx, Flax(KEYS[0]), DATA)
+        saved, state = nnx.state(trained.params), trained.state
+        other = Flax(KEYS[1])
+        other.head = nnx.Linear(4, 5, rngs=nnx.Rngs(7))
+        target = nnx.state(other)
+    else:
+        model, begin = eqx.nn.make_with_state(Equinox)(KEYS[0])
+        trained = gdx.train(in_equinox, tx, model, DATA, model_state=begin)
+        saved, state = eqx.filter(trained.params, eqx.is_array), trained.state
+        other = eqx.tree_at(lambda m: m.head, model, eqx.nn.Linear(4, 5, key=KEYS[1]))
+        target = eqx.filter(other, eqx.is_array)
+    with gdx.checkpoint.Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(STEPS, tx, saved, state)
+        found = checkpoints.restore_params(target, skip=["^head/"])
+    assert len(found.skipped) == 2 and all(path.startswith("head/") for path in found.skipped)
+    if library == "flax":
+        nnx.update(other, found.params)
+        assert_same_bits(other.conv.kernel[...], trained.params.conv.kernel[...])
+        assert_same_bits(other.norm.mean[...], trained.params.norm.mean[...])
+        assert_same_bits(other.head.kernel[...], target["head"]["kernel"][...])
+        on = gdx.train(in_flax, tx, other, DATA)
+    else:
+        other = eqx.combine(found.params, other)
+        assert_same_bits(other.conv.weight, trained.params.conv.weight)
+        assert_same_bits(other.head.weight, target.head.weight)
+        on = gdx.train(in_equinox, tx, other, DATA, model_state=trained.model_state)
+    assert np.all(np.isfinite(on.losses)) and on.losses[-3:].mean() < on.losses[:3].mean()
+
+
 # Progress and interruption.
 
 

@@ -133,7 +133,7 @@ def sweep(
         raise ValueError("plot.sweep: the points differ in no hyperparameter; expected labels such as gdx.labels gives")
     seeds = np.shape(score)[1:2] if is_real(score) else ()
     score = to_scores("plot.sweep", score, (len(labels), *seeds), "label and seed" if seeds else "label")
-    score = score.reshape(len(labels), -1)
+    score = np.where(np.isfinite(score), score, np.nan).reshape(len(labels), -1)
     errors = score.std(axis=1, ddof=1) / np.sqrt(score.shape[1]) if score.shape[1] > 1 else np.zeros(len(score))
     score = score.mean(axis=1)
     if limits is not None:
