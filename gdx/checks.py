@@ -32,7 +32,7 @@ def check_floating(label: str, tree: Any, mend: str = "") -> None:
 
 def check_params(tx: Any, params: optax.Params) -> None:
     """Raises unless every leaf is a floating-point array."""
-    mend = ". Train only such leaves: filter the others out (optax.masked, equinox.partition) or cast them."
+    mend = ". Train only such leaves: take the others out of the parameters (equinox.partition), or cast them."
     check_floating(f"{_name(tx)}: the parameter", params, mend)
 
 

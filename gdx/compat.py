@@ -100,5 +100,6 @@ def inlined(traced: Any) -> Any:
         return [v.val if hasattr(v, "val") else values[v] for v in traced.jaxpr.outvars]
 
     while any(map(is_call, traced.jaxpr.eqns)):
-        traced = jax.make_jaxpr(run)(*traced.in_avals)
+        # a function of its own for each round: JAX would remember the program that the last one was
+        traced = jax.make_jaxpr(lambda *args: run(*args))(*traced.in_avals)
     return traced

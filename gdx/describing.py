@@ -15,6 +15,7 @@ from gdx.checks import noted
 from gdx.fields import text
 from gdx.grouping import groups, leaf_paths, times
 from gdx.mesh import names_of as axes_of
+from gdx.modules import take_apart
 from gdx.sharding.placement import plan_of
 from gdx.sharding.state import bare, check_layout
 from gdx.storage.blocks import is_packed
@@ -186,7 +187,7 @@ def describe(
 
     Args:
       tx: the optimizer, gdx's or optax's; whether `gdx.sharding.shard_state` is around it does not matter.
-      params: arrays, or `jax.ShapeDtypeStruct`s with or without a sharding.
+      params: arrays, or `jax.ShapeDtypeStruct`s with or without a sharding; of a module what `gdx.train` trains.
       mesh: the devices; None for all of the state on one.
       axis, specs: as in `gdx.sharding.state_shardings`, whose errors are those of this function too.
 
@@ -213,6 +214,7 @@ def describe(
         raise ValueError(
             f"describe: tx is a batch of {size} optimizers; expected a single one, such as gdx.unstack(tx)[0]"
         )
+    params = take_apart("describe: params", params)[0]
     shapes = bare("describe", params)
     # traced anew, which notes why moments are whole
     with noted() as notes, jax.disable_jit():

@@ -1,10 +1,13 @@
 """Modules of flax nnx and of equinox, taken apart into what is trained and what is not, and put together again."""
 
+import reprlib
 import sys
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+
+from gdx.trees import path_text
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,22 @@ class Parts:
         return _split_nnx(model)[2] if self.kind == "nnx" else rest
 
 
-def take_apart(model: Any) -> tuple[Any, Any, Parts]:
+def take_apart(label: str, model: Any) -> tuple[Any, Any, Parts]:
     """The parameters of a model, the rest of its arrays, and how both make it again.
 
     Of nnx's modules the parameters are what is an `nnx.Param`; of equinox's the floating-point arrays.
+
+    Raises:
+      TypeError: beside modules of nnx there is something else, which would not be trained.
     """
     if is_nnx(model):
+        kind = sys.modules["flax.nnx"].Module
+        for path, x in jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda x: isinstance(x, kind)):
+            if not isinstance(x, kind):
+                raise TypeError(
+                    f"{label} is {reprlib.repr(x)} at {path_text(path)}, beside modules of flax nnx, of which each "
+                    f"nnx.Param is trained; expected modules alone: make it an nnx.Param in one of them"
+                )
         graph, params, rest = _split_nnx(model)
         return params, rest, Parts("nnx", graph)
     if is_equinox(model):

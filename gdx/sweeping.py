@@ -204,7 +204,7 @@ def sweep(
             f"sweep: keys is {reprlib.repr(keys)}; expected random keys, one for each seed, such as "
             f"jax.random.split(jax.random.key(0), 3)"
         )
-    shapes = {name: jax.eval_shape(lambda x=x: take_apart(x(keys[0]))[0]) for name, x in made.items()}
+    shapes = {name: jax.eval_shape(lambda x=x: take_apart("sweep: params", x(keys[0]))[0]) for name, x in made.items()}
     check_call("sweep", loss, optimizers, *((shapes[name] if name in made else given[name]) for name in ORDER))
     if not isinstance(optimizers, Transform):
         raise TypeError(
@@ -234,7 +234,7 @@ def sweep(
             ) from None
     around = Surroundings(*functions.values())
     # of what is made the program takes it apart
-    start, rest, parts = take_apart(None if "params" in made else params)
+    start, rest, parts = take_apart("sweep: params", None if "params" in made else params)
     plan = _Plan(loss, evaluate, told, tuple(made.items()), around, parts, chunk, halve)
     held = {"params": (start, rest), "model_state": model_state, "batches": batches}
     arrays = {name: x for name, x in held.items() if name not in made}
@@ -274,9 +274,13 @@ def _train_all(
 
     def train_one(i: int, chunk: jax.Array, tx: Transform, is_copy: jax.Array, carry: Any, key: Any) -> Any:
         """A part of the steps, of one member and seed."""
-        start, rest, parts = take_apart(of_seed("params", key)) if "params" in made else (*arrays["params"], plan.parts)
+        if "params" in made:
+            start, rest, parts = take_apart("sweep: params", of_seed("params", key))
+        else:
+            (start, rest), parts = arrays["params"], plan.parts
         if carry is None:
-            carry = start, tx.init(start), (rest, of_seed("model_state", key))
+            start, variables = jax.tree.map(jnp.asarray, (start, (rest, of_seed("model_state", key))))
+            carry = start, tx.init(start), variables
         step, length = training_step(plan.loss, tx, parts), edges[i + 1] - edges[i]
         if plan.progress is not None:
             before = sum(lengths[:i]) + chunk * length

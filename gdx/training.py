@@ -103,7 +103,8 @@ def train(
 
     Called outside `jax.jit` it returns parameters that are on a mesh as they were there, also where the compiler
     would leave them split as the state is (`gdx.sharding.shard_state` says what to do inside); and with `progress` it
-    runs in about 100 parts, between which Ctrl-C ends it: then it returns the steps that were made.
+    runs in about 100 parts, between which Ctrl-C ends it: then it returns the steps that were made, and what was
+    evaluated in them (not at the end, which was not reached).
 
     Args:
       loss: the loss of parameters on one batch, a real scalar, as above.
@@ -144,7 +145,7 @@ def train(
     """
     check_call("train", loss, tx, params, batches, model_state)
     steps = steps_of(batches)
-    start, rest, parts = take_apart(params)
+    start, rest, parts = take_apart("train: params", params)
     start, variables = jax.tree.map(jnp.asarray, (start, (rest, model_state)))
     scan = _rematerialised_scan if to_bool("train: remat", remat) else jax.lax.scan
     if evaluate is None and every is not None:
@@ -288,13 +289,16 @@ def check_call(name: str, loss: Any, tx: Any, params: Any, batches: Any, model_s
     """Raises where an argument is not of its kind, or stands in the place of another."""
     usage = f"{name}(loss, {'optimizers' if name == 'sweep' else 'tx'}, params, batches)"
     between = () if model_state is None else ("the model_state",)
-    check_function(f"{name}: loss", loss, "the parameters", *between, "a batch", mend=f", as in {usage}")
+    mend = f", as in {usage}"
+    if not between:
+        mend += f". A loss that takes a state of the model between them needs {name}(..., model_state=...)"
+    check_function(f"{name}: loss", loss, "the parameters", *between, "a batch", mend=mend)
     if isinstance(tx, type) or not (hasattr(tx, "init") and hasattr(tx, "update")):
         mend = uncalled(tx) if isinstance(tx, type) else f", as in {usage}"
         if isinstance(tx, list | tuple):
             mend = "; train several as one batch, as in gdx.sweep(loss, gdx.stack(optimizers), params, batches)"
         raise TypeError(f"{name}: {reprlib.repr(tx)} is no optimizer; expected one such as gdx.sgd(0.1){mend}")
-    check_arrays(f"{name}: params", take_apart(params)[0])
+    check_arrays(f"{name}: params", take_apart(f"{name}: params", params)[0])
     check_arrays(f"{name}: model_state", model_state)
     if isinstance(batches, list):
         raise TypeError(

@@ -37,8 +37,9 @@ def kinds(state):
         lambda off: gdx.chain(optax.clip_by_global_norm(1.0), off(optax.adam(1e-2))),
         lambda off: gdx.groups(off(gdx.adamw(1e-2)), {"a": {"learning_rate": 0.1}}),
         lambda off: gdx.skip_spikes(off(gdx.adam(1e-2))),
+        lambda off: off(gdx.watch(gdx.average_parameters(gdx.adam(1e-2)), every=2)),
     ],
-    ids=["schedule", "8-bit", "optax", "groups", "spikes"],
+    ids=["schedule", "8-bit", "optax", "groups", "spikes", "calls in calls"],
 )
 def test_has_the_bits_of_state_on_the_device(make):
     params, *gradients = (make_params(seed=seed, shapes=SHAPES) for seed in range(4))
@@ -132,3 +133,24 @@ def test_without_such_memory_it_says_so(traced, monkeypatch):
         init(p)
     with pytest.raises(ValueError, match=words):
         update(p, gdx.adam(0.1).init(p), p)
+
+
+@needs_host_memory
+def test_a_checkpoint_goes_on(tmp_path):
+    tx, params = off(gdx.adamw(1e-2)), make_params(shapes=SHAPES)
+    step = jax.jit(functools.partial(one_step, tx))
+    params, state = step(params, tx.init(params), params)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, tx, params, state)
+        found = checkpoints.restore(tx, params, tx.init(params))
+    assert kinds(found.state) == kinds(state) == ({"pinned_host"}, {"device"})
+    assert_same_bits(step(found.params, found.state, params), step(params, state, params))
+
+
+@needs_host_memory
+def test_a_run_goes_on_with_a_state_that_is_put_there():
+    tx, start = gdx.adamw(1e-2), make_params(shapes=SHAPES)
+    loss, batches = lambda p, batch: optax.tree.norm(p, squared=True) + batch, jnp.zeros(3)
+    state = off(tx).put(tx.init(start), jax.memory.Space.Host)
+    found, expected = (gdx.train(loss, *x[:1], start, batches, state=x[1]) for x in ((off(tx), state), (tx, None)))
+    assert_same_bits((found.params, found.state), (expected.params, expected.state))

@@ -306,6 +306,14 @@ def test_a_new_head_is_trained_on_a_body_that_was_saved(library, tmp_path):
     assert np.all(np.isfinite(on.losses)) and on.losses[-3:].mean() < on.losses[:3].mean()
 
 
+def test_a_module_is_described_by_what_is_trained():
+    model, module = Flax(KEYS[0]), Equinox(KEYS[0])
+    for whole, params in ((model, nnx.state(model, nnx.Param)), (module, eqx.filter(module, eqx.is_inexact_array))):
+        found = gdx.describe(gdx.adam(0.1), whole)
+        assert found == gdx.describe(gdx.adam(0.1), params)
+        assert found.parameters == sum(x.size for x in jax.tree.leaves(params))
+
+
 # Progress and interruption.
 
 
@@ -353,6 +361,16 @@ def test_what_there_is_is_kept_when_it_is_interrupted():
 
 
 REFUSED = {
+    "arrays beside a module": (
+        lambda: gdx.train(in_flax, gdx.sgd(0.1), [Flax(KEYS[0]), jnp.ones(2)], DATA),
+        TypeError,
+        r"train: params is .* at \[1\], beside modules of flax nnx, .*; expected modules alone: make it an nnx\.Param",
+    ),
+    "a state that was not said": (
+        lambda: gdx.train(loss, gdx.sgd(0.1), START, DATA),
+        TypeError,
+        r"expected a function of the parameters and a batch, .* needs train\(\.\.\., model_state=\.\.\.\)",
+    ),
     "every alone": (
         lambda: gdx.train(bowl, gdx.sgd(0.1), jnp.ones(3), BATCHES, every=3),
         ValueError,

@@ -40,6 +40,8 @@ def checksum(x: Any) -> str:
     False
     """
     x = plain("checksum: x", x)
+    if isinstance(x, jax.Array):
+        x = _on_device(x)
     if not isinstance(x, jax.Array) and x.dtype.itemsize >= 8:  # JAX would cast it to 32 bits
         x = tuple(np.moveaxis(np.ascontiguousarray(x)[..., None].view(np.uint32), -1, 0))
     return "".join(f"{int(number):08x}" for number in np.asarray(_sums(x)))
@@ -66,6 +68,13 @@ def plain(label: str, x: Any) -> Any:
             f"equinox.filter(model, equinox.is_array) does"
         )
     return array
+
+
+def _on_device(x: jax.Array) -> jax.Array:
+    """An array that waits in the host's memory, in the device's."""
+    device: Any = next(iter(x.sharding.device_set))
+    kind = device.default_memory().kind
+    return x if x.sharding.memory_kind in (None, kind) else jax.device_put(x, x.sharding.with_memory_kind(kind))
 
 
 @jax.jit

@@ -24,7 +24,8 @@ class offload_state(Transform):
     In each step every leaf's moments are brought to the device, used and sent back before the next leaf's, or beside
     them. Beyond parameters and gradients an H100 then holds the moments of one leaf, and a TPU, which fetches ahead,
     those of three or four. Counts and small arrays stay on the device. `init` makes the moments in the host's memory. A
-    state that lies on the device, such as one that `tx` alone has made, moves with its first step.
+    state that lies on the device, such as one that `tx` alone has made, moves with its first `update`;
+    before a loop of steps in one program, as in `gdx.train(state=)`, `tx.put(state, jax.memory.Space.Host)` moves it.
 
     The price is the link to the host: AdamW fetches 8 bytes for each parameter and sends 8 back, with moments in
     bfloat16 4 and 4, in 8 bits 4 (the codes are read twice) and 2. At 50 GB/s that is 0.32 seconds in each step for a
@@ -45,10 +46,10 @@ class offload_state(Transform):
         programs. GPUs and TPUs have it, and CPUs from jax 0.10 on, where it is the same memory.
 
     Limits: what one compiled function or condition does for all leaves has all their moments at once. So do
-    `skip_spikes` and `average_parameters` inside; outside, as in `skip_spikes(offload_state(tx))`, they do not. Slopes
-    through one step are right; through a loop of them JAX (0.12) has none where a state is on the host. With 8 bits on
-    TPUs the compiler (libtpu 0.0.42) ends with an internal error. It has run on CPUs alone; for GPUs and TPUs it was
-    compiled.
+    `skip_spikes` and `average_parameters` inside; outside, as in `skip_spikes(offload_state(tx))`, they do not.
+    `gdx.sweep(halve=)` cannot choose among such states. Slopes through one step are right; through a loop of them JAX
+    (0.12) has none where a state is on the host. With 8 bits on TPUs the compiler (libtpu 0.0.42) ends with an internal
+    error. It has run on CPUs alone; for GPUs and TPUs it was compiled.
 
     >>> import gdx, jax, jax.numpy as jnp
     >>> params = {"w": jnp.ones((64, 512)), "b": jnp.ones(7)}

@@ -87,7 +87,7 @@ PARAMETERS = {
     "integers": (jnp.zeros(3, int), r"parameter at \['x'\] is int32\[3\], expected a floating-point array"),
     "booleans": (np.zeros(3, bool), r"parameter at \['x'\] is bool\[3\]"),
     "a key": (jax.random.key(0), r"parameter at \['x'\] is key<"),
-    "text": ("x", r"parameter at \['x'\] is str 'x'.* filter the others out"),
+    "text": ("x", r"parameter at \['x'\] is str 'x'.* take the others out"),
     "a function": (len, r"parameter at \['x'\] is builtin_function_or_method"),
     "an integer": (1, r"parameter at \['x'\] is int 1"),
 }
