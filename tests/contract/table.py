@@ -73,6 +73,11 @@ class Row:
         return {name: value for name, value in settings.items() if name in names}
 
 
+def another(name: str, value: float) -> float:
+    """Another valid value of a hyperparameter; a part of a step would be refused."""
+    return value / 2 + (1.125 if name == "transition_begin" else 0.125)
+
+
 def few_bits(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that keep a moment in few bits.
 

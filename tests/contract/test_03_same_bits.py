@@ -106,11 +106,14 @@ def test_lanes_of_vmap(row, settings):
 @given(data=st.data())
 def test_any_value(row, data):
     """Constants, which the compiler may fold, against arguments, for drawn values."""
-    ranges = {"learning_rate": 2.0, "eps": 0.125, "eps_root": 0.125, "weight_decay": 1.0, "schedule_multiplier": 1.0}
-    settings = {
-        name: data.draw(st.floats(0, ranges.get(name, 0.9990234375), width=32, allow_subnormal=False), label=name)
-        for name in row.numbers(row.settings[0])
-    }
+    ranges = {"learning_rate": (0.0, 2.0), "weight_decay": (0.0, 1.0), "schedule_multiplier": (0.0, 1.0)}
+    ranges |= {"eps": (0.0, 0.125), "eps_root": (0.0, 0.125), "transition_steps": (1.0, 400.0)}
+
+    def drawn(name: str) -> float:
+        least, most = ranges.get(name, (0.0, 0.9990234375))
+        return data.draw(st.floats(least, most, width=32, allow_subnormal=False), label=name)
+
+    settings = {name: drawn(name) for name in row.numbers(row.settings[0])}
     tx = row.make(**settings)
     assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(*trees(row)), by_argument(row, settings))
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.contract.table import every_case, gradients, one_step, tree
+from tests.contract.table import another, every_case, gradients, one_step, tree
 
 
 @every_case
@@ -26,7 +26,7 @@ def test_one_trace_and_one_text_for_all_values(row, settings):
     texts = {step.lower(tx, params, state, g).as_text()}
     for name, value in tx.hyperparams.items():
         for spelling in (float, np.float16, np.float64, jax.numpy.float32, jax.numpy.bfloat16):
-            changed = tx.replace(**{name: spelling(value / 2 + 0.125)})
+            changed = tx.replace(**{name: spelling(another(name, value))})
             step(changed, params, state, g)
             texts.add(step.lower(changed, params, state, g).as_text())
     assert len(traces) == 1
