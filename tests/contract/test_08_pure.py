@@ -1,8 +1,11 @@
 """Promise 8: pure functions, under JAX's strictest settings."""
 
+import gc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -30,7 +33,17 @@ def test_numpy_arrays_are_not_written_to(row):
     row.tx.update(g, row.tx.init(params), params)
 
 
+@pytest.fixture
+def little_garbage():
+    """JAX collects garbage after each trace in search of leaks: what is older need not be looked at every time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @every_row
+@pytest.mark.usefixtures("little_garbage")
 def test_no_tracer_leaks(row):
     # the first and the last: it keeps no traces, so is slow
     for settings in row.settings[:: max(len(row.settings) - 1, 1)]:
