@@ -72,7 +72,7 @@ def plain(label: str, x: Any) -> Any:
 
 def _on_device(x: jax.Array) -> jax.Array:
     """An array that waits in the host's memory, in the device's."""
-    device: Any = next(iter(x.sharding.device_set))
+    device: Any = next(iter(x.sharding.addressable_devices))
     kind = device.default_memory().kind
     return x if x.sharding.memory_kind in (None, kind) else jax.device_put(x, x.sharding.with_memory_kind(kind))
 
