@@ -149,6 +149,13 @@ def to_scores(label: str, score: Any, shape: tuple[int, ...], each: str) -> np.n
     return array.astype(float)
 
 
+def mean_and_error(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row of scores the mean and its standard error, which is NaN where there is one score."""
+    count = scores.shape[1]
+    error = scores.std(axis=1, ddof=1) / np.sqrt(count) if count > 1 else np.full(len(scores), np.nan)
+    return scores.mean(axis=1), error
+
+
 def labels(batch: Transform) -> list[dict[str, float]]:
     """What tells the members of a batch apart: for each, the hyperparameters that are not the same in all.
 

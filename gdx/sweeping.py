@@ -15,7 +15,7 @@ from gdx.arguments import check_function
 from gdx.fields import is_key, is_number, text, to_integer
 from gdx.mesh import types_of, untyped
 from gdx.modules import Parts, is_equinox, is_nnx, take_apart
-from gdx.population import labels, members_of, stack, to_scores
+from gdx.population import labels, mean_and_error, members_of, stack, to_scores
 from gdx.progress import Progress, reporting, to_progress
 from gdx.surroundings import Surroundings
 from gdx.training import Loss, arguments_of, arrays_of, check_call, steps_of, training_step
@@ -74,10 +74,8 @@ class Sweep(NamedTuple):
         shape = self.losses.shape[:-1]
         each = "member, as in" if len(shape) == 1 else "member and seed, as in"
         each += f" sweep.losses[{', '.join([':'] * len(shape))}, -1]"
-        score = np.where(self.diverged, np.nan, to_scores(name, score, shape, each)).reshape(len(self.losses), -1)
-        seeds = score.shape[1]
-        error = score.std(axis=1, ddof=1) / math.sqrt(seeds) if seeds > 1 else np.full(len(score), np.nan)
-        return score.mean(axis=1), error
+        score = np.where(self.diverged, np.nan, to_scores(name, score, shape, each))
+        return mean_and_error(score.reshape(len(self.losses), -1))
 
     def ranking(self, score: Any) -> list[int]:
         """The members from the least mean score to the largest, without those that diverged or that halving dropped.

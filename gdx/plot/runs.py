@@ -24,7 +24,7 @@ from gdx.plot.style import (
     spans_decades,
     words,
 )
-from gdx.population import to_scores
+from gdx.population import mean_and_error, to_scores
 from gdx.sweeping import RangeTest
 
 if TYPE_CHECKING:
@@ -133,9 +133,7 @@ def sweep(
         raise ValueError("plot.sweep: the points differ in no hyperparameter; expected labels such as gdx.labels gives")
     seeds = np.shape(score)[1:2] if is_real(score) else ()
     score = to_scores("plot.sweep", score, (len(labels), *seeds), "label and seed" if seeds else "label")
-    score = np.where(np.isfinite(score), score, np.nan).reshape(len(labels), -1)
-    errors = score.std(axis=1, ddof=1) / np.sqrt(score.shape[1]) if score.shape[1] > 1 else np.zeros(len(score))
-    score = score.mean(axis=1)
+    score, errors = mean_and_error(np.where(np.isfinite(score), score, np.nan).reshape(len(labels), -1))
     if limits is not None:
         limits = tuple(ascending("plot.sweep: limits", limits, "(low, high) with low < high", 2).tolist())
     of_kind("plot.sweep: name", name, str, "text")
