@@ -102,7 +102,7 @@ def time_steps(
 ) -> dict[str, np.ndarray]:
     """Seconds of some steps in each way."""
     params, parts, steps = random_like(shapes), list[dict[str, np.ndarray]](), 0
-    # where code and buffers lie makes 5 to 15 %, for the same program too: so compile and allocate anew, in random order
+    # where code and buffers lie makes 5 to 15 %, of the same program too: compile and allocate anew, in random order
     for seed in range(PLACES):
         order = np.random.default_rng(seed).permutation(list(ways))
         runs = {name: allocated(ways[name], jitted_step(ways[name], gradient), params, given) for name in order}

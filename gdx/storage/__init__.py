@@ -31,16 +31,16 @@ It costs no loss that was measurable over 24 seeds, and no time in bfloat16. 8 b
 on a CPU; on a TPU their blocks cost more traffic than they save: bfloat16 state is the fast one there, and 8 bits with
 `axis=-2` the small one (`python -m benchmarks storage`).
 
-Limits: through moments in 8 bits the slopes of learning rates and decay are right, those of `momentum`, `b1` and `b2`
-are not. States in 8 bits go through Orbax, pickle and equinox, but not through `flax.serialization` and
-`optax.tree.map_params` with the parameters as a further tree. Two links that round at random, in one chain or in groups
-of `optax.partition`, need seeds of their own. `optax.apply_if_finite` goes inside a rounding link, not around it.
+Limits: slopes through several steps of moments in 8 bits are refused; `Simulated(format)` takes them. States in 8 bits
+go through Orbax, pickle and equinox, but not through `flax.serialization` and `optax.tree.map_params` with the
+parameters as a further tree. Two links that round at random, in one chain or in groups of `optax.partition`, need seeds
+of their own. `optax.apply_if_finite` goes inside a rounding link, not around it.
 """
 
 from gdx.storage.blocks import Blocks, FourthRoot8, Packed, SignedFourthRoot8
 from gdx.storage.conversion import convert
 from gdx.storage.dither import Dither
-from gdx.storage.formats import Format, StochasticBfloat16, moment_like, to_storage
+from gdx.storage.formats import Format, Simulated, StochasticBfloat16, moment_like, to_storage
 
 __all__ = [
     "Blocks",
@@ -49,6 +49,7 @@ __all__ = [
     "FourthRoot8",
     "Packed",
     "SignedFourthRoot8",
+    "Simulated",
     "StochasticBfloat16",
     "convert",
     "moment_like",
