@@ -59,6 +59,7 @@ def around() -> dict[str, optax.GradientTransformation]:
     tx = gdx.adamw(RATE, weight_decay=DECAY)
     return {
         "alone": tx,
+        "alone, once more": tx,
         "skip_spikes": gdx.skip_spikes(tx),
         "skip_spikes, clip": gdx.skip_spikes(tx, clip=True),
         "optax.apply_if_finite": optax.apply_if_finite(tx, 10),
