@@ -61,7 +61,9 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize(("name", "way"), [*((name, "grad") for name in REFUSED), *(("rate", way) for way in list(WAYS)[1:])])
+@pytest.mark.parametrize(
+    ("name", "way"), [*((name, "grad") for name in REFUSED), *(("rate", way) for way in list(WAYS)[1:])]
+)
 def test_what_the_codes_have_lost_is_refused(name, way):
     with pytest.raises(TypeError, match=r"FourthRoot8\(block=64.*a slope was asked for.*take storage\.Simulated"):
         WAYS[way](REFUSED[name])(1.0)
