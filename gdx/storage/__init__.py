@@ -27,10 +27,10 @@ else is there, and `print(gdx.describe(tx, params))` lists them.
 What fails silently is refused: a second moment rounded to nearest with `b2 >= 0.99` stands still once gradients shrink,
 and linear 8-bit codes diverge.
 
-It costs no loss that was measurable over 24 seeds, and no time in bfloat16. 8 bits take 2 to 3 times as long as float32
-on a CPU. On a TPU take `block=None`, blocks of whole rows: 22 bytes of traffic per parameter, as on a GPU, for the 28 of
-float32; parts of rows cost 65 there (`python -m benchmarks storage`). With it, the error of an update grew by a tenth in
-rows of 1,024.
+It costs no loss that was measurable over 24 seeds, and no time in bfloat16. 8 bits take 2 to 3 times as long as
+float32 on a CPU. On a TPU take `block=None`, blocks of whole rows: 22 bytes of traffic per parameter, as on a GPU,
+for the 28 of float32; parts of rows cost 65 there (`python -m benchmarks storage`). With it, the error of an update
+grew by a tenth in rows of 1,024.
 
 Limits: slopes through several steps of moments in 8 bits are refused; `Simulated(format)` takes them. States in 8 bits
 go through Orbax, pickle and equinox, but not through `flax.serialization` and `optax.tree.map_params` with the
