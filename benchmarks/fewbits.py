@@ -87,6 +87,8 @@ BATCH, EVALUATIONS = 128, 30
 BFLOAT16: dict[str, Any] = {"mu_dtype": "bfloat16", "nu_dtype": gdx.storage.StochasticBfloat16()}
 EIGHT_BIT: dict[str, Any] = {"mu_dtype": gdx.storage.SignedFourthRoot8(), "nu_dtype": gdx.storage.FourthRoot8()}
 TURNED: dict[str, Any] = {name: dataclasses.replace(format, axis=-2) for name, format in EIGHT_BIT.items()}
+ROWS: dict[str, Any] = {name: dataclasses.replace(format, block=None) for name, format in EIGHT_BIT.items()}
+COLUMNS: dict[str, Any] = {name: dataclasses.replace(format, axis=-2) for name, format in ROWS.items()}
 LINEAR: dict[str, Any] = {"mu_dtype": Linear8(), "nu_dtype": Linear8()}
 
 # settings of adamw, the link that rounds parameters, their dtype

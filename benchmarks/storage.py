@@ -23,8 +23,10 @@ import gdx.plot
 from benchmarks.devices import OPTIONS, available, compiled_step, devices, nbytes_moved
 from benchmarks.fewbits import (
     BFLOAT16,
+    COLUMNS,
     EIGHT_BIT,
     PROBLEMS,
+    ROWS,
     TURNED,
     compare,
     eight_bit_errors,
@@ -146,8 +148,9 @@ def measure_time(rounds: int) -> None:
 def measure_devices(kinds: list[str]) -> None:
     """Prints the third table."""
     floors = dict(zip(OPTIMIZERS, ("28", "20", "16.1", "14", "18", "22", "10.1")))
-    optimizers = OPTIMIZERS | {"8-bit state, axis=-2": (gdx.adamw(RATE, **TURNED), jnp.float32)}
-    floors |= {"8-bit state, axis=-2": "16.1"}
+    layouts = {"axis=-2": TURNED, "whole rows": ROWS, "whole columns": COLUMNS}
+    turned = {f"8-bit state, {name}": (gdx.adamw(RATE, **settings), jnp.float32) for name, settings in layouts.items()}
+    optimizers, floors = OPTIMIZERS | turned, floors | dict.fromkeys(turned, "16.1")
     shape = (8192, 4096)
     columns: dict[str, dict[str, tuple[str, str]]] = {}
     for device in available(kinds):

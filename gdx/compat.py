@@ -1,5 +1,6 @@
 """Where the versions of JAX that gdx runs on differ: one function each, with the version from which on it can go."""
 
+import functools
 import inspect
 from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
@@ -103,3 +104,14 @@ def inlined(traced: Any) -> Any:
         # a function of its own for each round: JAX would remember the program that the last one was
         traced = jax.make_jaxpr(lambda *args: run(*args))(*traced.in_avals)
     return traced
+
+
+@jax.custom_jvp
+def barrier(tree: Any) -> Any:
+    """A fence for the compiler. From jax 0.11 on: `jax.lax.optimization_barrier`; before, all in it got slopes."""
+    return jax.lax.optimization_barrier(tree)
+
+
+@functools.partial(barrier.defjvp, symbolic_zeros=True)
+def _barrier_jvp(primals: tuple, tangents: tuple) -> tuple:
+    return barrier(*primals), *tangents

@@ -27,20 +27,21 @@ else is there, and `print(gdx.describe(tx, params))` lists them.
 What fails silently is refused: a second moment rounded to nearest with `b2 >= 0.99` stands still once gradients shrink,
 and linear 8-bit codes diverge.
 
-It costs no loss that was measurable over 24 seeds, and no time in bfloat16. 8 bits take 2 to 3 times as long as float32
-on a CPU; on a TPU their blocks cost more traffic than they save: bfloat16 state is the fast one there, and 8 bits with
-`axis=-2` the small one (`python -m benchmarks storage`).
+It costs no loss that was measurable over 24 seeds, and no time in bfloat16. 8 bits take 2 to 3 times as long as
+float32 on a CPU. On a TPU take `block=None`, blocks of whole rows: 22 bytes of traffic per parameter, as on a GPU,
+for the 28 of float32; parts of rows cost 65 there (`python -m benchmarks storage`). With it, the error of an update
+grew by a tenth in rows of 1,024.
 
-Limits: through moments in 8 bits the slopes of learning rates and decay are right, those of `momentum`, `b1` and `b2`
-are not. States in 8 bits go through Orbax, pickle and equinox, but not through `flax.serialization` and
-`optax.tree.map_params` with the parameters as a further tree. Two links that round at random, in one chain or in groups
-of `optax.partition`, need seeds of their own. `optax.apply_if_finite` goes inside a rounding link, not around it.
+Limits: slopes through several steps of moments in 8 bits are refused; `Simulated(format)` takes them. States in 8 bits
+go through Orbax, pickle and equinox, but not through `flax.serialization` and `optax.tree.map_params` with the
+parameters as a further tree. Two links that round at random, in one chain or in groups of `optax.partition`, need seeds
+of their own. `optax.apply_if_finite` goes inside a rounding link, not around it.
 """
 
 from gdx.storage.blocks import Blocks, FourthRoot8, Packed, SignedFourthRoot8
 from gdx.storage.conversion import convert
 from gdx.storage.dither import Dither
-from gdx.storage.formats import Format, StochasticBfloat16, moment_like, to_storage
+from gdx.storage.formats import Format, Simulated, StochasticBfloat16, moment_like, to_storage
 
 __all__ = [
     "Blocks",
@@ -49,6 +50,7 @@ __all__ = [
     "FourthRoot8",
     "Packed",
     "SignedFourthRoot8",
+    "Simulated",
     "StochasticBfloat16",
     "convert",
     "moment_like",

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdx.checks import check_returned
+from gdx.compat import barrier
 from gdx.mesh import types_of, untyped, varying_alike
-from gdx.storage.blocks import Blocks, InBlocks, Packed, is_packed
+from gdx.storage.blocks import Blocks, InBlocks, Packed, is_packed, without_slope
 from gdx.storage.dither import Dither
 from gdx.storage.formats import Format, is_encoded, with_slope_of
 
@@ -58,6 +59,7 @@ def stepped(
     The count of steps and the leaf's index are what random bits are made of; None where there are none.
     """
     dither = None if count is None else Dither(count.astype(jnp.uint32), index)
+    moments = [without_slope(moment) if is_packed(moment) else moment for moment in moments]
     formats = [f if is_encoded(f, moment) else None for f, moment in zip(link.formats, moments)]
     formats = formats or [None] * len(moments)
     layouts = {f.layout(g.shape) for f in formats if isinstance(f, Blocks)}
@@ -69,7 +71,7 @@ def stepped(
     def blocks() -> list[Any]:
         in_blocks = [InBlocks(f, layout.axis) if isinstance(f, Blocks) else f for f in formats]
         # or the compiler goes back to the whole array, and writes out each scale once for each number
-        b_g, b_p, b_moments = jax.lax.optimization_barrier(_each(layout.split, (g, p, moments)))
+        b_g, b_p, b_moments = barrier(_each(layout.split, (g, p, moments)))
         return _each(layout.join, _step(link, shared, b_g, b_p, b_moments, in_blocks, dtype, dither))
 
     return jax.lax.platform_dependent(cpu=whole, default=blocks)  # on CPUs it takes twice as long in blocks

@@ -405,6 +405,11 @@ VARIANTS = list(map(Variant._make, (
      "leafwise:check_held", lambda right, tx, params, names, rows: None),
     ("the update reads what was not rounded", "storage/test_blocks.py::test_the_update_is_that_of_the_stored_moments",
      "storage.formats:with_slope_of", lambda right, x, value: x),
+    ("slopes that codes have lost", "storage/test_slopes.py::test_what_the_codes_have_lost_is_refused[rate-grad]",
+     "storage.blocks:_with_mark", lambda right, scales, x: scales),
+    ("no slope of what is simulated",
+     "storage/test_slopes.py::test_slopes_of_simulated_are_those_of_exact_moments_on_average",
+     "storage.formats:Simulated.encode", lambda right, self, x, dither: right(self, jax.lax.stop_gradient(x), dither)),
     # What is around an optimizer.
     ("a frozen group keeps state",
      "test_grouping.py::test_the_state_is_as_large_as_without_groups_and_frozen_leaves_less", "grouping:_freeze",

@@ -24,7 +24,10 @@ EIGHT_BIT = {"mu_dtype": SignedFourthRoot8(), "nu_dtype": FourthRoot8()}
 shapes = st.lists(st.integers(1, 9) | st.sampled_from([12, 16, 17, 60, 64, 97, 300]), max_size=5).map(tuple)
 shapes = shapes.filter(lambda shape: math.prod(shape) <= 100_000)
 formats = st.builds(
-    SignedFourthRoot8, block=st.integers(8, 300), minimum_size=st.just(1), axis=st.sampled_from([-1, -1, -2, -3])
+    SignedFourthRoot8,
+    block=st.integers(8, 300) | st.none(),
+    minimum_size=st.just(1),
+    axis=st.sampled_from([-1, -1, -2, -3]),
 )
 
 
@@ -36,7 +39,7 @@ def block_numbers(layout):
 
 @hypothesis.given(shapes, formats)
 def test_every_number_is_in_one_block_of_the_right_size(shape, format):
-    layout, most, least = format.layout(shape), format.block, format.block // 4
+    layout, most, least = format.layout(shape), format.block or math.inf, (format.block or 256) // 4
     assert format.fits(shape) == (layout is not None)
     if layout is None:
         assert math.prod(shape[: len(shape) + format.axis + 1]) < least or len(shape) < -format.axis
@@ -95,6 +98,22 @@ def test_a_part_of_whole_blocks_has_the_same_ones(shape, format, count):
     if layout is not None and shape[layout.axis] % (count * layout.part) == 0:
         part = [length // count if axis == layout.axis else length for axis, length in enumerate(shape)]
         assert format.layout(tuple(part)).box == layout.box
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "box"),
+    [
+        ((300, 1000), -1, (1, 1000)),
+        ((300, 1000), -2, (300, 1)),
+        ((512, 8, 64), -1, (1, 1, 64)),
+        ((512, 8, 40), -1, (1, 8, 40)),  # a row of 40 is too short
+        ((128, 64, 3, 3), -1, (1, 64, 3, 3)),
+        ((7, 9), -1, None),
+    ],
+)
+def test_whole_rows(shape, axis, box):
+    layout = SignedFourthRoot8(block=None, minimum_size=1, axis=axis).layout(shape)
+    assert box == (layout and layout.box)
 
 
 @pytest.mark.parametrize(
