@@ -1,6 +1,7 @@
 """Losses with aux, state and random keys, modules, seeds, evaluation and halving, against loops written out."""
 
 import functools
+import signal
 
 import equinox as eqx
 import jax
@@ -348,7 +349,9 @@ def test_what_there_is_is_kept_when_it_is_interrupted():
 
     tx, batches = gdx.watch(gdx.adamw(0.1), 4), jnp.arange(40.0)
     run = functools.partial(gdx.train, bowl, tx, jnp.ones(3), evaluate=lambda theta: theta[0], every=8)
-    found, expected = run(batches, progress=stop), run(batches[:20])
+    with pytest.warns(UserWarning, match=r"train: interrupted after 0\.5 of the steps; what they made is returned"):
+        found = run(batches, progress=stop)
+    expected = run(batches[:20])
     assert_same_bits(found[:3], expected[:3])
     assert found.watched.step.tolist() == expected.watched.step.tolist() == [0, 4, 8, 12, 16]
     assert found.evaluated.step.tolist() == [8, 16] and expected.evaluated.step.tolist() == [8, 16, 20]
@@ -358,6 +361,66 @@ def test_what_there_is_is_kept_when_it_is_interrupted():
 
     with pytest.raises(KeyboardInterrupt):
         gdx.train(at_once, tx, jnp.ones(3), batches, progress=stop)
+
+
+def pressed_at(fraction):
+    """Ctrl-C, in the middle of what waits for a part."""
+
+    def progress(done, least, diverged):
+        if done >= fraction:
+            signal.raise_signal(signal.SIGINT)
+
+    return progress
+
+
+def test_a_sweep_in_parts_keeps_what_there_is():
+    traced = []
+
+    def counted(*arguments):
+        traced.append(1)
+        return loss(*arguments)
+
+    made = {"model_state": jax.random.uniform, "keys": KEYS, "evaluate": score, "chunk_size": 4}
+    whole = gdx.sweep(loss, GRID, init, batches_of, **made)
+    found = gdx.sweep(counted, GRID, init, batches_of, progress=lambda *_: None, **made)
+    close(found[1:], whole[1:])
+    traced.clear()
+    with pytest.warns(UserWarning, match=r"sweep: interrupted after 0\.417 of the steps; what they made is returned"):
+        found = gdx.sweep(counted, GRID, init, batches_of, progress=pressed_at(0.4), **made)
+    assert not traced  # the programs are found again
+    # chunks of members 0, 2, 4 with a copy, and of 1, 3, 5
+    assert found.steps.tolist() == [10, 0] * 3 and found.losses.shape == (6, SEEDS, 10)
+    is_made = np.arange(10) < np.asarray(found.steps)[:, None, None]
+    cut = whole.losses[:, :, :10], whole.aux["logits"][:, :, :10]
+    loose(found.losses, np.where(is_made, cut[0], np.nan))
+    loose(found.aux["logits"], np.where(is_made[..., None], cut[1], 0))
+    params, means, *_ = by_hand(gdx.unstack(GRID)[2], init(KEYS[1]), jax.random.uniform(KEYS[1]), batches_of(KEYS[1]))
+    end = jax.tree.map(lambda x: x[int(found.steps[2]) - 1], (params, means))
+    close(jax.tree.map(lambda x: x[2, 1], found.final), score(*end))
+    assert not found.diverged.any() and np.isnan(found.final["mean"][1]).all()
+    assert set(found.ranking(found.losses[..., 0])) == set(np.flatnonzero(found.steps).tolist())
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_halving_in_parts(chunk_size):
+    rates = np.random.default_rng(0).permutation(np.geomspace(1e-3, 0.6, 16)).tolist()
+    rates[5] = 1e30
+    grid = gdx.grid(gdx.sgd, learning_rate=rates)
+    run = functools.partial(gdx.sweep, bowl, grid, jnp.ones(3), jnp.zeros(9), chunk_size=chunk_size, halve=2)
+    whole, found = run(), run(progress=lambda *_: None)
+    assert_same_bits(tuple(found), tuple(whole))
+    with pytest.warns(UserWarning, match="sweep: interrupted"):
+        found = run(progress=pressed_at(0.7))
+    steps = np.asarray(found.steps)
+    assert sorted(steps) == ([3] * 8 + [6] * 4 + [7] * 4 if chunk_size is None else [3] * 10 + [6] * 6)
+    assert np.all(steps <= whole.steps)
+    is_made = np.arange(found.losses.shape[-1]) < steps[:, None]
+    np.testing.assert_array_equal(found.losses, np.where(is_made, whole.losses[:, : found.losses.shape[-1]], np.nan))
+    dropped = whole.steps == 3
+    np.testing.assert_array_equal(found.final[dropped], whole.final[dropped])
+    at_once = lambda theta, batch: signal.raise_signal(signal.SIGINT)  # noqa: E731
+    with pytest.raises(KeyboardInterrupt):
+        gdx.sweep(at_once, grid, jnp.ones(3), jnp.zeros(9), progress=True)
 
 
 REFUSED = {
