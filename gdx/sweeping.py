@@ -95,8 +95,8 @@ class Sweep(NamedTuple):
         return [int(i) for i in np.argsort(means, stable=True) if np.isfinite(means[i])]
 
 
-Start = Any
-"""Parameters or a module, or a function of a random key that makes them."""
+OfSeed = Any | Callable[[jax.Array], Any]
+"""A tree of arrays or a module, or a function of a random key that makes one."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,10 @@ class _Plan:
 def sweep(
     loss: Loss,
     optimizers: Transform,
-    params: Start,
-    batches: Any,
+    params: OfSeed,
+    batches: OfSeed,
     *,
-    model_state: Any = None,
+    model_state: OfSeed = None,
     keys: Any = None,
     evaluate: Callable[..., Any] | None = None,
     halve: int = 0,

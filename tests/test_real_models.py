@@ -1,5 +1,6 @@
 """Losses with aux, state and random keys, modules, seeds, evaluation and halving, against loops written out."""
 
+import dataclasses
 import functools
 import signal
 
@@ -423,6 +424,17 @@ def test_halving_in_parts(chunk_size):
         gdx.sweep(at_once, grid, jnp.ones(3), jnp.zeros(9), progress=True)
 
 
+def that_writes(model, batch):
+    model.seen = nnx.Intermediate(model.norm.mean[...])
+    return in_flax(model, batch)
+
+
+class WithSet(eqx.Module):
+    w: jax.Array
+    names: set = dataclasses.field(default_factory=set)
+
+
+MAKERS = {"params": init, "batches": batches_of, "model_state": jax.random.uniform}
 REFUSED = {
     "arrays beside a module": (
         lambda: gdx.train(in_flax, gdx.sgd(0.1), [Flax(KEYS[0]), jnp.ones(2)], DATA),
@@ -470,6 +482,39 @@ REFUSED = {
         lambda: gdx.sweep(loss, GRID, init, DATA, model_state=BEGIN, keys=3),
         TypeError,
         r"sweep: keys is 3; expected random keys, one for each seed, such as jax\.random\.split",
+    ),
+    "variables that appear": (
+        lambda: gdx.train(that_writes, gdx.sgd(0.1), Flax(KEYS[0]), DATA),
+        TypeError,
+        r"train: the loss made or removed \['seen'\].* in the module, as self\.sow .*`return loss, nnx\.pop\(",
+    ),
+    "variables that appear in a sweep": (
+        lambda: gdx.sweep(that_writes, GRID, Flax, DATA, keys=KEYS),
+        TypeError,
+        r"sweep: the loss made or removed \['seen'\]",
+    ),
+    "what has no hash": (
+        lambda: gdx.sweep(bowl, GRID, WithSet(jnp.ones(3)), BATCHES),
+        TypeError,
+        r"sweep: params has something without a hash at \.names .*; expected arrays .* by a function of a key",
+    ),
+    **{
+        f"{name} that a function made": (
+            lambda name=name: gdx.sweep(loss, GRID, **{**MAKERS, name: lambda key: {"x": "a"}}, keys=KEYS),
+            TypeError,
+            rf"^sweep: {name} by its function of a key is 'a' at \['x'\]; expected arrays",
+        )
+        for name in MAKERS
+    },
+    "a batch of one axis": (
+        lambda: gdx.sweep(bowl, gdx.adam(0.1), jnp.ones(3), BATCHES),
+        ValueError,
+        r"^sweep: adam\.learning_rate has shape \(\); expected a batch",
+    ),
+    "what a swept loss returned": (
+        lambda: gdx.sweep(lambda p, b: p, GRID, jnp.ones(3), BATCHES),
+        TypeError,
+        r"^sweep: the loss returned float32\[3\]; expected .* is a state of the model: sweep\(\.\.\., model_state=",
     ),
     "too much halving": (
         lambda: gdx.sweep(loss, GRID, START, DATA, model_state=BEGIN, halve=3),

@@ -317,7 +317,9 @@ class Checkpoints:
         return f"the checkpoint of step {step} in {self.directory}"
 
     def _chosen(self, method: str, step: int | None) -> int:
-        steps = self.steps if os.path.isdir(self.directory) else []
+        if os.path.isfile(self.directory):
+            raise CheckpointError(f"{method}: {self.directory} is no directory; give Checkpoints that of a run")
+        steps = self.steps
         if not steps:
             raise CheckpointError(f"{method}: there is no checkpoint in {self.directory}")
         if step is not None and step not in steps:
