@@ -156,6 +156,15 @@ def test_halving_drops_the_worse_half(keys, chunk_size):
             np.testing.assert_allclose(found.final[i], whole.final[i], rtol=1e-5)
 
 
+@pytest.mark.parametrize("progress", [False, lambda *_: None], ids=["whole", "in parts"])
+def test_halving_where_jax_looks_for_nan(progress):
+    grid = gdx.grid(gdx.sgd, learning_rate=[0.001, 0.1, 0.01, 0.2])
+    with jax.debug_nans(True):
+        found = gdx.sweep(bowl, grid, jnp.ones(3), jnp.zeros(6), halve=1, progress=progress)
+        assert not found.diverged.any() and found.steps.tolist() == [3, 6, 3, 6]
+        assert found.ranking(np.asarray(found.losses)[:, -1]) == [3, 1]
+
+
 # Modules with batch normalisation and dropout.
 
 
@@ -422,6 +431,19 @@ def test_halving_in_parts(chunk_size):
     at_once = lambda theta, batch: signal.raise_signal(signal.SIGINT)  # noqa: E731
     with pytest.raises(KeyboardInterrupt):
         gdx.sweep(at_once, grid, jnp.ones(3), jnp.zeros(9), progress=True)
+
+
+def test_a_range_test_cannot_compare_what_made_other_steps():
+    run = functools.partial(gdx.range_test, bowl, gdx.sgd(0.1), jnp.ones(3), jnp.zeros(9), points=4, low=0.1, high=0.2)
+    with (
+        pytest.warns(UserWarning, match="sweep: interrupted"),
+        pytest.raises(
+            KeyboardInterrupt, match="range_test: interrupted when rates had made different numbers of steps"
+        ),
+    ):
+        run(chunk_size=2, progress=pressed_at(0.7))
+    with pytest.warns(UserWarning, match="sweep: interrupted"):
+        assert run(progress=pressed_at(0.7)).suggested == run().suggested
 
 
 def that_writes(model, batch):
