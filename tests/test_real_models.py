@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 import gdx
+from gdx.progress import BAR
 from tests.contract.table import assert_same_bits
 
 STEPS, SEEDS = 12, 3
@@ -348,6 +349,9 @@ def test_a_bar_is_shown(has_rich, monkeypatch, capsys):
     gdx.train(bowl, gdx.sgd(0.1), jnp.ones(3), jnp.zeros(20), progress=True)
     gdx.sweep(bowl, gdx.grid(gdx.sgd, learning_rate=[0.1, 1e30]), jnp.ones(3), jnp.zeros(20), progress=True)
     jax.effects_barrier()
+    jax.jit(lambda start: gdx.train(bowl, gdx.sgd(0.1), start, jnp.zeros(20), progress=True).losses)(jnp.ones(3))
+    jax.effects_barrier()
+    assert BAR._rich is None  # no bar stays open
     shown = "".join(capsys.readouterr())
     assert "100%" in shown and "loss 0.0006" in shown and "1 diverged" in shown
 
