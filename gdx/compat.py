@@ -81,16 +81,20 @@ def evaluate(jaxpr: Any, equations: Iterable[Any], values: dict[Any, Any]) -> No
     values.update(zip(made, jax.core.eval_jaxpr(part, [], *(values[v] for v in given))))
 
 
-def inlined(traced: Any) -> Any:
-    """A program without `jax.jit(..., inline=True)` in it. Before jax 0.12: the program itself, traced without."""
+def inlined(traced: Any, which: Callable[[Any, list[Any]], list[Any]]) -> Any:
+    """A program without those calls of `jax.jit(..., inline=True)` in it that `which(jaxpr, calls)` chooses.
 
-    def is_call(equation: Any) -> bool:
-        return bool(equation.params.get("inline"))
+    Before jax 0.12: the program itself, traced without any.
+    """
+
+    def chosen() -> set[int]:
+        calls = [equation for equation in traced.jaxpr.eqns if equation.params.get("inline")]
+        return {id(equation) for equation in which(traced.jaxpr, calls)} if calls else set()
 
     def run(*args: Any) -> list[Any]:
         values = dict(zip([*traced.jaxpr.constvars, *traced.jaxpr.invars], [*traced.consts, *args]))
         for equation in traced.jaxpr.eqns:
-            if is_call(equation):
+            if id(equation) in calls:
                 inner, given = (
                     equation.params["jaxpr"],
                     (v.val if hasattr(v, "val") else values[v] for v in equation.invars),
@@ -100,7 +104,7 @@ def inlined(traced: Any) -> Any:
                 evaluate(traced.jaxpr, [equation], values)
         return [v.val if hasattr(v, "val") else values[v] for v in traced.jaxpr.outvars]
 
-    while any(map(is_call, traced.jaxpr.eqns)):
+    while calls := chosen():
         # a function of its own for each round: JAX would remember the program that the last one was
         traced = jax.make_jaxpr(lambda *args: run(*args))(*traced.in_avals)
     return traced

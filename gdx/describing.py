@@ -44,16 +44,18 @@ class Leaf(NamedTuple):
     nbytes_per_device: int
     why: str
     why_whole: str
+    memory: str
 
 
 class Moment(NamedTuple):
-    """What is of one name and format in a state; see `Description`."""
+    """What is of one name and format and in one memory in a state; see `Description`."""
 
     name: str
     format: str
     nbytes: int
     nbytes_per_parameter: float
     nbytes_per_device: int
+    memory: str
 
 
 class Description(NamedTuple):
@@ -65,9 +67,10 @@ class Description(NamedTuple):
         are other than in the optimizer (of "all" and "all others" every one) and these as `text`, the `paths` of its
         leaves, and how many numbers these `parameters` are.
       leaves: one for each array of the state: its `path` there, which `moment` it is part of, its dtype or storage
-        `format`, how it is split (`spec`, None without a mesh), `nbytes` of the whole array and `nbytes_per_device`,
-        `why` it is not split along the axis (empty if it is, or without a mesh), and `why_whole`, why it is not held
-        in its storage format (empty if it is, or has none).
+        `format`, how it is split (`spec`, None without a mesh), `nbytes` of the whole array and `nbytes_per_device` of
+        each device's part, `why` it is not split along the axis (empty if it is, or without a mesh), `why_whole`, why
+        it is not held in its storage format (empty if it is, or has none), and in which `memory` it is between steps:
+        "device", or "host" under `gdx.sharding.offload_state`.
       parameters: how many numbers the parameters are.
     """
 
@@ -78,13 +81,13 @@ class Description(NamedTuple):
 
     @property
     def moments(self) -> tuple[Moment, ...]:
-        """What the leaves are in all, for each name and format; scalars last."""
-        found: dict[tuple[str, str], list[Leaf]] = {}
+        """What the leaves are in all, for each name, format and memory; scalars last."""
+        found: dict[tuple[str, str, str], list[Leaf]] = {}
         for leaf in sorted(self.leaves, key=lambda leaf: leaf.moment == _SCALARS):
-            found.setdefault((leaf.moment, leaf.format), []).append(leaf)
+            found.setdefault((leaf.moment, leaf.format, leaf.memory), []).append(leaf)
         return tuple(
-            Moment(*key, total, total / max(self.parameters, 1), sum(leaf.nbytes_per_device for leaf in leaves))
-            for key, leaves in found.items()
+            Moment(name, form, total, total / max(self.parameters, 1), _on_device(leaves), memory)
+            for (name, form, memory), leaves in found.items()
             for total in [sum(leaf.nbytes for leaf in leaves)]
         )
 
@@ -105,8 +108,13 @@ class Description(NamedTuple):
 
     @property
     def nbytes_per_device(self) -> int:
-        """Of the state that each device holds."""
-        return sum(leaf.nbytes_per_device for leaf in self.leaves)
+        """Of the state that each device holds in its own memory."""
+        return _on_device(self.leaves)
+
+    @property
+    def nbytes_on_host(self) -> int:
+        """Of the part of the whole state that waits in the host's memory between steps."""
+        return sum(leaf.nbytes for leaf in self.leaves if leaf.memory == "host")
 
     @property
     def replicated(self) -> tuple[Leaf, ...]:
@@ -116,7 +124,7 @@ class Description(NamedTuple):
     @property
     def nbytes_replicated(self) -> int:
         """Of the part of `nbytes_per_device` that is not split along the axis."""
-        return sum(leaf.nbytes_per_device for leaf in self.replicated)
+        return _on_device(self.replicated)
 
     def __repr__(self) -> str:
         columns = 5 if any(leaf.spec is not None for leaf in self.leaves) else 4
@@ -125,11 +133,13 @@ class Description(NamedTuple):
             for p in self.groups
         ]
         size = f"state of {self.nbytes:,} bytes, {self.nbytes_per_parameter:.3f} per parameter"
+        if self.nbytes_on_host:
+            size += f", {self.nbytes_on_host:,} of them in the host's memory"
         if columns == 5:
             each, of_it = self.nbytes_per_device, self.nbytes_replicated
             size += f": {each:,} on each device, {of_it:,} of them not split along the axis"
         of_moments = [
-            (p.name, p.format, f"{p.nbytes:,}", f"{p.nbytes_per_parameter:.3f}", f"{p.nbytes_per_device:,}")[:columns]
+            (p.name, _where(p), f"{p.nbytes:,}", f"{p.nbytes_per_parameter:.3f}", f"{p.nbytes_per_device:,}")[:columns]
             for p in self.moments
         ]
         # counts and the like last
@@ -151,6 +161,15 @@ class Description(NamedTuple):
 
 
 _SCALARS, _SHOWN, _WIDTH = "scalars", 6, 120
+
+
+def _on_device(leaves: Sequence[Leaf]) -> int:
+    """Of the bytes that each device holds in its own memory."""
+    return sum(leaf.nbytes_per_device for leaf in leaves if leaf.memory == "device")
+
+
+def _where(moment: Moment) -> str:
+    return moment.format + (", on the host" if moment.memory == "host" else "")
 
 
 def _first(paths: tuple[str, ...]) -> str:
@@ -182,7 +201,8 @@ def describe(
 
     It says which parameters each group of `gdx.groups` has and what is different there; in which format each moment is,
     and how many bytes the state takes, per parameter and on each device of a mesh; and what is larger than asked, and
-    why: what does not fit its storage format, or cannot be split along the axis. Nothing is computed, so that neither
+    why: what does not fit its storage format, or cannot be split along the axis; and what `gdx.sharding.offload_state`
+    keeps in the host's memory. Nothing is computed, so that neither
     the devices nor the memory need be there.
 
     Args:
@@ -218,7 +238,7 @@ def describe(
     shapes = bare("describe", params)
     # traced anew, which notes why moments are whole
     with noted() as notes, jax.disable_jit():
-        state = jax.eval_shape(lambda params: tx.init(params), shapes)
+        traced, state = jax.make_jaxpr(lambda params: tx.init(params), return_shape=True)(shapes)
     sizes = jax.tree.map(np.size, shapes)
     own = {path for path, _ in jax.tree_util.tree_leaves_with_path(sizes)}
     nodes = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_packed)
@@ -233,9 +253,14 @@ def describe(
         plan = plan_of("describe", state, params, mesh, axis, specs)
         given = zip(arrays, plan.state, plan.follows)
         places = [(spec, *_part(x.shape, mesh, axis, spec, follows)) for (_, x), spec, follows in given]
+    # types, which say in which memory each array is
+    memories = ["host" if x.memory_space is jax.memory.Space.Host else "device" for x in traced.out_avals]
     leaves = [
-        Leaf(jax.tree_util.keystr(path), moment, form, spec, _nbytes(x), _nbytes(x.update(shape=part)), why, why_whole)
-        for (path, x), (moment, form, why_whole), (spec, part, why) in zip(arrays, itertools.chain(*about), places)
+        Leaf(jax.tree_util.keystr(path), moment, form, spec, _nbytes(x), _nbytes(x.update(shape=part)), *whys, memory)
+        for (path, x), (moment, form, why_whole), (spec, part, why), memory in zip(
+            arrays, itertools.chain(*about), places, memories
+        )
+        for whys in [(why, why_whole)]
     ]
     found = tuple(group for each, of_each in notes.groups.values() for group in _groups(each, of_each))
     everything = _group("all", tx, _hyperparams(tx), sizes)

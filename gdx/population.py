@@ -174,10 +174,10 @@ def labels(batch: Transform) -> list[dict[str, float]]:
 
 
 def members_of(batch: Transform, label: str = "") -> int:
-    """How many members a batch has.
+    """How many members a batch has; the label is that of what was called.
 
     Raises:
-      TypeError: it is no optimizer of gdx's; the label is that of what was called.
+      TypeError: it is no optimizer of gdx's.
       ValueError: it is no batch.
     """
     if not isinstance(batch, Transform):
@@ -185,16 +185,17 @@ def members_of(batch: Transform, label: str = "") -> int:
             f"{label}: batch is {reprlib.repr(batch)}; expected a batch of gdx's optimizers, as gdx.stack or gdx.grid "
             f"makes it"
         )
+    start = f"{label}: " if label else ""
     named = jax.tree_util.tree_leaves_with_path(batch)
     sizes = {np.shape(leaf)[:1] for _, leaf in named}
     for path, leaf in named:
         if np.ndim(leaf) != 1 or len(sizes) > 1:
             raise ValueError(
-                f"{type(batch).__name__}{jax.tree_util.keystr(path)} has shape {np.shape(leaf)}; expected a batch, in "
-                f"which every hyperparameter has shape (members,). Make one with gdx.stack or gdx.grid"
+                f"{start}{type(batch).__name__}{jax.tree_util.keystr(path)} has shape {np.shape(leaf)}; expected a "
+                f"batch, in which every hyperparameter has shape (members,). Make one with gdx.stack or gdx.grid"
             )
     if not named:
-        raise ValueError(f"{batch!r} has no hyperparameters to tell members apart")
+        raise ValueError(f"{start}{batch!r} has no hyperparameters to tell members apart")
     return sizes.pop()[0]
 
 

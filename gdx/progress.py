@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -68,6 +69,12 @@ def shown(progress: Progress) -> Iterator[None]:
     finally:
         if progress is BAR:
             BAR.close()
+
+
+def say_interrupted(name: str, done: float) -> None:
+    """Warns where a run has ended before all was done."""
+    if done < 1:
+        warnings.warn(f"{name}: interrupted after {done:.3g} of the steps; what they made is returned", stacklevel=3)
 
 
 def reporting(

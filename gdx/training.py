@@ -17,9 +17,9 @@ from gdx.fields import is_concrete, to_bool, to_integer, uncalled
 from gdx.mesh import as_placed
 from gdx.modules import Parts, take_apart
 from gdx.numerics import either
-from gdx.progress import REPORTS, Progress, reporting, shown, to_progress
+from gdx.progress import REPORTS, Progress, reporting, say_interrupted, shown, to_progress
 from gdx.transform import Transform, all_within
-from gdx.trees import check_arrays, is_array, leading_axis
+from gdx.trees import check_arrays, is_array, leading_axis, paths
 from gdx.watching import Watched, read_watch, watch, watch_state
 
 Loss = Callable[..., Any]
@@ -103,8 +103,8 @@ def train(
 
     Called outside `jax.jit` it returns parameters that are on a mesh as they were there, also where the compiler
     would leave them split as the state is (`gdx.sharding.shard_state` says what to do inside); and with `progress` it
-    runs in about 100 parts, between which Ctrl-C ends it: then it returns the steps that were made, and what was
-    evaluated in them (not at the end, which was not reached).
+    runs in about 100 parts, between which Ctrl-C ends it: then it warns and returns the steps that were made, and what
+    was evaluated in them (not at the end, which was not reached). Before the first part it is KeyboardInterrupt.
 
     Args:
       loss: the loss of parameters on one batch, a real scalar, as above.
@@ -178,6 +178,7 @@ def train(
         if given is not None and "carry" in str(error):
             check_state_like(tx, given, own, dtypes=True)
         raise
+    say_interrupted("train", len(losses) / steps)
     model = parts.join(jax.tree.map(as_placed, params, start), rest)
     watched, *evaluated = map(_made, kept)
     return Trained(model, state, losses, watched, model_state, aux, Evaluated(*evaluated[0]) if evaluated else None)
@@ -335,7 +336,9 @@ def arrays_of(name: str, evaluated: Any) -> Any:
 TREE = Parts("tree")
 
 
-def training_step(loss: Loss, tx: optax.GradientTransformation, parts: Parts = TREE) -> Callable[[Any, Any], Any]:
+def training_step(
+    loss: Loss, tx: optax.GradientTransformation, parts: Parts = TREE, name: str = "train"
+) -> Callable[[Any, Any], Any]:
     """One training step, as `jax.lax.scan` takes it.
 
     The carry is the parameters, the state, and the rest of the model with its model_state; the inputs are the number
@@ -345,8 +348,15 @@ def training_step(loss: Loss, tx: optax.GradientTransformation, parts: Parts = T
 
     def value_of(params: Any, variables: Any, batch: Any) -> tuple[jax.Array, Any]:
         model, *model_state = arguments_of(parts, params, variables)
-        value, given_back, aux = _returned(loss(model, *model_state, batch), model_state)
-        return value, ((parts.rest_of(model, variables[0]), given_back), aux)
+        value, given_back, aux = _returned(name, loss(model, *model_state, batch), model_state)
+        rest = parts.rest_of(model, variables[0])
+        if new := sorted({*paths(rest)} ^ {*paths(variables[0])}):
+            raise TypeError(
+                f"{name}: the loss made or removed {new[0]} in the module, as self.sow does; expected a module that "
+                f"keeps its variables: take them out again in the loss, and `return loss, nnx.pop(model, "
+                f"nnx.Intermediate)` keeps them as aux"
+            )
+        return value, ((rest, given_back), aux)
 
     def step(carry: Any, inputs: Any) -> Any:
         (params, state, before), (_, batch) = carry, inputs
@@ -363,7 +373,7 @@ def training_step(loss: Loss, tx: optax.GradientTransformation, parts: Parts = T
     return step
 
 
-def _returned(returned: Any, model_state: list[Any]) -> tuple[jax.Array, Any, Any]:
+def _returned(name: str, returned: Any, model_state: list[Any]) -> tuple[jax.Array, Any, Any]:
     """Loss, model_state and aux, of what a loss returned that was given this model_state, if any."""
     value, *others = returned if isinstance(returned, tuple) else (returned,)
     if not (
@@ -375,21 +385,23 @@ def _returned(returned: Any, model_state: list[Any]) -> tuple[jax.Array, Any, An
     ):
         kinds = jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(np.shape(x))}" if is_array(x) else repr(x), returned)
         wanted = "a real scalar or (a real scalar, aux)"
+        mend = f". What a step needs of the one before is a state of the model: {name}(..., model_state=...)"
         if model_state:
-            wanted = "(a real scalar, model_state) or (a real scalar, model_state, aux)"
+            wanted, mend = "(a real scalar, model_state) or (a real scalar, model_state, aux)", ""
         raise TypeError(
-            f"the loss returned {kinds}; expected {wanted}: of several losses their mean, as in jnp.mean(losses)"
+            f"{name}: the loss returned {kinds}; expected {wanted}: of several losses their mean, as in "
+            f"jnp.mean(losses){mend}"
         )
     found: dict[str, Any] = dict.fromkeys(("model_state", "aux"))
-    for name, x in zip(("model_state", "aux") if model_state else ("aux",), others):
-        check_arrays(f"the {name} that the loss returned", x)
-        found[name] = jax.tree.map(jnp.asarray, x)
+    for part, x in zip(("model_state", "aux") if model_state else ("aux",), others):
+        check_arrays(f"{name}: the {part} that the loss returned", x)
+        found[part] = jax.tree.map(jnp.asarray, x)
     if model_state:
         before, after = (_kinds(x) for x in (*model_state, found["model_state"]))
         if before != after:
             raise TypeError(
-                f"the loss was given the model_state {reprlib.repr(before[1])} and returned {reprlib.repr(after[1])}; "
-                f"expected the same tree, shapes and dtypes"
+                f"{name}: the loss was given the model_state {reprlib.repr(before[1])} and returned "
+                f"{reprlib.repr(after[1])}; expected the same tree, shapes and dtypes"
             )
     return jnp.asarray(value), found["model_state"], found["aux"]
 

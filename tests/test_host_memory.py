@@ -154,3 +154,24 @@ def test_a_run_goes_on_with_a_state_that_is_put_there():
     state = off(tx).put(tx.init(start), jax.memory.Space.Host)
     found, expected = (gdx.train(loss, *x[:1], start, batches, state=x[1]) for x in ((off(tx), state), (tx, None)))
     assert_same_bits((found.params, found.state), (expected.params, expected.state))
+
+
+@needs_host_memory
+@pytest.mark.parametrize("mesh", [None, make_mesh()], ids=["one device", "mesh"])
+def test_it_is_said_what_is_on_the_host(mesh):
+    tx, params = off(gdx.adamw(1e-2, mu_dtype="bfloat16")), make_params(shapes=SHAPES)
+    state = tx.init(params) if mesh is None else gdx.sharding.shard_state(tx, mesh).init(put(params, mesh))
+    found = gdx.describe(tx, params, mesh)
+    large, small = ([x for x in jax.tree.leaves(state) if (x.size >= 100) is is_large] for is_large in (True, False))
+    assert found.nbytes_on_host == sum(x.nbytes for x in large) == 3 * 1024 * 6
+    # what is small does not divide
+    assert found.nbytes_per_device == sum(x.nbytes for x in small) and found.nbytes == found.nbytes_on_host + 46
+    assert {(m.name, m.format, m.memory, m.nbytes) for m in found.moments} == {
+        ("mu", "bfloat16", "host", 6144),
+        ("nu", "float32", "host", 12288),
+        ("mu", "bfloat16", "device", 14),
+        ("nu", "float32", "device", 28),
+        ("scalars", "int32", "device", 4),
+    }
+    assert "18,432 of them in the host's memory" in repr(found) and "mu       bfloat16, on the host" in repr(found)
+    assert gdx.describe(tx.tx, params, mesh).nbytes_on_host == 0

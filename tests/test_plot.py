@@ -513,15 +513,33 @@ LABELS, SCORE = gdx.labels(GRID), [0.5, 0.3, 0.6]
         SCORE,
         "abc",
         [*LABELS[:2], {"momentum": 0.5}],
-        gdx.sweep(lambda theta, batch: jnp.sum(theta**2), GRID, jnp.ones(2), jnp.zeros((2, 1))),
     ],
-    ids=["a batch", "the score", "the score as a list", "text", "other names", "a sweep"],
+    ids=["a batch", "the score", "the score as a list", "text", "other names"],
 )
 def test_what_is_no_labels(labels):
     with pytest.raises(
         TypeError, match=r"plot\.sweep: labels is .*; expected a list, .* plot\.sweep\(gdx\.labels\(batch"
     ):
         plot.sweep(labels, SCORE if labels is GRID else LABELS)
+
+
+RATES, MOMENTA = [0.01, 0.02, 0.1, 1e30], [0.0, 0.5, 0.1, 0.2]
+HALVED = {  # points, of which one or two diverge
+    "curve": [{"learning_rate": rate} for rate in RATES],
+    "grid": [{"learning_rate": x, "momentum": y} for x, y in itertools.product(RATES, MOMENTA[:2])],
+    "scatter": [{"learning_rate": x, "momentum": y} for x, y in zip(RATES, MOMENTA)],
+}
+
+
+@pytest.mark.parametrize("points", HALVED)
+def test_what_halving_dropped_did_not_diverge(points, ax):
+    grid, count = gdx.stack(gdx.sgd(**{"momentum": 0.0} | point) for point in HALVED[points]), len(HALVED[points])
+    swept = gdx.sweep(lambda theta, batch: jnp.sum(theta**2), grid, jnp.ones(2), jnp.zeros(6), halve=1)
+    plot.sweep(swept, swept.losses[:, 2], ax)
+    lines = {str(line.get_label()).partition(":")[0]: line.get_xydata() for line in ax.get_lines()}
+    lost = count // 4
+    assert len(lines["diverged"]) == lost and len(lines["unfinished"]) == count // 2 - lost
+    assert lines["best"][0, 0] == {"curve": 0.1, "grid": 1, "scatter": 0.1}[points]
 
 
 def test_axes_in_the_place_of_the_labels():

@@ -1,6 +1,8 @@
 """Losses with aux, state and random keys, modules, seeds, evaluation and halving, against loops written out."""
 
+import dataclasses
 import functools
+import signal
 
 import equinox as eqx
 import jax
@@ -11,6 +13,7 @@ import pytest
 from flax import nnx
 
 import gdx
+from gdx.progress import BAR
 from tests.contract.table import assert_same_bits
 
 STEPS, SEEDS = 12, 3
@@ -152,6 +155,15 @@ def test_halving_drops_the_worse_half(keys, chunk_size):
         assert np.all(np.isnan(found.losses[i, ..., made:]))
         if made == 9:
             np.testing.assert_allclose(found.final[i], whole.final[i], rtol=1e-5)
+
+
+@pytest.mark.parametrize("progress", [False, lambda *_: None], ids=["whole", "in parts"])
+def test_halving_where_jax_looks_for_nan(progress):
+    grid = gdx.grid(gdx.sgd, learning_rate=[0.001, 0.1, 0.01, 0.2])
+    with jax.debug_nans(True):
+        found = gdx.sweep(bowl, grid, jnp.ones(3), jnp.zeros(6), halve=1, progress=progress)
+        assert not found.diverged.any() and found.steps.tolist() == [3, 6, 3, 6]
+        assert found.ranking(np.asarray(found.losses)[:, -1]) == [3, 1]
 
 
 # Modules with batch normalisation and dropout.
@@ -337,6 +349,9 @@ def test_a_bar_is_shown(has_rich, monkeypatch, capsys):
     gdx.train(bowl, gdx.sgd(0.1), jnp.ones(3), jnp.zeros(20), progress=True)
     gdx.sweep(bowl, gdx.grid(gdx.sgd, learning_rate=[0.1, 1e30]), jnp.ones(3), jnp.zeros(20), progress=True)
     jax.effects_barrier()
+    jax.jit(lambda start: gdx.train(bowl, gdx.sgd(0.1), start, jnp.zeros(20), progress=True).losses)(jnp.ones(3))
+    jax.effects_barrier()
+    assert BAR._rich is None  # no bar stays open
     shown = "".join(capsys.readouterr())
     assert "100%" in shown and "loss 0.0006" in shown and "1 diverged" in shown
 
@@ -348,7 +363,9 @@ def test_what_there_is_is_kept_when_it_is_interrupted():
 
     tx, batches = gdx.watch(gdx.adamw(0.1), 4), jnp.arange(40.0)
     run = functools.partial(gdx.train, bowl, tx, jnp.ones(3), evaluate=lambda theta: theta[0], every=8)
-    found, expected = run(batches, progress=stop), run(batches[:20])
+    with pytest.warns(UserWarning, match=r"train: interrupted after 0\.5 of the steps; what they made is returned"):
+        found = run(batches, progress=stop)
+    expected = run(batches[:20])
     assert_same_bits(found[:3], expected[:3])
     assert found.watched.step.tolist() == expected.watched.step.tolist() == [0, 4, 8, 12, 16]
     assert found.evaluated.step.tolist() == [8, 16] and expected.evaluated.step.tolist() == [8, 16, 20]
@@ -360,6 +377,90 @@ def test_what_there_is_is_kept_when_it_is_interrupted():
         gdx.train(at_once, tx, jnp.ones(3), batches, progress=stop)
 
 
+def pressed_at(fraction):
+    """Ctrl-C, in the middle of what waits for a part."""
+
+    def progress(done, least, diverged):
+        if done >= fraction:
+            signal.raise_signal(signal.SIGINT)
+
+    return progress
+
+
+def test_a_sweep_in_parts_keeps_what_there_is():
+    traced = []
+
+    def counted(*arguments):
+        traced.append(1)
+        return loss(*arguments)
+
+    made = {"model_state": jax.random.uniform, "keys": KEYS, "evaluate": score, "chunk_size": 4}
+    whole = gdx.sweep(loss, GRID, init, batches_of, **made)
+    found = gdx.sweep(counted, GRID, init, batches_of, progress=lambda *_: None, **made)
+    close(found[1:], whole[1:])
+    traced.clear()
+    with pytest.warns(UserWarning, match=r"sweep: interrupted after 0\.417 of the steps; what they made is returned"):
+        found = gdx.sweep(counted, GRID, init, batches_of, progress=pressed_at(0.4), **made)
+    assert not traced  # the programs are found again
+    # chunks of members 0, 2, 4 with a copy, and of 1, 3, 5
+    assert found.steps.tolist() == [10, 0] * 3 and found.losses.shape == (6, SEEDS, 10)
+    is_made = np.arange(10) < np.asarray(found.steps)[:, None, None]
+    cut = whole.losses[:, :, :10], whole.aux["logits"][:, :, :10]
+    loose(found.losses, np.where(is_made, cut[0], np.nan))
+    loose(found.aux["logits"], np.where(is_made[..., None], cut[1], 0))
+    params, means, *_ = by_hand(gdx.unstack(GRID)[2], init(KEYS[1]), jax.random.uniform(KEYS[1]), batches_of(KEYS[1]))
+    end = jax.tree.map(lambda x: x[int(found.steps[2]) - 1], (params, means))
+    close(jax.tree.map(lambda x: x[2, 1], found.final), score(*end))
+    assert not found.diverged.any() and np.isnan(found.final["mean"][1]).all()
+    assert set(found.ranking(found.losses[..., 0])) == set(np.flatnonzero(found.steps).tolist())
+
+
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_halving_in_parts(chunk_size):
+    rates = np.random.default_rng(0).permutation(np.geomspace(1e-3, 0.6, 16)).tolist()
+    rates[5] = 1e30
+    grid = gdx.grid(gdx.sgd, learning_rate=rates)
+    run = functools.partial(gdx.sweep, bowl, grid, jnp.ones(3), jnp.zeros(9), chunk_size=chunk_size, halve=2)
+    whole, found = run(), run(progress=lambda *_: None)
+    assert_same_bits(tuple(found), tuple(whole))
+    with pytest.warns(UserWarning, match="sweep: interrupted"):
+        found = run(progress=pressed_at(0.7))
+    steps = np.asarray(found.steps)
+    assert sorted(steps) == ([3] * 8 + [6] * 4 + [7] * 4 if chunk_size is None else [3] * 10 + [6] * 6)
+    assert np.all(steps <= whole.steps)
+    is_made = np.arange(found.losses.shape[-1]) < steps[:, None]
+    np.testing.assert_array_equal(found.losses, np.where(is_made, whole.losses[:, : found.losses.shape[-1]], np.nan))
+    dropped = whole.steps == 3
+    np.testing.assert_array_equal(found.final[dropped], whole.final[dropped])
+    at_once = lambda theta, batch: signal.raise_signal(signal.SIGINT)  # noqa: E731
+    with pytest.raises(KeyboardInterrupt):
+        gdx.sweep(at_once, grid, jnp.ones(3), jnp.zeros(9), progress=True)
+
+
+def test_a_range_test_cannot_compare_what_made_other_steps():
+    run = functools.partial(gdx.range_test, bowl, gdx.sgd(0.1), jnp.ones(3), jnp.zeros(9), points=4, low=0.1, high=0.2)
+    with (
+        pytest.warns(UserWarning, match="sweep: interrupted"),
+        pytest.raises(
+            KeyboardInterrupt, match="range_test: interrupted when rates had made different numbers of steps"
+        ),
+    ):
+        run(chunk_size=2, progress=pressed_at(0.7))
+    with pytest.warns(UserWarning, match="sweep: interrupted"):
+        assert run(progress=pressed_at(0.7)).suggested == run().suggested
+
+
+def that_writes(model, batch):
+    model.seen = nnx.Intermediate(model.norm.mean[...])
+    return in_flax(model, batch)
+
+
+class WithSet(eqx.Module):
+    w: jax.Array
+    names: set = dataclasses.field(default_factory=set)
+
+
+MAKERS = {"params": init, "batches": batches_of, "model_state": jax.random.uniform}
 REFUSED = {
     "arrays beside a module": (
         lambda: gdx.train(in_flax, gdx.sgd(0.1), [Flax(KEYS[0]), jnp.ones(2)], DATA),
@@ -407,6 +508,39 @@ REFUSED = {
         lambda: gdx.sweep(loss, GRID, init, DATA, model_state=BEGIN, keys=3),
         TypeError,
         r"sweep: keys is 3; expected random keys, one for each seed, such as jax\.random\.split",
+    ),
+    "variables that appear": (
+        lambda: gdx.train(that_writes, gdx.sgd(0.1), Flax(KEYS[0]), DATA),
+        TypeError,
+        r"train: the loss made or removed \['seen'\].* in the module, as self\.sow .*`return loss, nnx\.pop\(",
+    ),
+    "variables that appear in a sweep": (
+        lambda: gdx.sweep(that_writes, GRID, Flax, DATA, keys=KEYS),
+        TypeError,
+        r"sweep: the loss made or removed \['seen'\]",
+    ),
+    "what has no hash": (
+        lambda: gdx.sweep(bowl, GRID, WithSet(jnp.ones(3)), BATCHES),
+        TypeError,
+        r"sweep: params has something without a hash at \.names .*; expected arrays .* by a function of a key",
+    ),
+    **{
+        f"{name} that a function made": (
+            lambda name=name: gdx.sweep(loss, GRID, **{**MAKERS, name: lambda key: {"x": "a"}}, keys=KEYS),
+            TypeError,
+            rf"^sweep: {name} by its function of a key is 'a' at \['x'\]; expected arrays",
+        )
+        for name in MAKERS
+    },
+    "a batch of one axis": (
+        lambda: gdx.sweep(bowl, gdx.adam(0.1), jnp.ones(3), BATCHES),
+        ValueError,
+        r"^sweep: adam\.learning_rate has shape \(\); expected a batch",
+    ),
+    "what a swept loss returned": (
+        lambda: gdx.sweep(lambda p, b: p, GRID, jnp.ones(3), BATCHES),
+        TypeError,
+        r"^sweep: the loss returned float32\[3\]; expected .* is a state of the model: sweep\(\.\.\., model_state=",
     ),
     "too much halving": (
         lambda: gdx.sweep(loss, GRID, START, DATA, model_state=BEGIN, halve=3),

@@ -205,14 +205,18 @@ def test_a_sharded_population_is_trained_in_place(kind, chunk_size):
     assert not np.any(found.diverged)
 
 
+@pytest.mark.parametrize("jitted", [False, True])
 @pytest.mark.parametrize("chunk_size", [None, 3])
-def test_progress_comes_from_inside(chunk_size):
+def test_progress_comes_from_inside(chunk_size, jitted):
     calls = []
 
     def progress(done, least, diverged):
         calls.append((done, least, diverged))
 
-    gdx.sweep(loss, GRID, START, jnp.tile(EXAMPLES, (10, 1)), chunk_size=chunk_size, progress=progress)
+    batches = jnp.tile(EXAMPLES, (10, 1))
+    run = functools.partial(gdx.sweep, loss, GRID, START, chunk_size=chunk_size, progress=progress)
+    found = jax.jit(lambda x: run(x)[1:])(batches) if jitted else run(batches)[1:]
+    assert_same_bits(found, run(batches, progress=False)[1:])
     jax.effects_barrier()
     fractions = [done for done, *_ in calls]
     assert fractions == sorted(fractions) and fractions[-1] == 1 and 100 <= len(calls) <= 200
@@ -223,9 +227,12 @@ def test_progress_ends_with_the_last_step_and_leaves_out_copies():
     calls = []
     batch = gdx.grid(gdx.sgd, learning_rate=[1e-2, 1e-3, 1e-4, 1e30])  # the last chunk has two copies of the last
     steps = jnp.tile(EXAMPLES, (9, 1))[:175]  # 350 in two chunks, which is no multiple of what lies between reports
-    gdx.sweep(loss, batch, START, steps, chunk_size=3, progress=lambda *call: calls.append(call))
-    jax.effects_barrier()
-    assert calls[-1][0] == 1 and max(diverged for *_, diverged in calls) == 1
+    run = functools.partial(gdx.sweep, loss, batch, START, chunk_size=3, progress=lambda *call: calls.append(call))
+    for way in (run, jax.jit(lambda steps: run(steps).losses)):
+        way(steps)
+        jax.effects_barrier()
+        assert calls[-1][0] == 1 and max(diverged for *_, diverged in calls) == 1
+        calls.clear()
 
 
 def test_progress_of_few_steps():

@@ -22,7 +22,8 @@ from gdx.checks import kind_of, nodes_of, state_kinds
 from gdx.compat import wrap_key_data
 from gdx.extra import needs
 from gdx.fields import to_integer
-from gdx.trees import path_text
+from gdx.transform import Transform
+from gdx.trees import is_array, path_text
 
 
 class CheckpointError(ValueError):
@@ -214,7 +215,7 @@ class Checkpoints:
         problem = manifest.check(content, tx, params, state, allow)
         if problem:
             raise CheckpointError(f"restore: {self._name(step)} {problem}")
-        values = self._arrays(step, content["arrays"], manifest.leaves(params, state))
+        values = self._arrays("restore", step, content["arrays"], manifest.leaves(params, state))
         params, state = jax.tree.unflatten(jax.tree.structure((params, state)), values)
         return Restored(step, params, state, content["extra"])
 
@@ -231,9 +232,9 @@ class Checkpoints:
             `gdx.groups`): where one matches, the array that is passed stays, such as that of a new head.
 
         Raises:
-          TypeError: step is no integer, or skip no sequence of patterns.
-          ValueError: a pattern is no regular expression, or matches nothing; it matches what has no value, such as a
-            `jax.ShapeDtypeStruct`; nothing is left to be read.
+          TypeError: step is no integer, skip no sequence of patterns, or params holds something else than arrays.
+          ValueError: two parameters have the same path; a pattern is no regular expression, or matches nothing; it
+            matches what has no value, such as a `jax.ShapeDtypeStruct`; nothing is left to be read.
           CheckpointError: there is none, it is not what was saved, or it lacks a parameter in this shape and dtype.
 
         >>> import gdx, jax.numpy as jnp, tempfile
@@ -247,14 +248,15 @@ class Checkpoints:
         >>> folder.cleanup()
         """
         skip = _sequence("restore_params: skip", skip, "patterns, such as ['^head']")
-        targets = manifest.leaves(params, None)
+        _check_params("restore_params: params", params)
+        targets = manifest.leaves(params, None, "restore_params")
         skipped = dict.fromkeys(manifest.skipped(skip, manifest.of_params(targets)))
         step, content = self._read("restore_params", step)
         wanted = {path: x for path, x in targets.items() if path.partition("/")[2] not in skipped}
         problem = manifest.check_params(content, manifest.of_params(wanted), skip)
         if problem:
             raise CheckpointError(f"restore_params: {self._name(step)} {problem}")
-        found = dict(zip(wanted, self._arrays(step, content["arrays"], wanted)))
+        found = dict(zip(wanted, self._arrays("restore_params", step, content["arrays"], wanted)))
         params = jax.tree.unflatten(jax.tree.structure(params), [found.get(path, x) for path, x in targets.items()])
         unread = manifest.of_params({path: x for path, x in content["arrays"].items() if path not in wanted})
         return RestoredParams(step, params, content["extra"], tuple(skipped), tuple(unread))
@@ -265,18 +267,21 @@ class Checkpoints:
         Raises:
           CheckpointError: something went wrong on the way, such as a full disk.
         """
+        self._wait("save")
+
+    def _wait(self, method: str) -> None:
         if "_manager" in vars(self):
-            with self._writing():
+            with self._writing(method):
                 self._manager.wait_until_finished()
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _writing(self, method: str = "save") -> Iterator[None]:
         """One kind of error, whatever Orbax and the system call it."""
         try:
             yield
         except Exception as error:
             raise CheckpointError(
-                f"save: a checkpoint in {self.directory} could not be written; the ones before are intact. "
+                f"{method}: a checkpoint in {self.directory} could not be written; the ones before are intact. "
                 f"{type(error).__name__}: {error}"
             ) from error
 
@@ -311,29 +316,31 @@ class Checkpoints:
     def _name(self, step: int) -> str:
         return f"the checkpoint of step {step} in {self.directory}"
 
-    def _chosen(self, step: int | None) -> int:
+    def _chosen(self, method: str, step: int | None) -> int:
+        if os.path.isfile(self.directory):
+            raise CheckpointError(f"{method}: {self.directory} is no directory; give Checkpoints that of a run")
         steps = self.steps
         if not steps:
-            raise CheckpointError(f"restore: there is no checkpoint in {self.directory}")
+            raise CheckpointError(f"{method}: there is no checkpoint in {self.directory}")
         if step is not None and step not in steps:
             raise CheckpointError(
-                f"restore: {self.directory} has no checkpoint of step {step}; choose from {', '.join(map(str, steps))}"
+                f"{method}: {self.directory} has no checkpoint of step {step}; choose from {', '.join(map(str, steps))}"
             )
         return steps[-1] if step is None else step
 
-    def _damaged(self, step: int, what: str) -> CheckpointError:
+    def _damaged(self, method: str, step: int, what: str) -> CheckpointError:
         others = [str(other) for other in self.steps if other != step]
         mend = f". Take another one: pass step={' or '.join(others)}" if others else ""
-        return CheckpointError(f"restore: {self._name(step)} is damaged, or not one of gdx: {what}{mend}")
+        return CheckpointError(f"{method}: {self._name(step)} is damaged, or not one of gdx: {what}{mend}")
 
     def _read(self, method: str, step: int | None) -> tuple[int, dict[str, Any]]:
         """The step of a checkpoint, and its manifest."""
         step = None if step is None else _integer(f"{method}: step", step, 0)
-        self.wait()
-        step = self._chosen(step)
-        return step, self._manifest(step)
+        self._wait(method)
+        step = self._chosen(method, step)
+        return step, self._manifest(method, step)
 
-    def _manifest(self, step: int) -> dict[str, Any]:
+    def _manifest(self, method: str, step: int) -> dict[str, Any]:
         import orbax.checkpoint as ocp
 
         try:
@@ -341,16 +348,16 @@ class Checkpoints:
             content = found["manifest"]
             version, intact = content["format"], content["digest"] == manifest.digest(content)
         except Exception as error:
-            raise self._damaged(step, f"its manifest cannot be read ({_line(error)})") from error
+            raise self._damaged(method, step, f"its manifest cannot be read ({_line(error)})") from error
         if version != manifest.FORMAT:
             raise CheckpointError(
-                f"restore: {self._name(step)} has format {version!r}; this version of gdx reads {manifest.FORMAT}"
+                f"{method}: {self._name(step)} has format {version!r}; this version of gdx reads {manifest.FORMAT}"
             )
         if not intact or content["step"] != step:
-            raise self._damaged(step, "its manifest is not what was saved with it")
+            raise self._damaged(method, step, "its manifest is not what was saved with it")
         return content
 
-    def _arrays(self, step: int, saved: Mapping[str, Any], targets: Mapping[str, Any]) -> list[Any]:
+    def _arrays(self, method: str, step: int, saved: Mapping[str, Any], targets: Mapping[str, Any]) -> list[Any]:
         """The arrays at the targets' paths, placed as they are."""
         import orbax.checkpoint as ocp
 
@@ -369,10 +376,10 @@ class Checkpoints:
             found = self._manager.restore(step, args=ocp.args.Composite(arrays=args))["arrays"] if wanted else {}
             read = {path: functools.reduce(operator.getitem, path.split("/"), found) for path in wanted}
         except Exception as error:
-            raise self._damaged(step, f"its arrays cannot be read ({_line(error)})") from error
+            raise self._damaged(method, step, f"its arrays cannot be read ({_line(error)})") from error
         for path, x in read.items():
             if checksum(x) != saved[path][2]:
-                raise self._damaged(step, f"{path} is not what was saved")
+                raise self._damaged(method, step, f"{path} is not what was saved")
         return [_placed(read.get(path), target) for path, target in targets.items()]
 
 
@@ -389,6 +396,19 @@ def _sequence(label: str, value: Any, what: str) -> tuple[Any, ...]:
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         raise TypeError(f"{label} is {value!r}; expected a sequence of {what}")
     return tuple(value)
+
+
+def _check_params(label: str, params: Any) -> None:
+    """Raises unless it is a tree of arrays, or of their shapes."""
+    found = jax.tree_util.tree_leaves_with_path(params)
+    # a lone number is more likely a step
+    strange = [(path, x) for path, x in found if not is_array(x) or (not path and not hasattr(x, "shape"))]
+    if strange or not found or isinstance(params, Transform):
+        path, x = strange[0] if strange else ((), params)
+        raise TypeError(
+            f"{label} is {reprlib.repr(x)} at {path_text(path)}; expected a tree of arrays or jax.ShapeDtypeStructs "
+            f"like the saved parameters: of modules, nnx.state(model) or eqx.filter(model, eqx.is_array)"
+        )
 
 
 def _check_order(call: str, tx: Any, params: Any, state: Any) -> None:

@@ -52,8 +52,8 @@ def digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps({**content, "digest": None}, sort_keys=True).encode()).hexdigest()
 
 
-def leaves(params: Any, state: Any) -> dict[str, Any]:
-    """Every leaf of both by its path, with slashes between names.
+def leaves(params: Any, state: Any, label: str = "checkpoint") -> dict[str, Any]:
+    """Every leaf of both by its path, with slashes between names; errors start with the label.
 
     Raises:
       ValueError: two paths are the same text, or one holds an address: neither could be found again.
@@ -67,7 +67,7 @@ def leaves(params: Any, state: Any) -> dict[str, Any]:
         is_twice = counts[text.replace("/", ".")] > 1 or f"{text}/" in folders
         if is_twice or ADDRESS.search(text):
             raise ValueError(
-                f"checkpoint: {'two leaves are' if is_twice else 'a leaf is'} called {text}, by which a leaf cannot be "
+                f"{label}: {'two leaves are' if is_twice else 'a leaf is'} called {text}, by which a leaf cannot be "
                 f"found again; give the keys in its path texts that tell them apart, slashes and dots alike, and are "
                 f"the same in every process"
             )
@@ -171,8 +171,24 @@ def _mend_params(arrays: Mapping[str, Any], targets: Mapping[str, Any], skip: Se
         values = "" if all(map(_has_value, unlike.values())) else ", with arrays, not shapes, where that matches"
         said.append(f"To take what fits: restore_params(params{patterns}){values}")
     elif not cast:
-        said.append("None of the parameters fits")
+        said.append(_inside(arrays, targets) or "None of the parameters fits")
     return ". ".join(said)
+
+
+def _inside(arrays: Mapping[str, Any], targets: Mapping[str, Any]) -> str:
+    """Where all of the targets are like what folders of the saved parameters have: how to ask for that."""
+    first, folders = next(iter(targets)), list[str]()
+    for found in arrays:
+        folder = found.removesuffix(first).rstrip("/") if first else found
+        inner = {"/".join(filter(None, (folder, path))): x for path, x in targets.items()}
+        if found in inner and all(arrays.get(path, [])[:2] == _described(x) for path, x in inner.items()):
+            folders.append(folder)
+    if not folders:
+        return ""
+    tree = "params"
+    for name in reversed(folders[0].split("/")):
+        tree = f"{{{name!r}: {tree}}}"
+    return f"They are like what it has at {_listed(folders)}: ask for it there, as in restore_params({tree})"
 
 
 def _patterns(unlike: Mapping[str, Any], targets: Mapping[str, Any]) -> list[str]:

@@ -25,7 +25,7 @@ from gdx.plot.style import (
     words,
 )
 from gdx.population import mean_and_error, to_scores
-from gdx.sweeping import RangeTest
+from gdx.sweeping import RangeTest, Sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,7 +83,7 @@ def loss_curves(history: Any, ax: "Axes | None" = None, *, steps: Mapping[str, A
 
 
 def sweep(
-    labels: Sequence[Mapping[str, float]],
+    labels: Sequence[Mapping[str, float]] | Sweep,
     score: Any,
     ax: "Axes | None" = None,
     *,
@@ -94,11 +94,12 @@ def sweep(
 
     Of more hyperparameters the first two are shown, with the least score over the others. The least score of all is
     marked, also as one at the edge of what was tried, if none further in is as good and the edge is not 0, and so is
-    every point without a finite score ("diverged"). A figure without a layout engine gets the constrained one, which
+    every point without a finite score ("diverged"). Of a `gdx.Sweep`, the points that halving dropped, or that an
+    interruption left behind, are marked as unfinished. A figure without a layout engine gets the constrained one, which
     leaves room for the legend.
 
     Args:
-      labels: the hyperparameters of each point, as `gdx.labels` gives them.
+      labels: the hyperparameters of each point, as `gdx.labels` gives them; or what `gdx.sweep` returned.
       score: of shape (points,): the smaller the better; NaN or infinite for a point that diverged. Of shape
         (points, seeds), as of a sweep with keys, their mean is drawn, along a curve with its standard error.
       ax: the axes to draw on; None for new ones.
@@ -121,19 +122,27 @@ def sweep(
     >>> ax.get_xlabel(), [text.get_text() for text in ax.get_legend().get_texts()]
     ('learning rate', ['best: 0.2', 'diverged'])
     """
-    if not isinstance(labels, Sequence) or any(
-        not isinstance(point, Mapping) or point.keys() != labels[0].keys() or not all(map(is_number, point.values()))
-        for point in labels
+    of_sweep = labels if isinstance(labels, Sweep) else None
+    points: Any = labels if of_sweep is None else of_sweep.labels
+    if not isinstance(points, Sequence) or any(
+        not isinstance(point, Mapping) or point.keys() != points[0].keys() or not all(map(is_number, point.values()))
+        for point in points
     ):
         raise TypeError(
-            f"plot.sweep: labels is {reprlib.repr(labels)}; expected a list, the same hyperparameters of each point, "
+            f"plot.sweep: labels is {reprlib.repr(points)}; expected a list, the same hyperparameters of each point, "
             f"as in plot.sweep(gdx.labels(batch), score, ax)"
         )
-    if not labels or not labels[0]:
+    if not points or not points[0]:
         raise ValueError("plot.sweep: the points differ in no hyperparameter; expected labels such as gdx.labels gives")
     seeds = np.shape(score)[1:2] if is_real(score) else ()
-    score = to_scores("plot.sweep", score, (len(labels), *seeds), "label and seed" if seeds else "label")
-    score, errors = mean_and_error(np.where(np.isfinite(score), score, np.nan).reshape(len(labels), -1))
+    score = to_scores("plot.sweep", score, (len(points), *seeds), "label and seed" if seeds else "label")
+    score, errors = mean_and_error(np.where(np.isfinite(score), score, np.nan).reshape(len(points), -1))
+    unfinished = np.zeros(len(points), bool)
+    if of_sweep is not None:
+        diverged = np.asarray(of_sweep.diverged).reshape(len(points), -1).any(axis=1)
+        unfinished = (np.asarray(of_sweep.steps) < of_sweep.losses.shape[-1]) & ~diverged
+        # fewer steps are no fair comparison
+        score = np.where(diverged | unfinished, np.nan, score)
     if limits is not None:
         limits = tuple(ascending("plot.sweep: limits", limits, "(low, high) with low < high", 2).tolist())
     of_kind("plot.sweep: name", name, str, "text")
@@ -142,21 +151,22 @@ def sweep(
     if figure is not None and figure.get_layout_engine() is None:
         with contextlib.suppress(RuntimeError):  # a colour bar that was made without one
             figure.set_layout_engine("constrained")
-    names = list(labels[0])[:2]
-    values = [sorted({point[key] for point in labels}) for key in names]
+    names = list(points[0])[:2]
+    values = [sorted({point[key] for point in points}) for key in names]
     best = np.full([len(v) for v in values], np.nan)
-    tried = np.zeros(best.shape, bool)
-    for point, value in zip(labels, score):
+    tried, left = np.zeros(best.shape, bool), np.zeros(best.shape, bool)
+    for point, value, is_left in zip(points, score, unfinished):
         cell = tuple(v.index(point[key]) for key, v in zip(names, values))
         best[cell] = np.fmin(best[cell], value if np.isfinite(value) else np.nan)
         tried[cell] = True
+        left[cell] |= is_left
     if len(names) == 1:
-        error = np.array([errors[[point[names[0]] for point in labels].index(x)] for x in values[0]])
-        _curve(ax, names, values, best, error, name, limits)
+        error = np.array([errors[[point[names[0]] for point in points].index(x)] for x in values[0]])
+        _curve(ax, names, values, best, error, left, name, limits)
     elif tried.all():
-        _heat_map(ax, names, values, best, name, limits)
+        _heat_map(ax, names, values, best, left, name, limits)
     else:
-        _scatter(ax, names, [[point[key] for point in labels] for key in names], score, name, limits)
+        _scatter(ax, names, [[point[key] for point in points] for key in names], score, unfinished, name, limits)
     return ax
 
 
@@ -207,6 +217,7 @@ def _curve(
     values: list[list[float]],
     best: np.ndarray,
     error: np.ndarray,
+    left: np.ndarray,
     name: str,
     limits: Limits,
 ) -> None:
@@ -214,8 +225,7 @@ def _curve(
     ax.plot(x, best, marker="o", markersize=4, color=COLOURS[0])
     if np.any(error > 0):
         ax.fill_between(x, best - error, best + error, color=COLOURS[0], alpha=0.2, label="standard error of the mean")
-    diverged = ~np.isfinite(best)
-    if not diverged.all():
+    if np.isfinite(best).any():
         at = int(np.nanargmin(best))
         ax.plot(
             x[at],
@@ -226,10 +236,8 @@ def _curve(
             linestyle="none",
             label=f"best: {distinct(values[0])[at]}{_at_edge(best, x)}",
         )
-    if diverged.any():
-        # along the upper edge: there is no loss to draw them at
-        top = ax.get_xaxis_transform()
-        ax.plot(x[diverged], np.full(diverged.sum(), 0.97), "x", color="0.4", transform=top, label="diverged")
+    # along the upper edge: there is no loss to draw them at
+    _mark_missing(ax, best, left, x, np.full(len(x), 0.97), transform=ax.get_xaxis_transform())
     if _is_logarithmic(x):
         ax.set_xscale("log")
     if spans_decades(best if limits is None else np.asarray(limits)):
@@ -242,8 +250,22 @@ def _curve(
     add_legend(ax)
 
 
+def _mark_missing(ax: "Axes", score: np.ndarray, left: np.ndarray, x: Any, y: Any, **place: Any) -> None:
+    """Marks the points without a score, by why."""
+    missing = ~np.isfinite(score)
+    for marker, label, these in (("x", "diverged", missing & ~left), (".", "unfinished", missing & left)):
+        if these.any():
+            ax.plot(x[these], y[these], marker, color="0.4", label=label, **place)
+
+
 def _scatter(
-    ax: "Axes", names: list[str], values: list[list[float]], score: np.ndarray, name: str, limits: Limits
+    ax: "Axes",
+    names: list[str],
+    values: list[list[float]],
+    score: np.ndarray,
+    left: np.ndarray,
+    name: str,
+    limits: Limits,
 ) -> None:
     y, x = map(np.asarray, values)
     finite = np.isfinite(score)
@@ -252,8 +274,7 @@ def _scatter(
         _add_bar(ax, drawn, score[finite], name, limits)
         best = int(np.nanargmin(np.where(finite, score, np.nan)))
         _mark_best(ax, x[best], y[best], _at_edge(score, x, y))
-    if not finite.all():
-        ax.plot(x[~finite], y[~finite], "x", color="0.4", linestyle="none", label="diverged")
+    _mark_missing(ax, score, left, x, y)
     for set_scale, points in ((ax.set_xscale, x), (ax.set_yscale, y)):
         if _is_logarithmic(points):
             set_scale("log")
@@ -312,14 +333,19 @@ def _mark_best(ax: "Axes", x: Any, y: Any, at_edge: str) -> None:
 
 
 def _heat_map(
-    ax: "Axes", names: list[str], values: list[list[float]], best: np.ndarray, name: str, limits: Limits
+    ax: "Axes",
+    names: list[str],
+    values: list[list[float]],
+    best: np.ndarray,
+    left: np.ndarray,
+    name: str,
+    limits: Limits,
 ) -> None:
     image = ax.imshow(np.ma.masked_invalid(best), origin="lower", aspect="auto", cmap="viridis_r")
     _add_bar(ax, image, best, name, limits)
-    diverged = np.argwhere(~np.isfinite(best))
-    if len(diverged):
-        ax.plot(diverged[:, 1], diverged[:, 0], "x", color="0.4", linestyle="none", label="diverged")
-    if len(diverged) < best.size:
+    rows, columns = np.indices(best.shape)
+    _mark_missing(ax, best, left, columns, rows)
+    if np.isfinite(best).any():
         row, column = np.unravel_index(np.nanargmin(best), best.shape)
         _mark_best(ax, column, row, _at_edge(best, *np.meshgrid(*values, indexing="ij")))
     for axis, key, points, most in ((ax.yaxis, names[0], values[0], 9), (ax.xaxis, names[1], values[1], 6)):

@@ -136,7 +136,7 @@ def is_like(x, y):
 
 
 def test_a_model_of_which_nothing_fits(saved):
-    for model in ({"a": jnp.ones(3)}, jnp.ones(3), gdx.adam(0.1)):
+    for model in ({"a": jnp.ones(3)}, jnp.ones(3), {"w": jnp.ones((8, 2)), "b": jnp.ones(3)}):
         with pytest.raises(CheckpointError, match=r"it has nothing at .*\. None of the parameters fits$"):
             saved.restore_params(model)
     cast = jax.tree.map(lambda x: x.astype("bfloat16"), MODEL)
@@ -157,13 +157,34 @@ def test_a_model_of_which_nothing_fits(saved):
             r"the pattern 'tail' matches no path of params; .*The paths are head.1./b",
         ),
         ({"skip": [""]}, ValueError, "nothing is left to be read"),
-        ({"params": None}, ValueError, "nothing is left to be read"),
+        *(
+            ({"params": x}, TypeError, r"params is .* at the root; expected a tree of arrays or jax\.ShapeDtypeStructs")
+            for x in (None, {}, 1, "run", gdx.adam(0.1), abs)
+        ),
+        ({"params": optax.adam(0.1)}, TypeError, r"params is <function .* at \.init; expected a tree of arrays"),
+        ({"params": {"a": {"b": 1.0}, "a/b": 2.0}}, ValueError, "two leaves are called params/a/b"),
+        ({"step": 7}, CheckpointError, r".* has no checkpoint of step 7; choose from 1$"),
         ({"step": 1.0}, TypeError, r"step is 1\.0; expected an integer"),
     ],
 )
 def test_what_restore_params_refuses(arguments, error, said, saved):
     with pytest.raises(error, match=f"restore_params: {said}"):
         saved.restore_params(**{"params": MODEL} | arguments)
+
+
+def test_a_part_of_the_saved_parameters_is_found(saved):
+    for part, at in (
+        (MODEL["layers"][1], r"head\[1\], layers/0, layers/1 and others"),
+        (MODEL["layers"], "layers"),
+        (jnp.ones(()), None),
+    ):
+        said = f"They are like what it has at {at}: ask for it there, as in" if at else "None of the parameters fits$"
+        with pytest.raises(CheckpointError, match=rf"^restore_params: .*\. {said}") as error:
+            saved.restore_params(zeros(part))
+        if at:
+            found = eval(str(error.value).rpartition("restore_params")[2], {"params": part})
+            found = jax.tree.leaves(saved.restore_params(found).params)
+            assert_same_bits(found, jax.tree.leaves(MODEL["head[1]"] if "head" in at else part))
 
 
 def test_what_stays_has_a_value(saved):

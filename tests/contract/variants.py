@@ -494,8 +494,8 @@ VARIANTS = list(map(Variant._make, (
     ("the better half dropped", "test_real_models.py::test_halving_drops_the_worse_half[None-None]", "sweeping:jnp",
      like(jnp, argsort=lambda x: jnp.argsort(-x))),
     ("a state of the model that stands still", "test_real_models.py::test_a_loss_with_state_keys_and_aux[False-False]",
-     "training:_returned", lambda right, returned, model_state:
-     (*(found := right(returned, model_state))[:1], *model_state, *([None] * (not model_state)), *found[2:])),
+     "training:_returned", lambda right, name, returned, model_state:
+     (*(found := right(name, returned, model_state))[:1], *model_state, *([None] * (not model_state)), *found[2:])),
     ("evaluated with the state of the start", "test_real_models.py::test_a_loss_with_state_keys_and_aux[False-False]",
      "training:_evaluation", lambda right, name, evaluate, parts, start, variables:
      lambda params, _: right(name, evaluate, parts, start, variables)(params, variables)),
