@@ -18,7 +18,7 @@ from gdx.mesh import names_of as axes_of
 from gdx.modules import take_apart
 from gdx.sharding.placement import plan_of
 from gdx.sharding.state import bare, check_layout
-from gdx.storage.blocks import is_packed
+from gdx.storage.blocks import is_packed, nbytes
 from gdx.transform import Transform, to_transform
 from gdx.values import Value, names_of, size_of
 
@@ -234,7 +234,7 @@ def describe(
         given = zip(arrays, plan.state, plan.follows)
         places = [(spec, *_part(x.shape, mesh, axis, spec, follows)) for (_, x), spec, follows in given]
     leaves = [
-        Leaf(jax.tree_util.keystr(path), moment, form, spec, _nbytes(x), _nbytes(x.update(shape=part)), why, why_whole)
+        Leaf(jax.tree_util.keystr(path), moment, form, spec, nbytes(x), nbytes(x.update(shape=part)), why, why_whole)
         for (path, x), (moment, form, why_whole), (spec, part, why) in zip(arrays, itertools.chain(*about), places)
     ]
     found = tuple(group for each, of_each in notes.groups.values() for group in _groups(each, of_each))
@@ -299,10 +299,6 @@ def _format(node: Any) -> str:
 def _noted(notes: dict[tuple, list[str]], path: tuple) -> str:
     """What is noted of the moment there: of links whose moments have one name, the first has noted it first."""
     return next((notes[path[i:]].pop(0) for i in range(len(path)) if notes.get(path[i:])), "")
-
-
-def _nbytes(x: Any) -> int:
-    return x.size * x.dtype.itemsize
 
 
 def _part(

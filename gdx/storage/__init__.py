@@ -37,7 +37,7 @@ are not. States in 8 bits go through Orbax, pickle and equinox, but not through 
 of `optax.partition`, need seeds of their own. `optax.apply_if_finite` goes inside a rounding link, not around it.
 """
 
-from gdx.storage.blocks import Blocks, FourthRoot8, Packed, SignedFourthRoot8
+from gdx.storage.blocks import Blocks, FourthRoot8, Packed, PowersOfTwo4, SignedFourthRoot8, SignedPowersOfTwo4
 from gdx.storage.conversion import convert
 from gdx.storage.dither import Dither
 from gdx.storage.formats import Format, StochasticBfloat16, moment_like, to_storage
@@ -48,7 +48,9 @@ __all__ = [
     "Format",
     "FourthRoot8",
     "Packed",
+    "PowersOfTwo4",
     "SignedFourthRoot8",
+    "SignedPowersOfTwo4",
     "StochasticBfloat16",
     "convert",
     "moment_like",

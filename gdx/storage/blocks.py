@@ -58,7 +58,7 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes
+        return nbytes(self.codes) + nbytes(self.scales)
 
     def __getitem__(self, index: Any) -> "Packed":
         if index is not ...:
@@ -78,6 +78,11 @@ class Packed:
 
 
 jax.tree_util.register_dataclass(Packed, data_fields=["codes", "scales"], meta_fields=["format"])
+
+
+def nbytes(x: Any) -> int:
+    """Bytes of an array on a device, where JAX counts a whole one for each integer of 4 bits."""
+    return -(-x.size * x.dtype.itemsize // (2 if x.dtype in (jnp.int4, jnp.uint4) else 1))
 
 
 def is_packed(x: Any) -> bool:
@@ -398,3 +403,50 @@ class FourthRoot8(_FourthRoot8):
     signed: ClassVar[bool] = False
     keeps_positive: ClassVar[bool] = True
     top: ClassVar[int] = 255
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class SignedPowersOfTwo4(Blocks):
+    code_dtype: ClassVar[Any] = jnp.int4
+    stochastic: ClassVar[bool] = True
+
+    block: int = 128
+    seed: int = 0  # type: ignore[misc]
+
+    def codes(self, x: jax.Array, scales: jax.Array, bits: jax.Array) -> jax.Array:
+        relative = abs(x) / scales
+        # between 0 and the first code, too, the chance is linear
+        first = (relative * 2.0**22 > bits.astype(jnp.float32)).astype(jnp.int32)
+        codes = jnp.where(relative < 2.0**-6, first, _rounded_exponent(relative, bits) + 7)
+        return jnp.where(x < 0, -codes, codes)
+
+    def values(self, codes: jax.Array) -> jax.Array:
+        return jnp.sign(codes) * _power_of_two(abs(codes) - 7)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class PowersOfTwo4(Blocks):
+    code_dtype: ClassVar[Any] = jnp.uint4
+    signed: ClassVar[bool] = False
+    keeps_positive: ClassVar[bool] = True
+    stochastic: ClassVar[bool] = True
+
+    block: int = 128
+    seed: int = 0  # type: ignore[misc]
+
+    def codes(self, x: jax.Array, scales: jax.Array, bits: jax.Array) -> jax.Array:
+        return _rounded_exponent(jnp.maximum(x / scales, 2.0**-15), bits) + 15
+
+    def values(self, codes: jax.Array) -> jax.Array:
+        return _power_of_two(codes - 15)
+
+
+def _rounded_exponent(x: jax.Array, bits: jax.Array) -> jax.Array:
+    """That of one of the two powers of two around each positive number, given 16 random bits."""
+    raw = jax.lax.bitcast_convert_type(x, jnp.uint32) + ((bits << 7) | 64)
+    return (raw >> 23).astype(jnp.int32) - 127
+
+
+def _power_of_two(exponent: jax.Array) -> jax.Array:
+    """Of a whole number in float32: exactly, which `exp2` is not."""
+    return jax.lax.bitcast_convert_type((exponent.astype(jnp.int32) + 127) << 23, jnp.float32)
