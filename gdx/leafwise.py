@@ -84,6 +84,11 @@ class Leafwise(Transform):
         return ()
 
     @property
+    def decays(self) -> tuple[Any, ...]:
+        """By what `accumulate` multiplies each moment, None for one in which `direction` is not linear; () for none."""
+        return ()
+
+    @property
     def is_masked(self) -> bool:
         """Whether the state is in an `optax.MaskedState`, as optax has it where a mask is given."""
         return False

@@ -104,6 +104,10 @@ class scale_by_adam(Leafwise):
     def formats(self) -> tuple[Any, Any]:
         return self.mu_dtype, self.nu_dtype
 
+    @property
+    def decays(self) -> tuple[Any, Any]:
+        return self.b1, None
+
     def start(self, p: jax.Array) -> tuple[Any, Any]:
         return moment_like(p, self.mu_dtype), moment_like(p, self.nu_dtype, real=True)
 

@@ -67,6 +67,10 @@ class scale_by_momentum(Leafwise):
     def formats(self) -> tuple[Any]:
         return (self.accumulator_dtype,)
 
+    @property
+    def decays(self) -> tuple[Any]:
+        return (self.momentum,)
+
     def start(self, p: jax.Array) -> tuple[Any]:
         return (moment_like(p, self.accumulator_dtype),)
 

@@ -293,6 +293,10 @@ class InBlocks(Format):
     format: Blocks
     axis: int
 
+    @property
+    def compensates(self) -> bool:  # type: ignore[override]
+        return self.format.compensates
+
     def encode(self, x: jax.Array, dither: Dither) -> Packed:
         # a position in the flattened array is the same there
         bits = dither.bits(x.shape, self.format.seed) if self.format.stochastic else None
@@ -409,6 +413,7 @@ class FourthRoot8(_FourthRoot8):
 class SignedPowersOfTwo4(Blocks):
     code_dtype: ClassVar[Any] = jnp.int4
     stochastic: ClassVar[bool] = True
+    compensates: ClassVar[bool] = True
 
     block: int = 128
     seed: int = 0  # type: ignore[misc]

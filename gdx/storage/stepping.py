@@ -1,6 +1,7 @@
 """How a step around stored moments is evaluated: decoded, in blocks or whole, and encoded, as fast as XLA allows."""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from gdx.checks import check_returned
 from gdx.mesh import types_of, untyped, varying_alike
+from gdx.numerics import uncontracted
 from gdx.storage.blocks import Blocks, InBlocks, Packed, is_packed
 from gdx.storage.dither import Dither
 from gdx.storage.formats import Format, is_encoded, with_slope_of
@@ -20,6 +22,8 @@ class Formula(Protocol):
 
     @property
     def formats(self) -> tuple[Any, ...]: ...
+    @property
+    def decays(self) -> tuple[Any, ...]: ...
     @property
     def elementwise(self) -> bool: ...
     @property
@@ -115,7 +119,9 @@ def _step(
         is_few = any(format is not None or x.dtype.itemsize < 4 for format, x in zip(formats, moments))
         if is_few and link.in_two_parts:
             stored = _once(lambda: encode(accumulate()), list(moments), dither)
-            u = link.direction(shared, cast(g), cast(p), *map(with_slope_of, accumulate(), decode(stored)))
+            exact, held = accumulate(), decode(stored)
+            used = [_used(*of) for of in itertools.zip_longest(formats, exact, held, link.decays)]
+            u = link.direction(shared, cast(g), cast(p), *used)
             check_returned(link, "direction", (u,), [g], "the update")
             return [u, *stored]
         held = decode(moments)
@@ -125,6 +131,14 @@ def _step(
         stored = encode(new)
         # else what rounding keeps is worked out after the parameters have been overwritten, from a copy
         return _once(lambda: [u, *stored], [], dither) if link.rounds and stored else [u, *stored]
+
+
+def _used(format: Format | None, exact: jax.Array, held: jax.Array, decay: Any) -> jax.Array:
+    """What the direction is taken of, as it is held; with the slope of the exact moment."""
+    if format is not None and format.compensates and decay is not None:
+        # an error adds 1 + decay + decay^2 + ... of itself to the directions of this step and all later ones
+        held = held + uncontracted((exact - held) * (1 / (1 - decay)))
+    return with_slope_of(exact, held)
 
 
 def _once(renew: Callable[[], list[Any]], old: list[Any], dither: Dither | None) -> list[Any]:
