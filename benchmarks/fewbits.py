@@ -95,6 +95,7 @@ BATCH, EVALUATIONS = 128, 30
 BFLOAT16: dict[str, Any] = {"mu_dtype": "bfloat16", "nu_dtype": gdx.storage.StochasticBfloat16()}
 EIGHT_BIT: dict[str, Any] = {"mu_dtype": gdx.storage.SignedFourthRoot8(), "nu_dtype": gdx.storage.FourthRoot8()}
 TURNED: dict[str, Any] = {name: dataclasses.replace(format, axis=-2) for name, format in EIGHT_BIT.items()}
+FOUR_BIT: dict[str, Any] = {"mu_dtype": gdx.storage.SignedPowersOfTwo4(), "nu_dtype": gdx.storage.PowersOfTwo4()}
 LINEAR: dict[str, Any] = {"mu_dtype": Linear8(), "nu_dtype": Linear8()}
 
 # settings of adamw, the link that rounds parameters, their dtype
@@ -104,6 +105,7 @@ FORMATS: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "float32, eps = 1.1e-8": ({"eps": 1.1e-8}, None, jnp.float32),
     "bf16 state": (BFLOAT16, None, jnp.float32),
     "8-bit state": (EIGHT_BIT, None, jnp.float32),
+    "4-bit state": (FOUR_BIT, None, jnp.float32),
     "bf16 parameters, stochastic": ({}, gdx.round_stochastically(), jnp.bfloat16),
     "bf16 parameters, compensated": ({}, gdx.round_with_compensation(), jnp.bfloat16),
     "bf16 parameters, f32 master": ({}, gdx.round_with_master(), jnp.bfloat16),
@@ -221,6 +223,7 @@ def second_moment_after_shrinking(counts: Sequence[int]) -> dict[str, list[float
     formats = {
         "bf16 stochastic": gdx.storage.StochasticBfloat16(),
         "8-bit fourth root": gdx.storage.FourthRoot8(),
+        "4-bit powers of two": gdx.storage.PowersOfTwo4(),
         "(refused) bf16 to nearest": NearestBfloat16(),
         "(refused) 8-bit linear": Linear8(),
     }

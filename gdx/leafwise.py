@@ -31,7 +31,7 @@ class Leafwise(Transform):
         field is one moment, a tree shaped like the parameters.
       Counted: the state's NamedTuple where there are no moments, but a schedule to count for: with `count` alone.
       elementwise: whether `accumulate` and `direction` take each number by itself, so that they may be given
-        the leaf in another shape: moments in blocks of 8 bits then cost less.
+        the leaf in another shape: moments in blocks then cost less.
       rounds: whether this is a link that rounds parameters: `step` then takes `dither` as a keyword, a
         `gdx.storage.Dither` if the state has a count, and its update stays in the dtype it was computed in.
 
