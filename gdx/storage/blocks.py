@@ -95,8 +95,8 @@ def is_packed(x: Any) -> bool:
 class Blocks(Format):
     r"""Base of the formats that hold each number in few bits, relative to the largest of its block.
 
-    A block is a box of at most `block` numbers, and at least a quarter of that: with the default 256, a number of 8 bits
-    takes 8.125 to 8.5. It has all of `axis` and of the axes before it until there are that many, and of the next one the
+    A block is a box of at most `block` numbers, and at least a quarter of that: with 256, 8 bits become 8.125
+    to 8.5. It has all of `axis` and of the axes before it until there are that many, and of the next one the
     longest part that divides it: 256 of 1024 columns, 250 of 1000, all 64 of (512, 8, 64), boxes of 16 x 3 x 3 in
     (128, 64, 3, 3). Where none does, it has as much as `block` allows, and the last block is shorter, at the price of a
     copy in each step. Codes and scales shard like the parameter as long as each shard holds whole blocks.
@@ -469,11 +469,11 @@ class PowersOfTwo4(Blocks):
 
     Rounded up or down at random so that the expected value is the exact one; below $3.1 \cdot 10^{-5} s$, and at 0, it
     is held as that, which makes steps smaller. As $s$ is one of the numbers, a block whose gradients vanish decays
-    exactly. Under Adam the held moment is up to a factor 2 off, and as the mean of $1 / \sqrt v$ is more than that of $v$
-    gives, steps are about 15 % longer on average.
+    exactly. Under Adam the held moment is a factor 2 off at times, and as the mean of $1 / \sqrt v$ is more than that
+    of $v$ gives, steps are about 15 % longer on average.
 
-    A chance is a multiple of $2^{-16}$: with `b2` above 0.9999 the moment decays at a rate that is some percent off where
-    others in its block do not.
+    A chance is a multiple of $2^{-16}$: with `b2` above 0.9999 the moment decays at a rate that is some percent off
+    where others in its block do not.
 
     Args and errors are those of `SignedPowersOfTwo4`.
 

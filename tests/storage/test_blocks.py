@@ -11,7 +11,15 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gdx
-from gdx.storage import Dither, FourthRoot8, Packed, SignedFourthRoot8, StochasticBfloat16
+from gdx.storage import (
+    Dither,
+    FourthRoot8,
+    Packed,
+    PowersOfTwo4,
+    SignedFourthRoot8,
+    SignedPowersOfTwo4,
+    StochasticBfloat16,
+)
 from tests.contract.table import assert_same_bits
 
 SIGMAS = 5.4
@@ -142,8 +150,9 @@ def test_sharded_like_the_parameter_with_the_same_bits(spec, kind):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind,) * 2)
     random = np.random.default_rng(0)
     params, g = (jnp.asarray(random.standard_normal((8, 1024)).astype(np.float32)) for _ in range(2))
+    mu, nu = (SignedPowersOfTwo4(), PowersOfTwo4()) if spec == P(None, "b") else (MU, NU)
     tx = gdx.chain(
-        gdx.sgd(1.0, 0.9, accumulator_dtype=MU), gdx.adamw(0.1, mu_dtype=MU, nu_dtype=NU), gdx.round_stochastically()
+        gdx.sgd(1.0, 0.9, accumulator_dtype=mu), gdx.adamw(0.1, mu_dtype=mu, nu_dtype=nu), gdx.round_stochastically()
     )
 
     def run(params, g):
