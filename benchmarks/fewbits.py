@@ -130,16 +130,20 @@ def start(problem: Problem, key: jax.Array) -> dict[str, Any]:
     return {"layers": layers, "embedding": embedding, **({"filters": filters} if filters else {})}
 
 
+def convolved(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """Images convolved with a kernel of 3 x 3, as a product of matrices: XLA's own takes several times as long here."""
+    size = x.shape[1]
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    parts = [x[:, i : i + size : stride, j : j + size : stride] for i in range(3) for j in range(3)]
+    return jnp.concatenate(parts, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
 def loss(params: Any, inputs: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean cross-entropy in nats, computed in float32."""
     params = jax.tree.map(lambda p: p.astype(jnp.float32), params)
     x = inputs if inputs.dtype == jnp.float32 else params["embedding"][inputs]
     for i, kernel in enumerate(params.get("filters", [])):
-        x = x.reshape(len(x), 8, 8, 1) if i == 0 else x
-        x = jax.lax.conv_general_dilated(
-            x, kernel, (1 + (i > 0),) * 2, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        x = jax.nn.relu(x)
+        x = jax.nn.relu(convolved(x.reshape(len(x), 8, 8, 1) if i == 0 else x, kernel, 1 + (i > 0)))
     x = x.reshape(len(inputs), -1)
     for i, layer in enumerate(params["layers"]):
         x = x @ layer["w"] + layer["b"]

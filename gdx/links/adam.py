@@ -59,7 +59,7 @@ class scale_by_adam(Leafwise):
       eps_root: $\bar\varepsilon \ge 0$, inside it.
       mu_dtype: dtype or storage format of the first moment; None keeps it in the parameter's dtype,
         but at least float32 (optax: in the parameter's dtype). In fewer bits than that, the
-        direction is that of the moment as it is stored.
+        direction is that of the moment as it is stored, but for a format that `compensates`.
       nesterov: whether the first moment looks ahead.
       nu_dtype: the same for the second moment, for which see `gdx.storage`: rounded to nearest, it
         stands still once gradients shrink.
