@@ -84,11 +84,6 @@ class Leafwise(Transform):
         return ()
 
     @property
-    def decays(self) -> tuple[Any, ...]:
-        """By what `accumulate` multiplies each moment, None for one in which `direction` is not linear; () for none."""
-        return ()
-
-    @property
     def is_masked(self) -> bool:
         """Whether the state is in an `optax.MaskedState`, as optax has it where a mask is given."""
         return False
@@ -125,6 +120,13 @@ class Leafwise(Transform):
     def direction(self, shared: Any, g: jax.Array, p: jax.Array, *moments: Any) -> jax.Array:
         """The update, from the new moments."""
         raise NotImplementedError(f"{type(self).__name__} defines neither step nor direction")
+
+    def lasting(self, shared: Any) -> tuple[Any, ...]:
+        r"""How many steps what is added to each moment lasts in `direction`, in sum of its weights: $1 / (1 - \beta)$.
+
+        None for a moment in which the direction is not linear; () if none `compensates`, see `gdx.storage.Format`.
+        """
+        return ()
 
     @property
     def in_two_parts(self) -> bool:

@@ -67,9 +67,8 @@ class scale_by_momentum(Leafwise):
     def formats(self) -> tuple[Any]:
         return (self.accumulator_dtype,)
 
-    @property
-    def decays(self) -> tuple[Any]:
-        return (self.momentum,)
+    def lasting(self, shared: tuple) -> tuple[Any]:
+        return (1 / (1 - self.momentum),)
 
     def start(self, p: jax.Array) -> tuple[Any]:
         return (moment_like(p, self.accumulator_dtype),)

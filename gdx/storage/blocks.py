@@ -432,7 +432,7 @@ class SignedPowersOfTwo4(Blocks):
     $$ \tilde m_t + \frac{m_t - \tilde m_t}{1 - \beta}, \qquad 1 + \beta + \beta^2 + \dots = \frac{1}{1 - \beta}, $$
 
     as long as learning rate and second moment hardly change in $1 / (1 - \beta)$ steps. In `scale_by_adam` and
-    `scale_by_momentum`, and in a link of your own that has `decays`; elsewhere, as in an average of parameters, the
+    `scale_by_momentum`, and in a link of your own that gives `lasting`; elsewhere, as in an average of parameters, the
     error stays.
 
     The slope is that of `SignedFourthRoot8`.

@@ -23,8 +23,6 @@ class Formula(Protocol):
     @property
     def formats(self) -> tuple[Any, ...]: ...
     @property
-    def decays(self) -> tuple[Any, ...]: ...
-    @property
     def elementwise(self) -> bool: ...
     @property
     def rounds(self) -> bool: ...
@@ -34,6 +32,7 @@ class Formula(Protocol):
     step: Callable[..., tuple[jax.Array, ...]]
     accumulate: Callable[..., tuple[jax.Array, ...]]
     direction: Callable[..., jax.Array]
+    lasting: Callable[..., tuple[Any, ...]]
 
 
 def draws(link: Formula) -> bool:
@@ -120,7 +119,7 @@ def _step(
         if is_few and link.in_two_parts:
             stored = _once(lambda: encode(accumulate()), list(moments), dither)
             exact, held = accumulate(), decode(stored)
-            used = [_used(*of) for of in itertools.zip_longest(formats, exact, held, link.decays)]
+            used = [_used(*of) for of in itertools.zip_longest(formats, exact, held, link.lasting(shared))]
             u = link.direction(shared, cast(g), cast(p), *used)
             check_returned(link, "direction", (u,), [g], "the update")
             return [u, *stored]
@@ -133,11 +132,10 @@ def _step(
         return _once(lambda: [u, *stored], [], dither) if link.rounds and stored else [u, *stored]
 
 
-def _used(format: Format | None, exact: jax.Array, held: jax.Array, decay: Any) -> jax.Array:
+def _used(format: Format | None, exact: jax.Array, held: jax.Array, lasting: Any) -> jax.Array:
     """What the direction is taken of, as it is held; with the slope of the exact moment."""
-    if format is not None and format.compensates and decay is not None:
-        # an error adds 1 + decay + decay^2 + ... of itself to the directions of this step and all later ones
-        held = held + uncontracted((exact - held) * (1 / (1 - decay)))
+    if format is not None and format.compensates and lasting is not None:
+        held = held + uncontracted((exact - held) * lasting)
     return with_slope_of(exact, held)
 
 

@@ -389,7 +389,7 @@ VARIANTS = list(map(Variant._make, (
      "storage/test_four_bits.py::test_one_of_two_neighbours_without_bias[format1]",
      "storage.blocks:_rounded_exponent", lambda right, x, bits: right(x, jnp.full_like(bits, 2**15))),
     ("errors of 4 bits add up", "storage/test_four_bits.py::test_errors_do_not_add_up_in_the_parameters",
-     "storage.stepping:_used", lambda right, format, exact, held, decay: right(format, exact, held, None)),
+     "storage.stepping:_used", lambda right, format, exact, held, lasting: right(format, exact, held, None)),
     ("moments of nnx not reassembled", "test_integration.py::test_flax_nnx_optimizer_with_few_bits",
      "storage.blocks:reassembled", lambda right, tree, format: tree),
     ("explicit types within a block",
