@@ -426,14 +426,19 @@ class SignedPowersOfTwo4(Blocks):
        s = \max_{\text{block}} |x|, $$
 
     and 0 for $k = 0$. Rounded up or down at random so that the expected value is the exact one, below $2^{-6} s$
-    too. That error is half as large as a typical moment, and would add up in the parameters. So a step takes back at
-    once what it will add to later ones: with $\tilde m$ the moment as held, the direction is that of
+    too. Errors so large would add up in the parameters. So a step takes back at once what its own will add to later
+    ones: with $\tilde m$ the moment as held, the direction is that of
 
     $$ \tilde m_t + \frac{m_t - \tilde m_t}{1 - \beta}, \qquad 1 + \beta + \beta^2 + \dots = \frac{1}{1 - \beta}, $$
 
-    as long as learning rate and second moment hardly change in $1 / (1 - \beta)$ steps. In `scale_by_adam` and
+    the second term times $1 - \beta^t$ in Adam, whose correction shrinks. In `scale_by_adam` and
     `scale_by_momentum`, and in a link of your own that gives `lasting`; elsewhere, as in an average of parameters, the
     error stays.
+
+    Then parameters are off by some steps at any time, but not by more and more, and by nothing as the learning rate
+    goes to 0. Where gradients in a block differ by orders of magnitude, steps of Adam with $\beta_1 = 0.9$ are
+    1.4 learning rates long in the root mean square (in float32 0.23) and 40 at most, and parameters off by 15. These
+    numbers grow as $1 / (1 - \beta)$: above 0.95, and where gradients are rarely other than 0, take 8 bits.
 
     The slope is that of `SignedFourthRoot8`.
 
