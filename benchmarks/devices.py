@@ -76,7 +76,7 @@ def compiled_step(tx: Any, params: Any, state: Any, options: dict[str, Any] | No
     return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile(options)
 
 
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+_BYTES = {"s4": 0.5, "pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 
 def nbytes_moved(compiled: Any) -> float:
@@ -124,7 +124,7 @@ def nbytes_over_link(compiled: Any) -> tuple[int, int]:
 
 def _size_of(shapes: str) -> int:
     return sum(
-        _BYTES[dtype] * math.prod(map(int, filter(None, shape.split(","))))
+        math.ceil(_BYTES[dtype] * math.prod(map(int, filter(None, shape.split(",")))))
         for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
     )
 

@@ -8,6 +8,7 @@ timings, with their quartiles: below 1, gdx is faster.
 
 import argparse
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from benchmarks.fewbits import (
     BFLOAT16,
     COLUMNS,
     EIGHT_BIT,
+    FOUR_BIT,
     PROBLEMS,
     ROWS,
     TURNED,
@@ -61,6 +63,7 @@ OPTIMIZERS: dict[str, tuple[Any, Any]] = {
     "f32": (gdx.adamw(RATE), jnp.float32),
     "bf16 state": (gdx.adamw(RATE, **BFLOAT16), jnp.float32),
     "8-bit state": (gdx.adamw(RATE, **EIGHT_BIT), jnp.float32),
+    "4-bit state": (gdx.adamw(RATE, **FOUR_BIT), jnp.float32),
     "bf16 everything, stochastic": (_rounded(gdx.round_stochastically(), **BFLOAT16), jnp.bfloat16),
     "bf16 everything, compensated": (_rounded(gdx.round_with_compensation(), **BFLOAT16), jnp.bfloat16),
     "bf16 and f32 master": (_rounded(gdx.round_with_master(), **BFLOAT16), jnp.bfloat16),
@@ -74,7 +77,7 @@ OPTAX: dict[str, tuple[Any, Any]] = {
 
 def nbytes(tree: Any) -> int:
     """Bytes of all arrays of a tree."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    return sum(map(gdx.storage.blocks.nbytes, jax.tree.leaves(tree)))
 
 
 def measure_memory() -> None:
@@ -91,14 +94,15 @@ def measure_memory() -> None:
             rows.append((shapes_name, name, *(f"{size / count:.3f}" for size in sizes_of)))
     print("Bytes per parameter: state as held, as the compiled step takes it, as it donates it; temporary memory\n")
     print(table(["parameters", "optimizer", "held", "taken", "donated", "temporary"], rows), "\n")
-    print("Bytes per parameter of the 8-bit state of models, and the leaves that stay in float32\n")
+    print("Bytes per parameter of the state of models in few bits, and the leaves that stay in float32\n")
     rows = []
-    for name, tree in TREES.items():
-        found = gdx.describe(gdx.adamw(RATE, **EIGHT_BIT), [jax.ShapeDtypeStruct(s, "float32") for s in tree])
+    for (name, tree), bits in itertools.product(TREES.items(), (8, 4)):
+        tx = gdx.adamw(RATE, **{8: EIGHT_BIT, 4: FOUR_BIT}[bits])
+        found = gdx.describe(tx, [jax.ShapeDtypeStruct(s, "float32") for s in tree])
         bytes_whole = sum(place.nbytes for place in found.whole) / found.parameters
         parameters, leaves = f"{found.parameters:,}", f"{len(found.whole) // 2} of {len(tree)}"
-        rows.append((name, parameters, f"{found.nbytes_per_parameter:.3f}", leaves, f"{bytes_whole:.3f}"))
-    print(table(["model", "parameters", "held", "in float32", "their part"], rows), "\n")
+        rows.append((name, parameters, bits, f"{found.nbytes_per_parameter:.3f}", leaves, f"{bytes_whole:.3f}"))
+    print(table(["model", "parameters", "bits", "held", "in float32", "their part"], rows), "\n")
 
 
 def allocate(tx: Any, dtype: Any, shapes: Sequence[tuple[int, ...]]) -> Callable[[], None]:
@@ -147,7 +151,7 @@ def measure_time(rounds: int) -> None:
 
 def measure_devices(kinds: list[str]) -> None:
     """Prints the third table."""
-    floors = dict(zip(OPTIMIZERS, ("28", "20", "16.1", "14", "18", "22", "10.1")))
+    floors = dict(zip(OPTIMIZERS, ("28", "20", "16.1", "14.1", "14", "18", "22", "10.1")))
     layouts = {"axis=-2": TURNED, "whole rows": ROWS, "whole columns": COLUMNS}
     turned = {f"8-bit state, {name}": (gdx.adamw(RATE, **settings), jnp.float32) for name, settings in layouts.items()}
     optimizers, floors = OPTIMIZERS | turned, floors | dict.fromkeys(turned, "16.1")
@@ -177,7 +181,7 @@ def measure_quality() -> None:
     """Prints the fourth and fifth tables."""
     print("Error of the 8-bit update, relative to its root mean square, on the gradients of a float32 run\n")
     steps = (10, 30, 100, 300, 500)
-    errors = [(name, *row) for name in PROBLEMS for row in eight_bit_errors(name, steps).items()]
+    errors = [(name, *row) for name in ("digits", "characters") for row in eight_bit_errors(name, steps).items()]
     rows = [(name, axis, *(f"{error:.3f}" for error in row)) for name, axis, row in errors]
     print(table(["problem", "axis", *(f"step {count}" for count in steps)], rows), "\n")
     found = {f"{name}, axis {axis}, step {count}": x for name, axis, row in errors for count, x in zip(steps, row)}

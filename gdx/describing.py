@@ -18,7 +18,7 @@ from gdx.mesh import names_of as axes_of
 from gdx.modules import take_apart
 from gdx.sharding.placement import plan_of
 from gdx.sharding.state import bare, check_layout
-from gdx.storage.blocks import is_packed
+from gdx.storage.blocks import is_packed, nbytes
 from gdx.transform import Transform, to_transform
 from gdx.values import Value, names_of, size_of
 
@@ -256,7 +256,7 @@ def describe(
     # types, which say in which memory each array is
     memories = ["host" if x.memory_space is jax.memory.Space.Host else "device" for x in traced.out_avals]
     leaves = [
-        Leaf(jax.tree_util.keystr(path), moment, form, spec, _nbytes(x), _nbytes(x.update(shape=part)), *whys, memory)
+        Leaf(jax.tree_util.keystr(path), moment, form, spec, nbytes(x), nbytes(x.update(shape=part)), *whys, memory)
         for (path, x), (moment, form, why_whole), (spec, part, why), memory in zip(
             arrays, itertools.chain(*about), places, memories
         )
@@ -324,10 +324,6 @@ def _format(node: Any) -> str:
 def _noted(notes: dict[tuple, list[str]], path: tuple) -> str:
     """What is noted of the moment there: of links whose moments have one name, the first has noted it first."""
     return next((notes[path[i:]].pop(0) for i in range(len(path)) if notes.get(path[i:])), "")
-
-
-def _nbytes(x: Any) -> int:
-    return x.size * x.dtype.itemsize
 
 
 def _part(

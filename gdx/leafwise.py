@@ -31,7 +31,7 @@ class Leafwise(Transform):
         field is one moment, a tree shaped like the parameters.
       Counted: the state's NamedTuple where there are no moments, but a schedule to count for: with `count` alone.
       elementwise: whether `accumulate` and `direction` take each number by itself, so that they may be given
-        the leaf in another shape: moments in blocks of 8 bits then cost less.
+        the leaf in another shape: moments in blocks then cost less.
       rounds: whether this is a link that rounds parameters: `step` then takes `dither` as a keyword, a
         `gdx.storage.Dither` if the state has a count, and its update stays in the dtype it was computed in.
 
@@ -120,6 +120,13 @@ class Leafwise(Transform):
     def direction(self, shared: Any, g: jax.Array, p: jax.Array, *moments: Any) -> jax.Array:
         """The update, from the new moments."""
         raise NotImplementedError(f"{type(self).__name__} defines neither step nor direction")
+
+    def lasting(self, shared: Any) -> tuple[Any, ...]:
+        r"""How many steps what is added to each moment lasts in `direction`, in sum of its weights: $1 / (1 - \beta)$.
+
+        None for a moment in which the direction is not linear; () if none `compensates`, see `gdx.storage.Format`.
+        """
+        return ()
 
     @property
     def in_two_parts(self) -> bool:

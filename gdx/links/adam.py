@@ -22,7 +22,8 @@ to_second_moment = functools.partial(to_storage, second_moment=True)
 
 
 class _Shared(NamedTuple):
-    """Weights of the new gradient in the moments, and what takes the moments (and g) to their corrected means."""
+    """Weights of the new gradient in the moments, what takes the moments (and g) to their corrected means, and how many
+    steps what is in the first moment lasts, in the corrected mean of this one."""
 
     w1: jax.Array
     w2: jax.Array
@@ -30,6 +31,7 @@ class _Shared(NamedTuple):
     from_g: jax.Array | None
     from_nu: jax.Array
     eps: jax.Array
+    lasting: jax.Array
 
 
 class scale_by_adam(Leafwise):
@@ -59,7 +61,7 @@ class scale_by_adam(Leafwise):
       eps_root: $\bar\varepsilon \ge 0$, inside it.
       mu_dtype: dtype or storage format of the first moment; None keeps it in the parameter's dtype,
         but at least float32 (optax: in the parameter's dtype). In fewer bits than that, the
-        direction is that of the moment as it is stored.
+        direction is that of the moment as it is stored, but for a format that `compensates`.
       nesterov: whether the first moment looks ahead.
       nu_dtype: the same for the second moment, for which see `gdx.storage`: rounded to nearest, it
         stands still once gradients shrink.
@@ -104,17 +106,22 @@ class scale_by_adam(Leafwise):
     def formats(self) -> tuple[Any, Any]:
         return self.mu_dtype, self.nu_dtype
 
+    def lasting(self, shared: _Shared) -> tuple[Any, Any]:
+        return shared.lasting, None
+
     def start(self, p: jax.Array) -> tuple[Any, Any]:
         return moment_like(p, self.mu_dtype), moment_like(p, self.nu_dtype, real=True)
 
     def shared(self, count: jax.Array) -> _Shared:
         # reciprocals, to be multiplied: the compiler rewrites a division by a scalar case by case
-        from_mu, from_g = 1 / _correction(self.b1, count), None
+        past = _correction(self.b1, count)
+        from_mu, from_g = 1 / past, None
         if self.nesterov:
             from_mu, from_g = self.b1 / _correction(self.b1, count + 1), (1 - self.b1) * from_mu
         # with eps = 0, a gradient that is still zero makes no step rather than 0 / 0
         eps = jnp.maximum(self.eps, jnp.finfo(self.eps.dtype).tiny)
-        return _Shared(1 - self.b1, 1 - self.b2, from_mu, from_g, 1 / _correction(self.b2, count), eps)
+        from_nu = 1 / _correction(self.b2, count)
+        return _Shared(1 - self.b1, 1 - self.b2, from_mu, from_g, from_nu, eps, past * (1 / (1 - self.b1)))
 
     def accumulate(
         self, shared: _Shared, g: jax.Array, p: jax.Array | None, mu: jax.Array, nu: jax.Array

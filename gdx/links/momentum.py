@@ -36,7 +36,7 @@ class scale_by_momentum(Leafwise):
       nesterov: whether to look ahead.
       accumulator_dtype: dtype or storage format of the velocity; None keeps it in the parameter's dtype,
         but at least float32 (optax: in the parameter's dtype). In fewer bits than that, the
-        direction is that of the velocity as it is stored.
+        direction is that of the velocity as it is stored, but for a format that `compensates`.
 
     Raises:
       ValueError: momentum is outside [0, 1), or accumulator_dtype is no floating-point dtype
@@ -66,6 +66,9 @@ class scale_by_momentum(Leafwise):
     @property
     def formats(self) -> tuple[Any]:
         return (self.accumulator_dtype,)
+
+    def lasting(self, shared: tuple) -> tuple[Any]:
+        return (1 / (1 - self.momentum),)
 
     def start(self, p: jax.Array) -> tuple[Any]:
         return (moment_like(p, self.accumulator_dtype),)

@@ -24,6 +24,8 @@ class Format:
       keeps_positive: whether no positive number becomes 0, as a second moment needs, for the step
         divides by its root.
       stochastic: whether `encode` draws from its dither.
+      compensates: whether a step takes back at once what the error of rounding will add to later ones: worth it
+        where that error is large. It needs a link that says how `lasting` its moments are.
 
     >>> import dataclasses, gdx, jax.numpy as jnp
     >>> @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Format:
     signed: ClassVar[bool] = True
     keeps_positive: ClassVar[bool] = False
     stochastic: ClassVar[bool] = False
+    compensates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for field in _fields(self):
@@ -292,6 +295,10 @@ class Simulated(Format):
     @property
     def stochastic(self) -> bool:  # type: ignore[override]
         return self.format.stochastic
+
+    @property
+    def compensates(self) -> bool:  # type: ignore[override]
+        return self.format.compensates
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         return self.format.fits(shape)

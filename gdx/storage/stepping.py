@@ -1,6 +1,7 @@
 """How a step around stored moments is evaluated: decoded, in blocks or whole, and encoded, as fast as XLA allows."""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ import numpy as np
 from gdx.checks import check_returned
 from gdx.compat import barrier
 from gdx.mesh import types_of, untyped, varying_alike
+from gdx.numerics import uncontracted
 from gdx.storage.blocks import Blocks, InBlocks, Packed, is_packed, without_slope
 from gdx.storage.dither import Dither
 from gdx.storage.formats import Format, is_encoded, with_slope_of
@@ -31,6 +33,7 @@ class Formula(Protocol):
     step: Callable[..., tuple[jax.Array, ...]]
     accumulate: Callable[..., tuple[jax.Array, ...]]
     direction: Callable[..., jax.Array]
+    lasting: Callable[..., tuple[Any, ...]]
 
 
 def draws(link: Formula) -> bool:
@@ -117,7 +120,9 @@ def _step(
         is_few = any(format is not None or x.dtype.itemsize < 4 for format, x in zip(formats, moments))
         if is_few and link.in_two_parts:
             stored = _once(lambda: encode(accumulate()), list(moments), dither)
-            u = link.direction(shared, cast(g), cast(p), *map(with_slope_of, accumulate(), decode(stored)))
+            exact, held = accumulate(), decode(stored)
+            used = [_used(*of) for of in itertools.zip_longest(formats, exact, held, link.lasting(shared))]
+            u = link.direction(shared, cast(g), cast(p), *used)
             check_returned(link, "direction", (u,), [g], "the update")
             return [u, *stored]
         held = decode(moments)
@@ -127,6 +132,13 @@ def _step(
         stored = encode(new)
         # else what rounding keeps is worked out after the parameters have been overwritten, from a copy
         return _once(lambda: [u, *stored], [], dither) if link.rounds and stored else [u, *stored]
+
+
+def _used(format: Format | None, exact: jax.Array, held: jax.Array, lasting: Any) -> jax.Array:
+    """What the direction is taken of, as it is held; with the slope of the exact moment."""
+    if format is not None and format.compensates and lasting is not None:
+        held = held + uncontracted((exact - held) * lasting)
+    return with_slope_of(exact, held)
 
 
 def _once(renew: Callable[[], list[Any]], old: list[Any], dither: Dither | None) -> list[Any]:

@@ -385,6 +385,11 @@ VARIANTS = list(map(Variant._make, (
     ("a first moment rounded to nearest", "storage/test_blocks.py::test_unbiased_in_value",
      "storage.blocks:_FourthRoot8.codes", lambda right, self, x, scales, bits:
      right(self, x, scales, jnp.full_like(bits, 2**15) if self.signed else bits)),
+    ("powers of two rounded to the nearest",
+     "storage/test_four_bits.py::test_one_of_two_neighbours_without_bias[format1]",
+     "storage.blocks:_rounded_exponent", lambda right, x, bits: right(x, jnp.full_like(bits, 2**15))),
+    ("errors of 4 bits add up", "storage/test_four_bits.py::test_errors_do_not_add_up_in_the_parameters",
+     "storage.stepping:_used", lambda right, format, exact, held, lasting: right(format, exact, held, None)),
     ("moments of nnx not reassembled", "test_integration.py::test_flax_nnx_optimizer_with_few_bits",
      "storage.blocks:reassembled", lambda right, tree, format: tree),
     ("explicit types within a block",

@@ -11,7 +11,15 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gdx
-from gdx.storage import Dither, FourthRoot8, Packed, SignedFourthRoot8, StochasticBfloat16
+from gdx.storage import (
+    Dither,
+    FourthRoot8,
+    Packed,
+    PowersOfTwo4,
+    SignedFourthRoot8,
+    SignedPowersOfTwo4,
+    StochasticBfloat16,
+)
 from tests.contract.table import assert_same_bits
 
 SIGMAS = 5.4
@@ -142,8 +150,9 @@ def test_sharded_like_the_parameter_with_the_same_bits(spec, kind):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind,) * 2)
     random = np.random.default_rng(0)
     params, g = (jnp.asarray(random.standard_normal((8, 1024)).astype(np.float32)) for _ in range(2))
+    mu, nu = (SignedPowersOfTwo4(), PowersOfTwo4()) if spec == P(None, "b") else (MU, NU)
     tx = gdx.chain(
-        gdx.sgd(1.0, 0.9, accumulator_dtype=MU), gdx.adamw(0.1, mu_dtype=MU, nu_dtype=NU), gdx.round_stochastically()
+        gdx.sgd(1.0, 0.9, accumulator_dtype=mu), gdx.adamw(0.1, mu_dtype=mu, nu_dtype=nu), gdx.round_stochastically()
     )
 
     def run(params, g):
@@ -261,7 +270,8 @@ def test_blocks_along_another_axis():
 @pytest.mark.parametrize("shape", [(16, 16), (4, 24, 40)])
 def test_a_step_in_blocks_has_the_bits_of_one_on_whole_leaves(axis, shape, monkeypatch):
     """Other devices than CPUs see a leaf as blocks, if they are whole and the link is elementwise."""
-    mu, nu = SignedFourthRoot8(**SMALL, axis=axis), FourthRoot8(**SMALL, axis=axis)
+    kinds = (SignedPowersOfTwo4, PowersOfTwo4) if (axis, len(shape)) == (-2, 2) else (SignedFourthRoot8, FourthRoot8)
+    mu, nu = (kind(**SMALL, axis=axis) for kind in kinds)
     g, p = (jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)) for seed in range(2))
     seen = []
 

@@ -9,10 +9,12 @@ import optax
 import pytest
 
 import gdx
-from gdx.storage import FourthRoot8, SignedFourthRoot8, Simulated
+from gdx.storage import FourthRoot8, PowersOfTwo4, SignedFourthRoot8, SignedPowersOfTwo4, Simulated
 
 CURVATURES = np.linspace(0.1, 2.0, 8 * 64, dtype=np.float32).reshape(8, 64)
 SIGNED, POSITIVE = SignedFourthRoot8(block=64, minimum_size=1), FourthRoot8(block=64, minimum_size=1)
+
+FOUR = SignedPowersOfTwo4(block=64, minimum_size=1), PowersOfTwo4(block=64, minimum_size=1)
 
 
 def adamw(learning_rate, b1=0.9, b2=0.99, of=lambda format: format):
@@ -104,7 +106,11 @@ def test_on_a_mesh():
     assert one == pytest.approx(-0.1 * CURVATURES.sum(), rel=1e-3)
 
 
-@pytest.mark.parametrize("make", [momentum, adamw])
+def in_four_bits(learning_rate, of):
+    return gdx.adam(learning_rate, mu_dtype=of(FOUR[0]), nu_dtype=of(FOUR[1]))
+
+
+@pytest.mark.parametrize("make", [momentum, adamw, in_four_bits])
 def test_simulated_makes_the_same_steps(make):
     for few, simulated in zip(*(leaves_of_a_run(make(0.1, of=of)) for of in (lambda f: f, Simulated))):
         np.testing.assert_array_equal(few, simulated)
