@@ -11,7 +11,7 @@ from gdx.checks import require_params
 from gdx.fields import static, to_integer
 from gdx.leafwise import Leafwise
 from gdx.storage.dither import Dither
-from gdx.storage.formats import rounded_at_random
+from gdx.storage.formats import rounded_at_random, with_slope_of
 
 
 class CompensationState(NamedTuple):
@@ -22,6 +22,18 @@ class CompensationState(NamedTuple):
     """
 
     compensation: Any
+
+
+class CorrectionState(NamedTuple):
+    """What bfloat16 parameters lack.
+
+    Attributes:
+      count: the number of updates so far.
+      correction: for each parameter, in int8, by how many 256ths of a unit in its last place it is too small in magnitude.
+    """
+
+    count: jax.Array
+    correction: Any
 
 
 class MasterState(NamedTuple):
@@ -118,9 +130,27 @@ class round_with_compensation(_Rounding):
     def step(
         self, shared: tuple, g: jax.Array, p: jax.Array, compensation: jax.Array, *, dither: Dither | None
     ) -> tuple[jax.Array, jax.Array]:
-        s = g + compensation
+        s = _once_on_cpus(g + compensation)
         moved = _to_bfloat16(p + s) - p
-        return moved, s - moved
+        return moved, s - (_added(p, moved).astype(p.dtype) - p)
+
+
+class round_with_correction(_Rounding):
+    State: ClassVar = CorrectionState
+
+    seed: int = static(default=0, convert=to_integer)
+
+    def start(self, p: jax.Array) -> tuple[jax.Array]:
+        return (jnp.zeros_like(p, jnp.int8),)
+
+    def step(
+        self, shared: tuple, g: jax.Array, p: jax.Array, correction: jax.Array, *, dither: Dither
+    ) -> tuple[jax.Array, jax.Array]:
+        bits = dither._replace(field=2).bits(p.shape, self.seed) & 0xFF
+        exact = (_joined(p, correction) + g).astype(jnp.float32)
+        master = _once_on_cpus(rounded_at_random(exact, bits, 8))
+        moved = _upper_part(master).astype(p.dtype) - p
+        return moved, _last_byte(master, _added(p, moved))
 
 
 class round_with_master(_Rounding):
@@ -167,3 +197,53 @@ class round_with_master(_Rounding):
 def _to_bfloat16(x: jax.Array) -> jax.Array:
     """Rounded to nearest, but in x's dtype: a pair of conversions is one that the compiler takes away."""
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+def _added(p: jax.Array, moved: jax.Array) -> jax.Array:
+    """The parameter that `optax.apply_updates` makes, in float32: in its words, so that one kernel does both."""
+    return (p + moved).astype(jnp.bfloat16).astype(jnp.float32)
+
+
+def _once_on_cpus(x: jax.Array) -> jax.Array:
+    """The same number, on CPUs worked out once: else XLA does it anew for each result, from copies of parameter and state.
+
+    What ends in a division is what it takes for expensive. That the divisor is 1 it does not see, but LLVM does.
+    """
+
+    def divided(x: jax.Array) -> jax.Array:
+        is_bit = jax.lax.bitcast_convert_type(x, jnp.uint32) & 1 < 2
+        return x / jnp.where(is_bit, 1, 2).astype(x.dtype)
+
+    return jax.lax.platform_dependent(x, cpu=divided, default=lambda x: x)
+
+
+def _ordered(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _last_byte(master: jax.Array, rounded: jax.Array) -> jax.Array:
+    """The third byte of a float32: as int8, what it is above this bfloat16, in 256ths of a unit in the last place.
+
+    Written as a difference, from the new parameter, TPUs compute both in one kernel; on CPUs that would be a copy.
+    """
+    return jax.lax.platform_dependent(
+        _ordered(master),
+        _ordered(rounded),
+        cpu=lambda master, rounded: master >> 8,
+        default=lambda master, rounded: master - rounded >> 8,
+    )
+
+
+def _joined(p: jax.Array, correction: jax.Array) -> jax.Array:
+    """The float32 that is so many 256ths of a unit in the last place larger in magnitude than the parameter."""
+    raw = _ordered(p.astype(jnp.float32))
+    # what something else made 0 may still have a negative correction
+    magnitude = jnp.maximum((raw & 0x7FFFFFFF) + correction.astype(jnp.int32) * 256, 0)
+    joined = jax.lax.bitcast_convert_type(raw & jnp.int32(-(2**31)) | magnitude, jnp.float32)
+    return with_slope_of(p, jnp.where(jnp.isfinite(p), joined, p))
+
+
+def _upper_part(x: jax.Array) -> jax.Array:
+    """The nearest bfloat16, in float32; of two, that of larger magnitude, since no int8 is 128."""
+    rounded = jax.lax.bitcast_convert_type(_ordered(x) + 0x8000 & -(2**16), jnp.float32)
+    return with_slope_of(x, jnp.where(jnp.isnan(x), x, rounded))
