@@ -92,7 +92,7 @@ def test_other_parameters():
 
 @pytest.mark.parametrize("formats", [EIGHT_BIT, BFLOAT16], ids=["8-bit", "bfloat16"])
 @pytest.mark.parametrize(
-    "rounding", [gdx.round_stochastically(3), gdx.round_with_compensation(), gdx.round_with_master()]
+    "rounding", [gdx.round_with_correction(3), gdx.round_with_compensation(), gdx.round_with_master()]
 )
 def test_resumes_bit_for_bit(tmp_path, formats, rounding):
     tx = gdx.chain(gdx.adamw(0.01, **formats), rounding)
