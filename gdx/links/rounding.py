@@ -153,14 +153,14 @@ class round_with_correction(_Rounding):
     steps of $2^{-18}$ do not move it at all, at random by 1.00 of what they should.
 
     A parameter that something else changes between steps stays changed, to within half a unit in the last place of its
-    new value, since $c$ counts from there. Infinities and NaN stay what they are, and so does $\Theta$ beyond bfloat16's
-    largest: infinite. The update that leaves this link is $\theta_{t+1} - \theta_t$ in float32: see
+    new value, since $c$ counts from there. Infinities and NaN stay what they are; beyond bfloat16's largest a parameter
+    becomes infinite. The update that leaves this link is $\theta_{t+1} - \theta_t$ in float32: see
     `round_stochastically`.
 
     State: `CorrectionState(count, correction)`, 1 byte per parameter. With moments in 8 bits, parameters and state take
-    5.06 bytes together. Compiled for TPU and H100 a step with moments in bfloat16 needs no temporary memory and moves 16
-    bytes per parameter; on CPUs, where a kernel writes only one array, it needs 4. Parameters of other dtypes and their
-    updates pass unchanged.
+    5.03 bytes together. With moments in bfloat16 a step moves 16 bytes per parameter and needs no temporary memory, as
+    compiled for TPU and H100; on CPUs, where a kernel writes one array only, it needs 4. Parameters of other dtypes and
+    their updates pass unchanged.
 
     Args:
       seed: of the random bits, see `gdx.storage.Dither`.
@@ -184,7 +184,7 @@ class round_with_correction(_Rounding):
     seed: int = static(default=0, convert=to_integer)
 
     def start(self, p: jax.Array) -> tuple[jax.Array]:
-        return (jnp.zeros_like(p, jnp.int8),)
+        return (jnp.zeros_like(p, jnp.int8 if jnp.isrealobj(p) else None),)
 
     def step(
         self, shared: tuple, g: jax.Array, p: jax.Array, correction: jax.Array, *, dither: Dither
@@ -254,7 +254,7 @@ def _once_on_cpus(x: jax.Array) -> jax.Array:
     """
 
     def divided(x: jax.Array) -> jax.Array:
-        is_bit = jax.lax.bitcast_convert_type(x, jnp.uint32) & 1 < 2
+        is_bit = jax.lax.bitcast_convert_type(x, np.dtype(f"uint{8 * x.dtype.itemsize}")) & 1 < 2
         return x / jnp.where(is_bit, 1, 2).astype(x.dtype)
 
     return jax.lax.platform_dependent(x, cpu=divided, default=lambda x: x)
