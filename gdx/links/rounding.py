@@ -32,7 +32,7 @@ class CorrectionState(NamedTuple):
       correction: for each parameter, in int8, how many 256ths of a unit in its last place its magnitude lacks.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]
     correction: Any
 
 
