@@ -65,9 +65,11 @@ OPTIMIZERS: dict[str, tuple[Any, Any]] = {
     "8-bit state": (gdx.adamw(RATE, **EIGHT_BIT), jnp.float32),
     "4-bit state": (gdx.adamw(RATE, **FOUR_BIT), jnp.float32),
     "bf16 everything, stochastic": (_rounded(gdx.round_stochastically(), **BFLOAT16), jnp.bfloat16),
+    "bf16 everything, corrected": (_rounded(gdx.round_with_correction(), **BFLOAT16), jnp.bfloat16),
     "bf16 everything, compensated": (_rounded(gdx.round_with_compensation(), **BFLOAT16), jnp.bfloat16),
     "bf16 and f32 master": (_rounded(gdx.round_with_master(), **BFLOAT16), jnp.bfloat16),
     "8-bit state, bf16 stochastic": (_rounded(gdx.round_stochastically(), **EIGHT_BIT), jnp.bfloat16),
+    "8-bit state, bf16 corrected": (_rounded(gdx.round_with_correction(), **EIGHT_BIT), jnp.bfloat16),
 }
 OPTAX: dict[str, tuple[Any, Any]] = {
     "optax f32": (optax.adamw(RATE), jnp.float32),
@@ -151,7 +153,7 @@ def measure_time(rounds: int) -> None:
 
 def measure_devices(kinds: list[str]) -> None:
     """Prints the third table."""
-    floors = dict(zip(OPTIMIZERS, ("28", "20", "16.1", "14.1", "14", "18", "22", "10.1")))
+    floors = dict(zip(OPTIMIZERS, ("28", "20", "16.1", "14.1", "14", "16", "18", "22", "10.1", "12.1")))
     layouts = {"axis=-2": TURNED, "whole rows": ROWS, "whole columns": COLUMNS}
     turned = {f"8-bit state, {name}": (gdx.adamw(RATE, **settings), jnp.float32) for name, settings in layouts.items()}
     optimizers, floors = OPTIMIZERS | turned, floors | dict.fromkeys(turned, "16.1")

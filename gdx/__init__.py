@@ -10,7 +10,8 @@
 - Averages: `average_parameters`, `read_average`
 - Guards: `skip_spikes`, `check_spikes`
 - Watching: `watch`, `read_watch`, `Watched`
-- Few bits: `gdx.storage` (formats), `round_stochastically`, `round_with_compensation`, `round_with_master`
+- Few bits: `gdx.storage` (formats), `round_stochastically`, `round_with_correction`, `round_with_compensation`,
+  `round_with_master`
 - Theory: `gdx.curvature` (spectra, best rates), `gdx.noise` (mini-batches), `gdx.landscape` (slices of the loss)
 - Machines: `gdx.sharding` (state over a device mesh), `gdx.checkpoint` (saved, and restored onto another mesh)
 - Pictures: `gdx.plot`
@@ -120,7 +121,7 @@ from gdx.links.adam import adam, adamw, scale_by_adam
 from gdx.links.decay import add_decoupled_weight_decay
 from gdx.links.descent import gradient_descent, scale_by_learning_rate
 from gdx.links.momentum import momentum, nesterov, scale_by_momentum, sgd
-from gdx.links.rounding import round_stochastically, round_with_compensation, round_with_master
+from gdx.links.rounding import round_stochastically, round_with_compensation, round_with_correction, round_with_master
 from gdx.numerics import alike, uncontracted
 from gdx.population import grid, labels, stack, unstack
 from gdx.schedules import schedule
@@ -173,6 +174,7 @@ __all__ = [  # noqa: RUF022
     "storage",
     "round_stochastically",
     "round_with_compensation",
+    "round_with_correction",
     "round_with_master",
     "curvature",
     "noise",

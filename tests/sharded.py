@@ -31,6 +31,7 @@ ELEMENTWISE = {
     "adamw": (gdx.adamw(optax.linear_schedule(1e-2, 0.0, 10)), "float32"),
     "8bit": (gdx.adamw(1e-2, **EIGHT_BIT), "float32"),
     "stochastic": (gdx.chain(gdx.adamw(1e-2, **BFLOAT16), gdx.round_stochastically()), "bfloat16"),
+    "corrected": (gdx.chain(gdx.momentum(0.1, 0.9), gdx.round_with_correction()), "bfloat16"),
     "compensated": (gdx.chain(gdx.momentum(0.1, 0.9), gdx.round_with_compensation()), "bfloat16"),
     "master": (gdx.chain(gdx.momentum(0.1, 0.9), gdx.round_with_master()), "bfloat16"),
 }

@@ -421,7 +421,7 @@ def test_inside_shard_map():
 
 
 @pytest.mark.parametrize(
-    "link", [gdx.round_stochastically(), gdx.round_with_compensation(), gdx.round_with_master()], ids=repr
+    "link", [gdx.round_with_correction(), gdx.round_with_compensation(), gdx.round_with_master()], ids=repr
 )
 def test_around_what_rounds_parameters(link):
     tx = gdx.skip_spikes(gdx.chain(gdx.adamw(0.01), link))

@@ -521,7 +521,7 @@ def test_the_range_of_several_learning_rates():
 
 
 @pytest.mark.parametrize(
-    "rounds", [gdx.round_stochastically(0), gdx.round_with_compensation(), gdx.round_with_master()], ids=repr
+    "rounds", [gdx.round_with_correction(0), gdx.round_with_compensation(), gdx.round_with_master()], ids=repr
 )
 def test_links_that_round_train_under_strict_promotion(rounds):
     tx, start, batches = gdx.chain(gdx.sgd(0.1), rounds), jnp.ones(4, "bfloat16"), jnp.zeros((5, 4), "bfloat16")

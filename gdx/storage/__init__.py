@@ -7,8 +7,9 @@ another. A link of your own takes its moments' formats with `to_storage` and sta
 `gdx.Leafwise`.
 
 Parameters in bfloat16 need a link at the end of the chain that rounds them well: `gdx.round_stochastically` (no
-state), `gdx.round_with_compensation` (Kahan, 2 bytes per parameter) or `gdx.round_with_master` (4 bytes). Random bits
-are a hash of seed, step, leaf and position: nothing to carry, and the same on any mesh.
+state), `gdx.round_with_correction` (1 byte per parameter, with which it has 24 bits), `gdx.round_with_compensation`
+(Kahan, 2 bytes, no random bits) or `gdx.round_with_master` (4 bytes). Random bits are a hash of seed, step, leaf and
+position: nothing to carry, and the same on any mesh.
 
 >>> import gdx, jax, jax.numpy as jnp
 >>> tx = gdx.adamw(1e-3, mu_dtype=gdx.storage.SignedFourthRoot8(), nu_dtype=gdx.storage.FourthRoot8())

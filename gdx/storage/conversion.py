@@ -100,4 +100,5 @@ def _holds(target: Any, dtype: Any) -> bool:
 
 
 def _is_count(x: Any) -> bool:
-    return np.shape(x) == () and jnp.issubdtype(jnp.result_type(x), jnp.integer)
+    dtype = jnp.result_type(x)  # of a byte is the correction of a parameter that is a scalar
+    return np.shape(x) == () and jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize > 1

@@ -1,6 +1,7 @@
 """What a storage format is, where one is taken, and the one that rounds to bfloat16 stochastically."""
 
 import dataclasses
+import functools
 import reprlib
 from typing import Any, ClassVar
 
@@ -217,17 +218,17 @@ class StochasticBfloat16(Format):
         return jnp.zeros_like(like, jnp.bfloat16)
 
 
-@jax.custom_jvp
-def rounded_at_random(x: jax.Array, bits: jax.Array) -> jax.Array:
-    """One of the two neighbours in bfloat16 of each float32, itself in float32, given 16 random bits in uint32."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def rounded_at_random(x: jax.Array, bits: jax.Array, width: int = 16) -> jax.Array:
+    """Each float32 without its last bits, so many, rounded up if random bits of that width in uint32 carry."""
     raw = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    rounded = jax.lax.bitcast_convert_type((raw + bits) & jnp.uint32(0xFFFF0000), jnp.float32)
+    rounded = jax.lax.bitcast_convert_type((raw + bits) & jnp.uint32(2**32 - 2**width), jnp.float32)
     return jnp.where(jnp.isnan(x), x, rounded)  # an infinity has no bits for the sum to carry from
 
 
 @rounded_at_random.defjvp
-def _rounded_at_random_jvp(primals: tuple, tangents: tuple) -> tuple:
-    return rounded_at_random(*primals), tangents[0]
+def _rounded_at_random_jvp(width: int, primals: tuple, tangents: tuple) -> tuple:
+    return rounded_at_random(*primals, width), tangents[0]
 
 
 @jax.custom_jvp

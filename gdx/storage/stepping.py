@@ -129,9 +129,7 @@ def _step(
         returned = link.step(shared, cast(g), cast(p), *held, **{"dither": dither} if link.rounds else {})
         check_returned(link, "step", returned, [g, *held], "the update, and the new moments in the order of State")
         u, *new = returned
-        stored = encode(new)
-        # else what rounding keeps is worked out after the parameters have been overwritten, from a copy
-        return _once(lambda: [u, *stored], [], dither) if link.rounds and stored else [u, *stored]
+        return [u, *encode(new)]
 
 
 def _used(format: Format | None, exact: jax.Array, held: jax.Array, lasting: Any) -> jax.Array:

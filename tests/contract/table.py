@@ -186,6 +186,10 @@ def rounded_stochastically(learning_rate: Any, seed: int = 0) -> gdx.Transform:
     return gdx.chain(gdx.scale_by_learning_rate(learning_rate), gdx.round_stochastically(seed))
 
 
+def rounded_with_correction(learning_rate: Any, seed: int = 0) -> gdx.Transform:
+    return gdx.chain(gdx.scale_by_learning_rate(learning_rate), gdx.round_with_correction(seed))
+
+
 def rounded_with_compensation(learning_rate: Any) -> gdx.Transform:
     return gdx.chain(gdx.scale_by_learning_rate(learning_rate), gdx.round_with_compensation())
 
@@ -580,6 +584,11 @@ ROWS += tuple(
             rounded_stochastically,
             ({"learning_rate": 0.1},),
             _with_rate((({"seed": 0.5}, TypeError, r"round_stochastically: seed is 0\.5; expected an integer"),)),
+        ),
+        (
+            rounded_with_correction,
+            ({"learning_rate": 0.1},),
+            _with_rate((({"seed": 0.5}, TypeError, r"round_with_correction: seed is 0\.5; expected an integer"),)),
         ),
         (rounded_with_compensation, ({"learning_rate": 0.1},), ()),
         (rounded_with_master, ({"learning_rate": 0.1},), ()),

@@ -11,8 +11,8 @@ LAST = 2**31 - 1
 
 
 def is_count(x):
-    """Codes of a storage format are integers too, but no scalars."""
-    return jnp.issubdtype(x.dtype, jnp.integer) and x.ndim == 0
+    """Codes of moments and parameters are integers too, but of a byte."""
+    return jnp.issubdtype(x.dtype, jnp.integer) and x.ndim == 0 and x.dtype.itemsize > 1
 
 
 def at_count(state, count):

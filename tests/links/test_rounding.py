@@ -10,7 +10,12 @@ from flax.training.train_state import TrainState
 
 import gdx
 
-LINKS = [gdx.round_stochastically(), gdx.round_with_compensation(), gdx.round_with_master()]
+LINKS = [
+    gdx.round_stochastically(),
+    gdx.round_with_correction(),
+    gdx.round_with_compensation(),
+    gdx.round_with_master(),
+]
 every_link = pytest.mark.parametrize("link", LINKS, ids=lambda link: type(link).__name__)
 BF16 = jnp.bfloat16
 SIGMAS = 5.4
@@ -78,6 +83,92 @@ def test_seeds_leaves_and_steps_differ_and_repeat():
     np.testing.assert_array_equal(first, once(0))
     for other in (once(1), once(0, skip=1), np.roll(first, 4096)):
         assert 0.4 < np.mean(first == other) < 0.6
+
+
+def corrected(theta, correction):
+    """What a bfloat16 and its correction mean, by the neighbour on that side of it."""
+    theta, correction = np.asarray(theta), np.asarray(correction)
+    away = np.where(correction < 0, BF16(0), np.copysign(BF16(np.inf), theta))
+    unit = np.abs(np.nextafter(theta, away).astype(np.float64) - theta.astype(np.float64))
+    return theta.astype(np.float64) + np.copysign(correction / 256 * unit, theta.astype(np.float64) * correction)
+
+
+def to_flashoptim(x):
+    """What a float32 becomes in 24 bits of theirs: the nearest bfloat16, and 127ths of half a unit of its binade."""
+    theta = x.astype(BF16).astype(np.float64)
+    half = 2.0 ** (np.frexp(theta)[1] - 9)
+    return theta + np.rint((x - theta) / half * 127) / 127 * half
+
+
+def test_corrected_at_every_exponent():
+    """Against float64: the result is one of the two neighbours in 24 bits, in the only way to write it."""
+    link, random = gdx.round_with_correction(), np.random.default_rng(0)
+    # all parameters but those so small that their steps are flushed to 0, or so large that they overflow
+    raw = np.repeat(np.arange(27 << 7, 252 << 7, dtype=np.uint16), 4)
+    theta = np.concatenate([raw, raw | 0x8000]).view(BF16)
+    correction = random.integers(-128, 128, theta.size).astype(np.int8)
+    before = corrected(theta, correction)
+    state = link.init(jnp.asarray(theta))._replace(correction=jnp.asarray(correction))
+    step = jax.jit(link.update)
+    updates, same = step(jnp.zeros(theta.shape), state, jnp.asarray(theta))
+    assert not np.any(updates)
+    np.testing.assert_array_equal(same.correction, correction)
+    # of the size of the last bits, of the parameter, and across zero
+    u = (before * random.standard_normal(theta.size) * 2.0 ** random.uniform(-20, 1, theta.size)).astype(np.float32)
+    updates, state = step(jnp.asarray(u), state, jnp.asarray(theta))
+    new = np.asarray(apply(jnp.asarray(theta), updates))
+    stored, exact = corrected(new, state.correction), before.astype(np.float32) + u
+    spacing = 2.0 ** (np.frexp(exact.astype(np.float64))[1] - 16)
+    down, up = np.floor(exact / spacing) * spacing, np.ceil(exact / spacing) * spacing
+    assert np.all((stored == down) | (stored == up))
+    assert 0.49 < np.mean(stored[down < up] == up[down < up]) < 0.51
+    unit = 2.0 ** (np.frexp(exact.astype(np.float64))[1] - 8)
+    assert np.all(np.abs(stored - new.astype(np.float64)) <= unit / 2)
+    # a step's error, at the worst of each exponent and parameter, is no larger than theirs to nearest
+    assert np.max(np.abs(stored - exact) / unit) <= np.max(np.abs(to_flashoptim(exact) - exact) / unit) < 1 / 253
+
+
+def test_corrected_does_not_stand_still():
+    """Steps of 2^-18 of the parameter, 1/8 of a unit of 24 bits, which to nearest would all be lost."""
+    size, steps = 2**12, 1000
+    updates = jnp.full((steps, size), -(2.0**-18))
+    found, state = run(gdx.round_with_correction(), jnp.ones(size, BF16), updates)
+    assert state.count == steps
+    off = corrected(found[-1].astype(BF16), state.correction) - (1 - steps * 2.0**-18)
+    sigma = 2.0**-16 * np.sqrt(steps) / 2  # of a coin between two neighbours in each step, at most
+    assert abs(off.mean()) < SIGMAS * sigma / np.sqrt(size)
+    assert abs(off).max() < SIGMAS * sigma < 0.4 * steps * 2.0**-18
+
+
+def test_corrected_where_something_else_changes_it():
+    """It stays what it was set to, to half a unit; what is no number shows, and goes no further."""
+    link, largest = gdx.round_with_correction(), float(jnp.finfo(BF16).max)
+    theta = jnp.asarray([0.0, -0.0, 3.0, 1.0, np.inf, -np.inf, np.nan, largest, -largest, 1.0, 1.0], BF16)
+    for code in (-128, -1, 0, 127):
+        state = link.init(theta)._replace(correction=jnp.full(theta.shape, code, jnp.int8))
+        updates, state = link.update(jnp.zeros(theta.shape).at[-2:].set([np.inf, np.nan]), state, theta)
+        new = np.asarray(apply(theta, updates), np.float32)
+        expected = np.asarray(theta, np.float32)
+        expected[-2:] = np.inf, np.nan
+        np.testing.assert_array_equal(new[:4], expected[:4])
+        np.testing.assert_array_equal(new[7:], expected[7:])
+        assert not np.any(np.isfinite(new[4:7]))
+        np.testing.assert_array_equal(state.correction[2:4], code)
+    updates, _ = link.update(jnp.full(2, 1e38), link.init(theta[7:9]), theta[7:9])
+    assert apply(theta[7:9], updates)[0] == np.inf
+
+
+def test_corrected_needs_little_memory():
+    tx, theta = gdx.chain(gdx.adamw(1e-3), gdx.round_with_correction()), jnp.ones((256, 256), BF16)
+    state = tx.init(theta)
+    assert state[1].correction.nbytes == theta.size
+
+    def step(theta, state, gradient):
+        updates, state = tx.update(gradient, state, theta)
+        return apply(theta, updates), state
+
+    memory = jax.jit(step, donate_argnums=(0, 1)).lower(theta, state, theta).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4.1 * theta.size
 
 
 def test_compensated_follows_its_formula():

@@ -84,6 +84,16 @@ def test_states_that_differ_in_more(other, words):
         convert(gdx.adam(0.1).init(PARAMS), other.init(PARAMS))
 
 
+@pytest.mark.parametrize("link", [gdx.round_with_compensation(), gdx.round_with_master()])
+def test_a_correction_is_no_count(link):
+    """Not that of a scalar either: what other links keep of it is not thrown away."""
+    theta = jnp.ones((), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"convert: the state has nothing at \.correction"):
+        convert(link.init(theta), gdx.round_with_correction().init(theta))
+    with pytest.raises(ValueError, match="convert: the state has nothing at"):
+        convert(gdx.round_with_correction().init(theta), link.init(theta))
+
+
 def test_other_parameters():
     tx = gdx.adam(0.1)
     with pytest.raises(ValueError, match=r"has another shape at \[0\]\.mu\['b'\]"):
@@ -92,7 +102,7 @@ def test_other_parameters():
 
 @pytest.mark.parametrize("formats", [EIGHT_BIT, BFLOAT16], ids=["8-bit", "bfloat16"])
 @pytest.mark.parametrize(
-    "rounding", [gdx.round_stochastically(3), gdx.round_with_compensation(), gdx.round_with_master()]
+    "rounding", [gdx.round_with_correction(3), gdx.round_with_compensation(), gdx.round_with_master()]
 )
 def test_resumes_bit_for_bit(tmp_path, formats, rounding):
     tx = gdx.chain(gdx.adamw(0.01, **formats), rounding)
