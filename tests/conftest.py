@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import tempfile
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
@@ -13,6 +14,12 @@ import pytest
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# most of a test's time is XLA's: what this process has compiled once, it reads back when another function is the same
+# program; a folder for each process, since one may read what another is about to write
+PROGRAMS = tempfile.TemporaryDirectory(prefix="gdx-programs-", ignore_cleanup_errors=True)
+jax.config.update("jax_compilation_cache_dir", PROGRAMS.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 collect_ignore = ["golden"]  # needs torch
 

@@ -36,19 +36,19 @@ def spoilt(g, how):
     return {**g, "b": g["b"].at[1].set(how)} if not np.isfinite(how) else jax.tree.map(lambda x: x * how, g)
 
 
-def run(tx, params, gradients, **extra):
+@jax.jit
+def step(tx, params, state, g):
+    updates, state = tx.update(g, state, params)
+    with jax.numpy_dtype_promotion("standard"):
+        return optax.apply_updates(params, updates), state
+
+
+def run(tx, params, gradients):
     """Parameters and state after jitted steps."""
-    step = jax.jit(functools.partial(with_value, **extra))
     state = tx.init(params)
     for g in gradients:
         params, state = step(tx, params, state, g)
     return params, state
-
-
-def with_value(tx, params, state, g, **extra):
-    updates, state = tx.update(g, state, params, **extra)
-    with jax.numpy_dtype_promotion("standard"):
-        return optax.apply_updates(params, updates), state
 
 
 SCHEDULE = gdx.schedules.linear_schedule(0.1, 0.01, transition_steps=20)
