@@ -13,11 +13,12 @@ import optax
 
 from gdx.arguments import check_function
 from gdx.checks import check_state_like
-from gdx.fields import is_concrete, to_bool, to_integer, uncalled
+from gdx.fields import is_concrete, to_integer, uncalled
 from gdx.mesh import as_placed
 from gdx.modules import Parts, take_apart
 from gdx.numerics import either
 from gdx.progress import REPORTS, Progress, reporting, shown, to_progress
+from gdx.rematerialising import rematerialised_scan
 from gdx.transform import Transform, all_within
 from gdx.trees import check_arrays, is_array, leading_axis
 from gdx.watching import Watched, read_watch, watch, watch_state
@@ -73,7 +74,7 @@ def train(
     evaluate: Callable[..., Any] | None = None,
     every: int | None = None,
     progress: Progress | bool = False,
-    remat: bool = False,
+    remat: bool | int = False,
 ) -> Trained:
     r"""Takes one step for each batch, in one `lax.scan`:
 
@@ -147,7 +148,11 @@ def train(
     steps = steps_of(batches)
     start, rest, parts = take_apart("train: params", params)
     start, variables = jax.tree.map(jnp.asarray, (start, (rest, model_state)))
-    scan = _rematerialised_scan if to_bool("train: remat", remat) else jax.lax.scan
+    scan: Any = jax.lax.scan
+    if not isinstance(remat, bool | np.bool_):
+        scan = functools.partial(rematerialised_scan, states=to_integer("train: remat", remat, minimum=1))
+    elif remat:
+        scan = rematerialised_scan
     if evaluate is None and every is not None:
         raise ValueError(
             f"train: every is {every!r} without evaluate; expected evaluate=..., what to keep every n steps"
@@ -396,23 +401,3 @@ def _returned(returned: Any, model_state: list[Any]) -> tuple[jax.Array, Any, An
 
 def _kinds(tree: Any) -> tuple[Any, list[str]]:
     return jax.tree.structure(tree), [f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(tree)]
-
-
-def _rematerialised_scan(step: Callable[[Any, Any], Any], carry: Any, batches: Any) -> Any:
-    """`jax.lax.scan`, whose derivative keeps the carry of every sqrt(steps)-th step and computes the others again."""
-    steps = steps_of(batches)
-    length = math.isqrt(steps)
-    whole = steps // length * length
-
-    @jax.checkpoint
-    def segment(carry: Any, batches: Any) -> Any:
-        # inside a segment, what a step computes on its way is not kept either
-        return jax.lax.scan(jax.checkpoint(step), carry, batches)
-
-    segments = jax.tree.map(lambda x: x[:whole].reshape(steps // length, length, *x.shape[1:]), batches)
-    carry, outs = jax.lax.scan(segment, carry, segments)
-    outs = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), outs)
-    if whole == steps:
-        return carry, outs
-    carry, rest = segment(carry, jax.tree.map(lambda x: x[whole:], batches))
-    return carry, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), outs, rest)
