@@ -89,7 +89,8 @@ def rematerialised_scan(
         return jax.lax.scan(step, carry, inputs)  # its error says where
     starts, inputs = jax.tree.leaves(carry), jax.tree.leaves(inputs)
     states, width = min(states, len(inputs[0])), len(starts)
-    rows, back, stretches = map(jnp.asarray, plan(len(inputs[0]), states))
+    # numpy's: what belongs to the program in which the run is traced is gone in that of its derivative
+    rows, back, stretches = plan(len(inputs[0]), states)
 
     def make(constants: Any, state: Any, given: Any) -> tuple[list[Any], list[Any]]:
         found = jaxpr_as_fun(ClosedJaxpr(traced.jaxpr, constants))(*state, *given)
@@ -116,13 +117,17 @@ def rematerialised_scan(
     def go_back(kept: Any, slopes: Any) -> tuple[Any, Any, Any]:
         stored, (moving, fixed), inputs = kept
         constants, floats = _joined(moving, fixed), [_has_slope(x) for x in starts]
-        state_slope, out_slopes = ([_instantiated(x) if _has_slope(x) else None for x in part] for part in slopes)
+        state_slope = [_instantiated(x, y[0]) if yes else None for x, y, yes in zip(slopes[0], stored, floats)]
+        # of what comes out only some has a slope: mostly the losses, or one of them
+        out_slopes = [None if isinstance(x, SymbolicZero) or not _has_slope(x) else x for x in slopes[1]]
 
         def step_back(carry: Any, at: Any) -> tuple[Any, Any]:
-            (stored, slope, total), (top, first, last), (own, others), out_slope = carry, *at
+            stored, slope, total = carry
+            (top, first, last), (own, others), out_slope = at
 
             def stretch(i: Any, carry: Any) -> Any:
-                (stored, state), (begin, end, row) = carry, stretches[i]
+                stored, state = carry
+                begin, end, row = jnp.asarray(stretches)[i]
 
                 def again(t: Any, state: Any) -> Any:
                     return make(constants, state, [x[t] for x in _joined(*inputs)])[0]
@@ -135,7 +140,7 @@ def rematerialised_scan(
 
             def with_slopes(moving: Any, moved: Any, own: Any) -> Any:
                 state, out = make(_joined(moving, fixed), _joined(moved, rest), _joined(own, others))
-                return [[x if _has_slope(x) else None for x in part] for part in (state, out)]
+                return [_parted(state, floats)[0], [x if y is not None else None for x, y in zip(out, out_slopes)]]
 
             added, slope, own_slope = jax.vjp(with_slopes, moving, moved, own)[1]([slope, out_slope])
             return (stored, slope, jax.tree.map(jnp.add, total, added)), own_slope
@@ -157,8 +162,8 @@ def _has_slope(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
-def _instantiated(x: Any) -> Any:
-    return jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
+def _instantiated(x: Any, like: jax.Array) -> jax.Array:
+    return jnp.zeros_like(like) if isinstance(x, SymbolicZero) else x
 
 
 def _put(stored: list[Any], row: Any, state: list[Any]) -> list[Any]:
