@@ -21,8 +21,8 @@ def metasmoothness(run: Callable[[Any], Any], tx: Any, *, change: float = 1e-3) 
        d = \theta(z) - \theta(z - h), \quad d' = \theta(z - h) - \theta(z - 2h) $$
 
     in [-1, 1]. Where training is chaotic, as far beyond the edge of stability, the slopes that `jax.grad` finds are
-    right for an infinitesimal change, and huge, and say nothing about one of a thousandth. So it is in part
-    where gradients jump, as those of relu networks do at their corners: there a larger change agrees better.
+    right for an infinitesimal change, and huge, and say nothing about one of a thousandth. So it is in part where
+    gradients jump, as those of relu networks do at their corners: there a larger change agrees better.
 
     The neighbours are smaller, since what has to stay below 1, as a momentum, has no room above; that of 0 is
     `change`. All are run side by side: for n hyperparameters the time and the memory of 1 + 2 n runs without slopes.
