@@ -34,11 +34,13 @@ True
 >>> bool(gdx.hyperparams_in_use(tx, state)["learning_rate"] < 1e-3)  # at the end of the schedule
 True
 
-The slope of the final loss in every hyperparameter, through all steps, in memory for the root of their number:
+The slope of the final loss in every hyperparameter, through all steps, in memory for 30 of them, and whether those
+nearby agree with it:
 
 >>> slopes = jax.grad(lambda tx: gdx.train(bowl, tx, start, batches, remat=True).losses[-1])(tx)
->>> bool(slopes.learning_rate.peak_value < 0)
-True
+>>> agreement = gdx.metasmoothness(lambda tx: gdx.train(bowl, tx, start, batches).params, tx)
+>>> bool(slopes.learning_rate.peak_value < 0), bool(agreement.learning_rate.peak_value > 0.9)
+(True, True)
 
 A batch of optimizers is one whose hyperparameters have a leading axis. It goes wherever a pytree does: `jax.vmap`,
 `jax.lax.map`, and over the devices of a mesh with `jax.device_put(grid, NamedSharding(mesh, P("members")))`, where
@@ -125,6 +127,7 @@ from gdx.links.rounding import round_stochastically, round_with_compensation, ro
 from gdx.numerics import alike, uncontracted
 from gdx.population import grid, labels, stack, unstack
 from gdx.schedules import schedule
+from gdx.smoothness import metasmoothness
 from gdx.sweeping import RangeTest, Sweep, range_test, sweep
 from gdx.training import Evaluated, Trained, train
 from gdx.transform import CountedState, Transform, hyperparams_in_use, value
@@ -156,6 +159,7 @@ __all__ = [  # noqa: RUF022
     "train",
     "Trained",
     "Evaluated",
+    "metasmoothness",
     "grid",
     "stack",
     "unstack",

@@ -2,8 +2,9 @@
 
 An operator is a symmetric linear map and a value: `Hessian(loss, params, batches)`, averaged over mini-batches one at a
 time; `GaussNewton`, its positive semidefinite part; `adam_preconditioned(hessian, tx, state)`, the Hessian as Adam's
-steps see it, whose edge is 38 / learning_rate. `spectrum_edges`, `spectral_density` and `trace` take any of them, under
-`jax.jit` and on sharded parameters and data.
+steps see it, whose edge is 38 / learning_rate; `Block(hessian, pattern)`, that of a layer. `spectrum_edges`,
+`largest_eigenpairs`, `spectral_density` and `trace` take any of them, under `jax.jit` and on sharded parameters and
+data.
 
 >>> import gdx, jax, jax.numpy as jnp
 >>> valley = lambda theta, batch: 0.5 * (theta[0] ** 2 + 10 * theta[1] ** 2)
@@ -33,14 +34,16 @@ device holds the Krylov vectors whole, about `krylov_size` + 7 times the paramet
 `python -m gdx curvature` draws spectra beside predicted and measured distances of two runs.
 """
 
-from gdx.curvature.operators import GaussNewton, Hessian, Operator, Preconditioned, adam_preconditioned
+from gdx.curvature.operators import Block, GaussNewton, Hessian, Operator, Preconditioned, adam_preconditioned
 from gdx.curvature.rates import BestRate, best_learning_rate, stability_edge
 from gdx.curvature.spectrum import (
     Density,
     Edge,
     Edges,
+    Eigenpairs,
     Progress,
     Trace,
+    largest_eigenpairs,
     spectral_density,
     spectrum_edges,
     trace,
@@ -49,9 +52,11 @@ from gdx.curvature.tracking import SharpnessState, init_sharpness, update_sharpn
 
 __all__ = [
     "BestRate",
+    "Block",
     "Density",
     "Edge",
     "Edges",
+    "Eigenpairs",
     "GaussNewton",
     "Hessian",
     "Operator",
@@ -62,6 +67,7 @@ __all__ = [
     "adam_preconditioned",
     "best_learning_rate",
     "init_sharpness",
+    "largest_eigenpairs",
     "spectral_density",
     "spectrum_edges",
     "stability_edge",

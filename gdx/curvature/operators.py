@@ -7,6 +7,7 @@ parameters or other data of the same shapes compile nothing.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from gdx.arguments import check_function, of_kind
 from gdx.checks import check_floating, check_params
 from gdx.compat import has_no_derivative
 from gdx.fields import is_concrete
+from gdx.grouping import leaf_paths
 from gdx.mesh import on_any_mesh
 from gdx.numerics import accurate
 from gdx.storage.blocks import is_packed
@@ -243,6 +245,68 @@ class Preconditioned(Operator):
             return jax.tree.map(lambda x, s: x * jnp.asarray(s, x.dtype), tree, self.scale)
 
         return scaled(self.operator(scaled(vector)))
+
+    def losses(self) -> jax.Array:
+        return self.operator.losses()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Block(Operator):
+    r"""The diagonal block of an operator that belongs to some of its parameters: the curvature of a layer.
+
+    It maps vectors of these parameters alone, $v \mapsto E^\top A E v$ with $E$ that fills up with zeros, and costs
+    what a product with the whole operator does. Its eigenvalues lie between those of the whole.
+
+    Args:
+      operator: $A$.
+      pattern: a regular expression that is searched in the path of each leaf, as in `gdx.groups`.
+
+    Attributes:
+      params: of the leaves whose path has it, a dict from path to array.
+
+    Raises (when it is called, or its params are read):
+      ValueError: the pattern is no regular expression, or no path has it.
+      TypeError: the pattern is no text.
+
+    >>> import gdx, jax.numpy as jnp
+    >>> loss = lambda p, batch: 0.5 * jnp.sum(p["a"] ** 2) + jnp.sum(p["a"]) * p["b"] + 4 * p["b"] ** 2
+    >>> hessian = gdx.curvature.Hessian(loss, {"a": jnp.ones(2), "b": jnp.ones(())}, batches=jnp.zeros(1))
+    >>> block = gdx.curvature.Block(hessian, "b")
+    >>> block({"b": jnp.ones(())})["b"].item()
+    8.0
+    """
+
+    operator: Operator
+    pattern: str = dataclasses.field(metadata={"static": True})
+
+    def _chosen(self, tree: Any) -> dict[str, Any]:
+        of_kind("Block: pattern", self.pattern, str, "a regular expression, such as 'norm|bias'")
+        found = dict(zip(leaf_paths(self.operator.params), jax.tree.leaves(tree)))
+        try:
+            chosen = {path: x for path, x in found.items() if re.search(self.pattern, path)}
+        except re.error as error:
+            raise ValueError(f"Block: the pattern {self.pattern!r} is no regular expression ({error})") from error
+        if not chosen:
+            listed = ", ".join([*[*found][:20], "..."] if len(found) > 20 else found)
+            raise ValueError(
+                f"Block: the pattern {self.pattern!r} matches no path; expected one that does. The paths are {listed}"
+            )
+        return chosen
+
+    @property
+    def params(self) -> Any:
+        check_operator("Block", self.operator)
+        return self._chosen(self.operator.params)
+
+    def __call__(self, vector: Any) -> Any:
+        check_vector("Block:", self.params, vector)
+        leaves, structure = jax.tree.flatten(self.operator.params)
+        whole = [
+            vector[path] if path in vector else jnp.zeros_like(accurate(x))
+            for path, x in zip(leaf_paths(self.operator.params), leaves)
+        ]
+        return self._chosen(self.operator(jax.tree.unflatten(structure, whole)))
 
     def losses(self) -> jax.Array:
         return self.operator.losses()

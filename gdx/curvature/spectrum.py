@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdx.arguments import check_function, check_key, number
-from gdx.curvature.krylov import dot, from_vector, lanczos, measured, near, on_vectors, to_vector
+from gdx.curvature.krylov import apart, dot, from_vector, lanczos, measured, near, on_vectors, to_vector
 from gdx.curvature.operators import Operator, check_operator
 from gdx.fields import is_concrete, is_real, refuse, to_integer
 from gdx.mesh import on_any_mesh
@@ -111,6 +111,71 @@ def spectrum_edges(
     return edges
 
 
+class Eigenpairs(NamedTuple):
+    r"""The largest eigenvalues of an operator, in falling order.
+
+    Attributes:
+      values: $\lambda_1 \ge \lambda_2 \ge \dots$, of shape (count,).
+      vectors: their eigenvectors, orthonormal: a tree like the parameters, with a leading axis of (count,).
+      errors: $\|A v_i - \lambda_i v_i\|$, of shape (count,): what it bounds is said in `Edge`.
+      converged: bool, whether all errors are at most the tolerance times the largest absolute value among these.
+      products: how many products with a vector it took.
+    """
+
+    values: jax.Array
+    vectors: Any
+    errors: jax.Array
+    converged: jax.Array
+    products: jax.Array
+
+
+def largest_eigenpairs(
+    operator: Operator,
+    key: jax.Array,
+    count: int,
+    *,
+    krylov_size: int = 64,
+    rounds: int = 10,
+    tolerance: float = 1e-3,
+    progress: Progress | None = None,
+) -> Eigenpairs:
+    r"""The `count` largest eigenvalues with their eigenvectors, by restarted Lanczos.
+
+    As `spectrum_edges`, with the largest instead of the two ends; what it says of restarts, memory, jit and meshes
+    is true here too. The eigenvectors of those that lie close together mix, which their errors do not show. Of an
+    eigenvalue that there is several times, a start has one vector: its copies are found only where the span is
+    exhausted, or by rounding.
+
+    Args:
+      operator, key, rounds, tolerance, progress: as in `spectrum_edges`.
+      count: how many, at least 1, and no more than there are parameters.
+      krylov_size: products in a round, more than count, best several times as many; no more are made than there are
+        parameters.
+
+    Raises:
+      ValueError, TypeError: as `spectrum_edges`; count is out of range, or krylov_size not more than it.
+
+    >>> import gdx, jax, jax.numpy as jnp
+    >>> bowl = lambda theta, batch: 0.5 * jnp.sum(jnp.arange(1.0, 101.0) * theta**2)
+    >>> hessian = gdx.curvature.Hessian(bowl, jnp.ones(100), batches=jnp.zeros(1))
+    >>> top = gdx.curvature.largest_eigenpairs(hessian, jax.random.key(0), 3)
+    >>> top.values.round(1).tolist(), top.vectors.shape
+    ([100.0, 99.0, 98.0], (3, 100))
+    """
+    name = "largest_eigenpairs"
+    size = _check_size(name, operator, key, krylov_size, progress)
+    _check_count(name, "rounds", rounds)
+    _check_count(name, "count", count)
+    tolerance = number(f"{name}: tolerance", tolerance, "a positive number, such as 1e-3", above=0)
+    if count > size or count >= krylov_size:
+        what = "there are parameters" if count > size else f"krylov_size - 1 = {krylov_size - 1}"
+        raise ValueError(f"{name}: count is {count}; expected no more than {what}")
+    meter = None if progress is None else Meter(progress, size, rounds)
+    found = _largest(operator, key, size, rounds, tolerance, count, meter)
+    _check_finite(name, operator, found.values)
+    return found
+
+
 class Density(NamedTuple):
     r"""The distribution of eigenvalues, by Gauss quadrature: sums of point masses, one row for each probe.
 
@@ -194,30 +259,43 @@ class Trace(NamedTuple):
     error: jax.Array
 
 
-def trace(operator: Operator, key: jax.Array, *, samples: int = 32, progress: Progress | None = None) -> Trace:
+def trace(
+    operator: Operator, key: jax.Array, *, samples: int = 32, rank: int = 0, progress: Progress | None = None
+) -> Trace:
     r"""The trace by Hutchinson's estimator, unbiased: the mean of $z^\top A z$ over random vectors $z$ of signs.
 
-    Its variance is $\frac{2}{m} \sum_{i \ne j} A_{ij}^2$ for $m$ samples, 0 for a diagonal matrix.
+    Its variance is $\frac{2}{m} \sum_{i \ne j} A_{ij}^2$ for $m$ samples, 0 for a diagonal matrix. Most of that is
+    often in few directions. With a `rank` these are taken exactly, and only the rest is sampled (Hutch++): of the
+    orthonormal $Q$ that spans the product of $A$ with so many random vectors, it is
+
+    $$ \mathrm{tr}(Q^\top A Q) + \frac{1}{m} \sum_{j=1}^m w_j^\top A w_j, \qquad w_j = (I - Q Q^\top) z_j $$
+
+    For as many products in all, rank = samples pays where the spectrum falls off, as that of a network does, and costs
+    three times the variance where it is flat.
 
     Args:
-      operator: as in `spectrum_edges`, and so are jit and meshes; the memory is for a few vectors.
+      operator: as in `spectrum_edges`, and so are jit and meshes; the memory is for `rank` vectors and a few.
       key: a random key.
       samples: how many vectors and products, at least 1.
+      rank: how many directions are taken exactly, at 2 products for each; at least 0, and no more than there are
+        parameters are used.
       progress: called after each product.
 
     Raises:
       ValueError, TypeError: as `spectrum_edges`.
 
-    Source: Hutchinson, A stochastic estimator of the trace of the influence matrix (1989).
+    Sources: Hutchinson, A stochastic estimator of the trace of the influence matrix (1989); Meyer et al., Hutch++
+    (2021).
 
     >>> import gdx, jax, jax.numpy as jnp
     >>> hessian = gdx.curvature.Hessian(lambda theta, batch: jnp.sum(theta**2), jnp.ones(5), jnp.zeros(1))
     >>> gdx.curvature.trace(hessian, jax.random.key(0)).value.item()
     10.0
     """
-    _check_size("trace", operator, key, 2, progress)
+    wanted = to_integer("trace: rank", rank, minimum=0)
+    rank = min(wanted, _check_size("trace", operator, key, max(wanted, 2), progress))
     _check_count("trace", "samples", samples)
-    found = _trace(operator, key, samples, None if progress is None else Meter(progress, 1, samples))
+    found = _trace(operator, key, samples, rank, None if progress is None else Meter(progress, 1, samples + 2 * rank))
     _check_finite("trace", operator, found.value)
     return found
 
@@ -227,8 +305,25 @@ def trace(operator: Operator, key: jax.Array, *, samples: int = 32, progress: Pr
 def _edges(
     operator: Operator, key: jax.Array, size: int, rounds: int, tolerance: float, meter: "Meter | None"
 ) -> Edges:
-    product = on_vectors(operator)
-    like = to_vector(operator.params)
+    (smallest, largest), converged, products = _pairs(operator, key, size, rounds, tolerance, (0, -1), meter)
+    return Edges(smallest, largest, converged, products)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
+@on_any_mesh
+def _largest(
+    operator: Operator, key: jax.Array, size: int, rounds: int, tolerance: float, count: int, meter: "Meter | None"
+) -> Eigenpairs:
+    pairs, *others = _pairs(operator, key, size, rounds, tolerance, tuple(range(-1, -count - 1, -1)), meter)
+    return Eigenpairs(*jax.tree.map(lambda *x: jnp.stack(x), *pairs), *others)
+
+
+def _pairs(
+    operator: Operator, key: jax.Array, size: int, rounds: int, tolerance: float, which: tuple[int, ...], meter: Any
+) -> tuple[list[Edge], jax.Array, jax.Array]:
+    """Those with these places among the Ritz values, which ascend; whether they converged; how many products."""
+    product, chosen = on_vectors(operator), jnp.array(which)
+    like, count = to_vector(operator.params), len(which)
 
     def small(values: jax.Array, errors: jax.Array) -> jax.Array:
         return jnp.all(errors <= tolerance * jnp.max(jnp.abs(values)))
@@ -240,18 +335,18 @@ def _edges(
     def turn(carry: tuple) -> tuple:
         number, start, *_ = carry
         found = lanczos(_metered(product, meter, number), start, size, jax.random.fold_in(key, number))
-        ends = jnp.array([0, -1])
-        vectors = found.vectors(ends)
-        return number + 1, jnp.sum(vectors, axis=0), vectors, found.values[ends], found.errors[ends]
+        vectors = found.vectors(chosen)
+        return number + 1, jnp.sum(vectors, axis=0), vectors, found.values[chosen], found.errors[chosen]
 
     start = jax.random.normal(key, like.shape, like.dtype)
-    nothing = jnp.zeros((2, *like.shape), like.dtype), jnp.zeros(2, like.dtype), jnp.full(2, jnp.inf, like.dtype)
+    values, errors = jnp.zeros(count, like.dtype), jnp.full(count, jnp.inf, like.dtype)
+    nothing = jnp.zeros((count, *like.shape), like.dtype), values, errors
     number, _, vectors, *_ = jax.lax.while_loop(goes_on, turn, (jnp.int32(0), start, *nothing))
     vectors, values, errors = jax.lax.map(functools.partial(measured, product), vectors)
     if meter is not None:
         jax.debug.callback(meter.end, values)
-    smallest, largest = (Edge(values[i], from_vector(vectors[i], operator.params), errors[i]) for i in range(2))
-    return Edges(smallest, largest, small(values, errors), number * size + 2)
+    pairs = [Edge(values[i], from_vector(vectors[i], operator.params), errors[i]) for i in range(count)]
+    return pairs, small(values, errors), number * size + count
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
@@ -267,17 +362,31 @@ def _density(operator: Operator, key: jax.Array, size: int, probes: int, meter: 
     return jax.lax.map(probe, (jnp.arange(probes), jax.random.split(key, probes)))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
 @on_any_mesh
-def _trace(operator: Operator, key: jax.Array, samples: int, meter: "Meter | None") -> Trace:
+def _trace(operator: Operator, key: jax.Array, samples: int, rank: int, meter: "Meter | None") -> Trace:
     product = on_vectors(operator)
 
-    def take(inputs: tuple) -> jax.Array:
+    def image(inputs: tuple) -> jax.Array:
+        number, key = inputs
+        return _metered(product, meter, number)(_signs(key, operator))
+
+    def quotient(inputs: tuple) -> jax.Array:
+        number, vector = inputs
+        return dot(vector, _metered(product, meter, number)(vector))
+
+    def sample(inputs: tuple) -> jax.Array:
         number, key = inputs
         z = _signs(key, operator)
-        return dot(z, _metered(product, meter, number)(z))
+        return quotient((number, z if rank == 0 else apart(z, basis)))
 
-    return Trace(*_mean_and_error(jax.lax.map(take, (jnp.arange(samples), jax.random.split(key, samples)))))
+    numbers, exact = jnp.arange(samples + 2 * rank), jnp.zeros(())
+    if rank:
+        first = jax.random.split(jax.random.fold_in(key, 0), rank)
+        basis = jnp.linalg.qr(jax.lax.map(image, (numbers[:rank], first)).T)[0].T
+        exact = jnp.sum(jax.lax.map(quotient, (numbers[rank : 2 * rank], basis)))
+    value, error = _mean_and_error(jax.lax.map(sample, (numbers[2 * rank :], jax.random.split(key, samples))))
+    return Trace(value + exact.astype(value.dtype), error)
 
 
 @dataclasses.dataclass(unsafe_hash=True)

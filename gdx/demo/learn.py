@@ -8,6 +8,7 @@ examples:
 import argparse
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,19 +50,23 @@ def run(arguments: argparse.Namespace) -> int:
     start, batches = problem.start(jax.random.key(arguments.seed)), problem.batches(arguments.seed, arguments.steps)
     console.print(f"sgd on digits, {arguments.steps} steps, whose hyperparameters take {rounds} down a validation loss")
 
+    def trained(tx: gdx.Transform) -> Any:
+        return gdx.train(problem.loss_on, tx, start, batches, remat=True).params
+
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def validation_loss(point: jax.Array) -> tuple[jax.Array, jax.Array]:
-        params = gdx.train(problem.loss_on, optimizer(point), start, batches, remat=True).params
+        params = trained(optimizer(point))
         return problem.loss(params, validation), problem.evaluate(params)["accuracy"]
 
     names = [*optimizer(point).hyperparams, "validation loss", "test accuracy"]
     meta, is_finite = gdx.adam(META_RATE), True
-    state, found = meta.init(point), list[list[float]]()
+    state, found, points = meta.init(point), list[list[float]](), list[jax.Array]()
     with terminal.progress(console) as bars:
         task = bars.add_task("learning", total=rounds, text="")
         while len(found) <= rounds and is_finite and not (found and terminal.interrupted.is_set()):
             (loss, accuracy), slope = validation_loss(point)
+            points.append(point)
             found.append([float(x) for x in (*optimizer(point).hyperparams.values(), loss, accuracy)])
             bars.update(task, completed=len(found) - 1, text=f"validation loss {loss:.3g}")
             is_finite = bool(jnp.isfinite(jnp.append(slope, loss)).all())
@@ -77,6 +82,10 @@ def run(arguments: argparse.Namespace) -> int:
     shown = dict.fromkeys([0, best // 4, best // 2, best])
     rows = [[str(i), *(terminal.number(name.split()[-1], x[i]) for name, x in path.items())] for i in shown]
     terminal.table(console, ["round", *names], rows)
+    if not terminal.interrupted.is_set():
+        agreement = jax.jit(lambda tx: gdx.metasmoothness(trained, tx))(optimizer(points[best])).hyperparams
+        said = ", ".join(f"{name.replace('_', ' ')} {x:.2f}" for name, x in agreement.items())
+        console.print(f"metasmoothness at the best (1: trust its slopes, 0 and below: do not): {said}")
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     plot.loss_curves({"validation loss": losses}, left)

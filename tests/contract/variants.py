@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import importlib
 import inspect
-import math
 import re
 import subprocess
 import sys
@@ -497,9 +496,21 @@ VARIANTS = list(map(Variant._make, (
      "test_training.py::test_progress_ends_with_the_last_step_and_leaves_out_copies", "progress:reporting",
      lambda right, step, progress, total, before=0, is_copy=False, lanes=0:
      right(step, progress, total, before, jnp.zeros_like(is_copy), lanes)),
-    ("steps after the last segment left out", "test_training.py::test_takes_the_steps_of_a_loop[True]",
-     "training:_rematerialised_scan", lambda right, step, carry, batches:
-     right(step, carry, jax.tree.map(lambda x: x[: math.isqrt(len(x)) ** 2], batches))),
+    ("a state stored in another's place", "test_rematerialising.py::test_slopes_of_all_that_a_run_is_made_of",
+     "rematerialising:_put", lambda right, stored, row, state: right(stored, row ^ 1, state)),
+    ("states stored in equal distances", "test_rematerialising.py::test_no_plan_makes_fewer_steps",
+     "rematerialising:split", lambda right, steps, states: steps - 1 if states == 1 else -(-steps // (states + 1))),
+    ("what is taken exactly sampled again",
+     "curvature/test_spectrum.py::test_a_trace_with_exact_directions_is_unbiased_and_has_less_error",
+     "curvature.spectrum:apart", lambda right, vector, basis: vector),
+    ("smallest eigenpairs for largest",
+     "curvature/test_spectrum.py::test_the_largest_eigenpairs_are_those_of_the_dense_matrix",
+     "curvature.spectrum:_pairs", lambda right, *args: right(*args[:5], tuple(-1 - i for i in args[5]), args[6])),
+    ("a block of all that it is not",
+     "curvature/test_spectrum.py::test_the_block_of_a_layer_is_that_of_the_dense_matrix",
+     "curvature.operators:leaf_paths", lambda right, tree: list(right(tree))[::-1]),
+    ("neighbours on both sides of the slope", "test_smoothness.py::test_is_the_formula_in_float64",
+     "smoothness:jnp", like(jnp, split=lambda x, parts: jnp.split(x[::-1], parts))),
     ("every seed the same", "test_real_models.py::test_a_sweep_over_seeds_is_the_runs_alone[None]",
      "sweeping:_train_all", lambda right, plan, optimizers, keys, arrays:
      right(plan, optimizers, keys[jnp.zeros(len(keys), int)], arrays)),
@@ -514,8 +525,8 @@ VARIANTS = list(map(Variant._make, (
     ("what a module writes into itself lost",
      "test_real_models.py::test_a_module_of_flax_is_trained_as_it_trains_itself", "modules:Parts.rest_of",
      lambda right, self, model, rest: rest),
-    ("nothing rematerialised", "test_training.py::test_rematerialisation_keeps_memory_for_the_root_of_the_steps",
-     "training:_rematerialised_scan", lambda right, step, carry, batches: jax.lax.scan(step, carry, batches)),
+    ("nothing rematerialised", "test_training.py::test_rematerialisation_keeps_memory_for_thirty_steps",
+     "training:rematerialised_scan", lambda right, step, carry, inputs: jax.lax.scan(step, carry, inputs)),
     ("state of before forgotten", "test_training.py::test_goes_on_from_a_state", "training:train",
      lambda right, *args, state=None, **rest: right(*args, **rest)),
     ("divergence of the end unseen", "test_training.py::test_a_member_whose_last_step_diverges_is_marked",

@@ -61,6 +61,34 @@ def test_edges_are_those_of_the_dense_matrix(x64, spectrum, krylov_size):
         np.testing.assert_allclose(jnp.linalg.norm(image - edge.value * flat), edge.error, rtol=1e-3, atol=1e-10)
 
 
+def test_the_largest_eigenpairs_are_those_of_the_dense_matrix(x64, spectrum):
+    found = curvature.largest_eigenpairs(network_hessian(), KEY, 4, krylov_size=16, rounds=40, tolerance=1e-6)
+    assert found.converged and found.products > 2 * 16
+    assert np.all(np.abs(found.values - spectrum[:-5:-1]) <= found.errors + 1e-12)
+    flat = np.stack([ravel_pytree(jax.tree.map(lambda x, i=i: x[i], found.vectors))[0] for i in range(4)])
+    np.testing.assert_allclose(flat @ flat.T, np.eye(4), atol=1e-5)
+    dense = networks.dense(networks.loss, networks.start(), networks.data(3))
+    residuals = np.linalg.norm(flat @ dense - found.values[:, None] * flat, axis=1)
+    np.testing.assert_allclose(residuals, found.errors, rtol=1e-4, atol=1e-10)
+
+
+def test_the_block_of_a_layer_is_that_of_the_dense_matrix(x64):
+    hessian = network_hessian()
+    block = curvature.Block(hessian, "first")
+    dense = networks.dense(networks.loss, hessian.params, hessian.batches)
+    marked = jax.tree_util.tree_map_with_path(
+        lambda path, x: jnp.full(np.shape(x), "first" in jax.tree_util.keystr(path)), hessian.params
+    )
+    inside = np.asarray(ravel_pytree(marked)[0], bool)
+    assert 0 < inside.sum() < len(inside)
+    expected = np.linalg.eigvalsh(dense[np.ix_(inside, inside)])
+    edges = curvature.spectrum_edges(block, KEY, tolerance=1e-6)
+    np.testing.assert_allclose([edges.smallest.value, edges.largest.value], expected[[0, -1]], atol=1e-5 * expected[-1])
+    for pattern, words in (("none", r"'none' matches no path; .*The paths are "), ("(", "is no regular expression")):
+        with pytest.raises(ValueError, match=f"Block: the pattern .*{words}"):
+            curvature.spectrum_edges(curvature.Block(hessian, pattern), KEY)
+
+
 def test_rounds_end_once_converged_and_say_when_not(x64):
     hessian = quadratic(np.linspace(1, 2, 200), seed=0)
     short = curvature.spectrum_edges(hessian, KEY, krylov_size=5, rounds=2, tolerance=1e-6)
@@ -235,6 +263,18 @@ def test_trace_is_unbiased_and_knows_its_error(x64, spectrum):
     assert np.isnan(curvature.trace(network_hessian(), KEY, samples=1).error)
 
 
+def test_a_trace_with_exact_directions_is_unbiased_and_has_less_error(x64, spectrum):
+    hessian, keys = network_hessian(), jax.random.split(KEY, 60)
+    estimates = jax.jit(lambda keys: jax.lax.map(lambda key: curvature.trace(hessian, key, rank=8, samples=16), keys))
+    values, errors = estimates(keys)
+    scores = (values - spectrum.sum()) / errors
+    assert abs(scores.mean()) < 4 / np.sqrt(60) and 0.7 < scores.std() < 1.5
+    plain = curvature.trace(hessian, KEY, samples=32)  # as many products
+    assert np.mean(errors) < 0.7 * plain.error
+    every = curvature.trace(hessian, KEY, samples=2, rank=1000)
+    np.testing.assert_allclose(every.value, spectrum.sum(), rtol=1e-9)
+
+
 def test_the_preconditioned_spectrum_is_that_of_the_inverse_times_the_matrix(x64, spectrum):
     hessian = network_hessian()
     p = jax.tree.map(lambda x: 0.5 + jnp.abs(x), hessian.params)
@@ -269,6 +309,9 @@ def test_what_is_not_finite_says_why(function, loss, params, reason):
         (lambda h: curvature.spectrum_edges(h, KEY, tolerance=0.0), "tolerance is 0.0; expected a positive number"),
         (lambda h: curvature.spectral_density(h, KEY, probes=0), "probes is 0; expected at least 1"),
         (lambda h: curvature.trace(h, KEY, samples=0), "samples is 0; expected at least 1"),
+        (lambda h: curvature.trace(h, KEY, rank=-1), "trace: rank is -1; expected an integer >= 0"),
+        (lambda h: curvature.largest_eigenpairs(h, KEY, 3), "count is 3; expected no more than there are parameters"),
+        (lambda h: curvature.largest_eigenpairs(h, KEY, 2, krylov_size=2), "count is 2; .* krylov_size - 1 = 1"),
         (lambda h: curvature.trace(curvature.Hessian(h.loss, {}, h.batches), KEY), "the operator has no parameters"),
     ],
 )

@@ -136,6 +136,9 @@ def test_learning_beats_its_own_start_and_says_how_far_it_is(capsys, folder):
     assert float(best[3]) < 0.7 * float(first[3]) and float(best[4].rstrip("%")) > float(first[4].rstrip("%"))
     assert (folder / "gdx-learn.png").read_bytes().startswith(b"\x89PNG")
     assert re.search(r"^learning .* 100% validation loss [\d.]+", text, re.MULTILINE)
+    said = " ".join(text.split()).partition("metasmoothness at the best")[2]
+    agreement = re.search(r"weight decay (\S+), learning rate (\S+), momentum (\S+)", said)
+    assert all(-1 <= float(x) <= 1 for x in agreement.groups())
 
 
 def test_learning_keeps_what_there_is_after_ctrl_c(capsys, monkeypatch, folder):
