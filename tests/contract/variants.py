@@ -367,7 +367,7 @@ VARIANTS = list(map(Variant._make, (
     ("rounding always down", "storage/test_formats.py::test_unbiased_with_the_variance_of_two_neighbours",
      "storage.formats:rounded_at_random", lambda right, x, bits, *width: right(x, 0 * bits, *width)),
     ("NaN rounded", "storage/test_formats.py::test_every_nan_stays_one", "storage.formats:rounded_at_random",
-     lambda right, x, bits: jax.lax.bitcast_convert_type(
+     lambda right, x, bits, width=16: jax.lax.bitcast_convert_type(
          (jax.lax.bitcast_convert_type(x, "uint32") + bits) & jnp.uint32(0xFFFF0000), "float32")),
     ("parameters and moments share random bits", "storage/test_dither.py::test_independent[first and third field]",
      "storage.dither:Dither.bits", lambda right, self, *args: right(self._replace(field=self.field % 2), *args)),
@@ -526,7 +526,7 @@ VARIANTS = list(map(Variant._make, (
      "test_real_models.py::test_a_module_of_flax_is_trained_as_it_trains_itself", "modules:Parts.rest_of",
      lambda right, self, model, rest: rest),
     ("nothing rematerialised", "test_training.py::test_rematerialisation_keeps_memory_for_thirty_steps",
-     "training:rematerialised_scan", lambda right, step, carry, inputs: jax.lax.scan(step, carry, inputs)),
+     "training:rematerialised_scan", lambda right, step, carry, inputs, **kept: jax.lax.scan(step, carry, inputs)),
     ("state of before forgotten", "test_training.py::test_goes_on_from_a_state", "training:train",
      lambda right, *args, state=None, **rest: right(*args, **rest)),
     ("divergence of the end unseen", "test_training.py::test_a_member_whose_last_step_diverges_is_marked",
