@@ -9,6 +9,7 @@ import numpy as np
 
 from gdx.arguments import check_function, number
 from gdx.curvature.krylov import to_vector
+from gdx.trees import is_array
 
 
 def metasmoothness(run: Callable[[Any], Any], tx: Any, *, change: float = 1e-3) -> Any:
@@ -33,7 +34,8 @@ def metasmoothness(run: Callable[[Any], Any], tx: Any, *, change: float = 1e-3) 
       run: a function of the optimizer that trains and returns arrays, best the trained parameters: of one number alone,
         such as a loss, what is found is 1 or -1. It is mapped by `jax.vmap`.
       tx: the optimizer, or any tree of numbers, at which the slopes are wanted. An array is changed as a whole.
-      change: c, how far the neighbours are, as a part of each number; positive.
+      change: c, how far the neighbours are, as a part of each number; positive, and large beside the rounding of its
+        dtype.
 
     Returns:
       A tree like tx, as slopes are: in the place of each hyperparameter its agreement. NaN where nothing changes at
@@ -57,6 +59,8 @@ def metasmoothness(run: Callable[[Any], Any], tx: Any, *, change: float = 1e-3) 
     check_function("metasmoothness: run", run, "an optimizer")
     change = number("metasmoothness: change", change, "a positive number, such as 1e-3", above=0)
     leaves, structure = jax.tree.flatten(tx)
+    if not all(map(is_array, leaves)):
+        raise TypeError(f"metasmoothness: tx is {tx!r}; expected an optimizer of gdx's, or a tree of numbers")
     values = [jnp.asarray(x) for x in leaves]
     moved = np.array([i for i, x in enumerate(values) if jnp.issubdtype(x.dtype, jnp.floating)], int)
     if not moved.size:

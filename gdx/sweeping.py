@@ -33,8 +33,8 @@ class Sweep(NamedTuple):
       optimizers: the batch.
       losses: of shape (members, steps): the loss on each batch of data, before the step that it makes; NaN for the
         steps that a member did not make.
-      final: what `evaluate` made of each member's last parameters, with a leading axis of members; NaN for one that had
-        made no step when Ctrl-C ended the sweep.
+      final: what `evaluate` made of each member's last parameters, with a leading axis of members; NaN, of integers 0,
+        for one that had made no step when Ctrl-C ended the sweep.
       steps: int32, of shape (members,): how many each made: fewer than there are for what was dropped by halving, or
         had not come to its turn.
       aux: what the loss returned beside the loss, with leading axes of members and steps; None where it is the loss
@@ -154,9 +154,10 @@ def sweep(
     Ctrl-C: with `progress`, called outside `jax.jit`, it runs in about 100 parts, one program called again and again,
     between which Ctrl-C ends it. Then it warns and returns the steps that were made: losses end with the last of them,
     `steps` says how many each member has, and final is made of the parameters there. Of chunks the later ones may have
-    none. Before the first part, Ctrl-C is KeyboardInterrupt. Parts take memory for two copies of parameters and states,
-    and about 0.2 ms each. They have the bits of one call, but with keys, where that computes once what all members
-    share, to rounding. Inside `jax.jit`, over several processes and along explicit axes of a mesh it is all or nothing.
+    none. Before the first part, Ctrl-C is KeyboardInterrupt. Parts take memory for two copies of parameters and
+    states, and about 0.2 ms each. They have the bits of one call, but for what that computes once for all members,
+    such as a model_state that does not depend on the parameters: to rounding there. Inside `jax.jit`, over several
+    processes and along explicit axes of a mesh it is all or nothing.
 
     Args:
       loss: the loss of parameters on one batch of data, a real scalar, or with aux and model_state as in `gdx.train`.
@@ -589,8 +590,9 @@ def _assembled(found: list[_Lanes], members: int, seeds: tuple[int, ...]) -> tup
     def last(*pieces: jax.Array) -> jax.Array:
         joined = jnp.concatenate([x[: len(lanes.members)] for lanes, x in zip(found, pieces)])[at]
         has_none = (steps == 0).reshape(-1, *[1] * (joined.ndim - 1))
-        if has_none.any() and jnp.issubdtype(joined.dtype, jnp.inexact):
-            joined = jnp.where(has_none, jnp.asarray(jnp.nan, joined.dtype), joined)
+        if has_none.any() and not jnp.issubdtype(joined.dtype, jax.dtypes.prng_key):
+            nothing = jnp.nan if jnp.issubdtype(joined.dtype, jnp.inexact) else 0
+            joined = jnp.where(has_none, jnp.asarray(nothing, joined.dtype), joined)
         return joined
 
     with jax.debug_nans(False):  # these are meant

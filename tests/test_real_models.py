@@ -72,7 +72,7 @@ def by_hand(tx, params, mean, data):
 
 
 def score(params, mean):
-    return {"norm": jnp.sum(params["w"] ** 2), "mean": mean}
+    return {"norm": jnp.sum(params["w"] ** 2), "mean": mean, "has weights": jnp.any(params["w"] != 0)}
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -412,6 +412,7 @@ def test_a_sweep_in_parts_keeps_what_there_is():
     end = jax.tree.map(lambda x: x[int(found.steps[2]) - 1], (params, means))
     close(jax.tree.map(lambda x: x[2, 1], found.final), score(*end))
     assert not found.diverged.any() and np.isnan(found.final["mean"][1]).all()
+    assert found.final["has weights"][:2, 0].tolist() == [True, False]
     assert set(found.ranking(found.losses[..., 0])) == set(np.flatnonzero(found.steps).tolist())
 
 

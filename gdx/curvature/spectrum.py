@@ -142,13 +142,16 @@ def largest_eigenpairs(
     r"""The `count` largest eigenvalues with their eigenvectors, by restarted Lanczos.
 
     As `spectrum_edges`, with the largest instead of the two ends; what it says of restarts, memory, jit and meshes
-    is true here too. The eigenvectors of those that lie close together mix, which their errors do not show. Of an
-    eigenvalue that there is several times, a start has one vector: its copies are found only where the span is
-    exhausted, or by rounding.
+    is true here too. The eigenvectors of those that lie close together mix, which their errors do not show.
+
+    Each pair is an eigenpair to within its error; that none is missing between them is not shown by `converged`. Of an
+    eigenvalue that there is several times, a start has one vector. And where many lie close together at the top, as in
+    1, 2, ..., 1000 with 64 products in a round, some are passed over, and more rounds do not find them: compare with a
+    larger krylov_size, or with another key.
 
     Args:
       operator, key, rounds, tolerance, progress: as in `spectrum_edges`.
-      count: how many, at least 1, and no more than there are parameters.
+      count: how many, at least 1, less than krylov_size, and no more than there are parameters.
       krylov_size: products in a round, more than count, best several times as many; no more are made than there are
         parameters.
 
@@ -168,8 +171,8 @@ def largest_eigenpairs(
     _check_count(name, "count", count)
     tolerance = number(f"{name}: tolerance", tolerance, "a positive number, such as 1e-3", above=0)
     if count > size or count >= krylov_size:
-        what = "there are parameters" if count > size else f"krylov_size - 1 = {krylov_size - 1}"
-        raise ValueError(f"{name}: count is {count}; expected no more than {what}")
+        most = min(size, krylov_size - 1)
+        raise ValueError(f"{name}: count is {count}; expected at most {most}, and less than krylov_size={krylov_size}")
     meter = None if progress is None else Meter(progress, size, rounds)
     found = _largest(operator, key, size, rounds, tolerance, count, meter)
     _check_finite(name, operator, found.values)

@@ -153,8 +153,8 @@ class round_with_correction(_Rounding):
     steps of $2^{-18}$ do not move it at all, at random by 1.00 of what they should.
 
     A parameter that something else changes between steps stays changed, to within half a unit in the last place of its
-    new value, since $c$ counts from there. Infinities and NaN stay what they are; beyond bfloat16's largest a parameter
-    becomes infinite. The update that leaves this link is $\theta_{t+1} - \theta_t$ in float32: see
+    new value, since $c$ counts from there. Beyond bfloat16's largest a parameter becomes infinite, and NaN in the step
+    after that. The update that leaves this link is $\theta_{t+1} - \theta_t$ in float32: see
     `round_stochastically`.
 
     State: `CorrectionState(count, correction)`, 1 byte per parameter. With moments in 8 bits, parameters and state take

@@ -119,8 +119,8 @@ class Blocks(Format):
     1.2e-38, the smallest normal float32, becomes 0.
 
     A step's slope is that of the exact moments (straight through). Codes are integers and carry none to the next step,
-    so what would need it there is refused with a TypeError: slopes through a run of several steps, of whatever its
-    moments depend on. `Simulated(format)` takes them.
+    so what would need it there is refused with a TypeError: slopes through a run of several steps, or a scan of any, of
+    whatever its moments depend on. `Simulated(format)` takes them.
 
     A format of your own gives `codes` and `values`; here of square roots:
 
@@ -349,6 +349,10 @@ class InBlocks(Format):
     axis: int
 
     @property
+    def signed(self) -> bool:  # type: ignore[override]
+        return self.format.signed
+
+    @property
     def compensates(self) -> bool:  # type: ignore[override]
         return self.format.compensates
 
@@ -411,15 +415,13 @@ class SignedFourthRoot8(_FourthRoot8):
     than `FourthRoot8`, whose smallest code bounds them, steps of parameters with less than $10^{-7} s$ may be up to 16
     learning rates long.
 
-    The slope of a later loss through the state is that of the update alone: right for a learning rate or decay, but
-    not for `momentum`, `b1` and `b2`, which act over many steps.
+    Slopes through several steps are refused: see `Blocks`, and `Simulated`.
 
     Args:
       block: how many neighbours share a scale, see `Blocks`; at least 8, so that in no shape is float32 smaller.
       minimum_size: smaller arrays stay in float32.
-      axis: along which blocks lie. On TPUs, whose tiles blocks along the last one tear apart, a step with -2
-        moves half the bytes; on other devices, three times as many. The error is smaller where neighbours are alike
-        in size: see `gdx.storage` for how much.
+      axis: along which blocks lie. The error is smaller where neighbours are alike in size: see `gdx.storage` for how
+        much. On GPUs a step with -2 moves three times as many bytes, unless blocks are whole, `block=None`.
       seed: of the random bits.
 
     Raises:
@@ -486,7 +488,7 @@ class SignedPowersOfTwo4(Blocks):
     1.4 learning rates long in the root mean square (in float32 0.23) and 40 at most, and parameters off by 15. These
     numbers grow as $1 / (1 - \beta)$: above 0.95, and where gradients are rarely other than 0, take 8 bits.
 
-    The slope is that of `SignedFourthRoot8`.
+    Slopes are as in `SignedFourthRoot8`.
 
     Args:
       block, minimum_size, axis, seed: as in `SignedFourthRoot8`. With blocks of 128, a number takes 4.25 bits; in
@@ -506,7 +508,7 @@ class SignedPowersOfTwo4(Blocks):
     stochastic: ClassVar[bool] = True
     compensates: ClassVar[bool] = True
 
-    block: int = 128
+    block: int | None = 128
     seed: int = 0  # type: ignore[misc]
 
     def codes(self, x: jax.Array, scales: jax.Array, bits: jax.Array) -> jax.Array:
@@ -549,7 +551,7 @@ class PowersOfTwo4(Blocks):
     keeps_positive: ClassVar[bool] = True
     stochastic: ClassVar[bool] = True
 
-    block: int = 128
+    block: int | None = 128
     seed: int = 0  # type: ignore[misc]
 
     def codes(self, x: jax.Array, scales: jax.Array, bits: jax.Array) -> jax.Array:

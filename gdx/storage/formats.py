@@ -242,13 +242,28 @@ def _with_slope_of_jvp(primals: tuple, tangents: tuple) -> tuple:
     return primals[1], tangents[0]
 
 
+def straight_through(format: Format | None, exact: jax.Array, held: jax.Array) -> jax.Array:
+    """A number as it is held, with the slope of the exact one; of a second moment, in units of either.
+
+    What divides by its root is not linear in it: with the slope of a number that is held twice as large as it is, what
+    cancels in the exact one, such as b2 in the first step, would not.
+    """
+    if format is None or format.signed:
+        return with_slope_of(exact, held)
+    ratio = jnp.where(exact > 0, held / jnp.where(exact > 0, exact, 1), 1)
+    return with_slope_of(exact * jax.lax.stop_gradient(ratio), held)
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Simulated(Format):
     r"""The same numbers as another format holds, but in float32: for slopes through a run.
 
     Codes are integers and carry no slope from one step to the next, so that JAX's derivatives of a run in 8 bits, in
     its learning rate or momentum say, are refused. A run with `Simulated(format)` makes the same steps, bit for bit,
-    and has slopes: those of the exact numbers (straight through), which is what rounding at random has on average.
+    and has slopes: those of the exact numbers (straight through), which is what rounding at random has on average; of
+    second moments relative to their size. In 4 bits, whose errors are large, that of `b2` is right in the first steps
+    and a quarter off after 20. (In one program with gradients in bfloat16, which XLA may hold in float32, the bits can
+    differ.)
 
     Cost: 4 bytes per number, and the time of the format.
 
@@ -309,7 +324,7 @@ class Simulated(Format):
 
     def encode(self, x: jax.Array, dither: Dither) -> jax.Array:
         stored = self.format.encode(jax.lax.stop_gradient(x), dither)
-        return with_slope_of(x.astype(jnp.float32), self.format.decode(stored))
+        return straight_through(self.format, x.astype(jnp.float32), self.format.decode(stored))
 
     def decode(self, stored: jax.Array) -> jax.Array:
         return stored

@@ -15,7 +15,7 @@ from gdx.mesh import types_of, untyped, varying_alike
 from gdx.numerics import uncontracted
 from gdx.storage.blocks import Blocks, InBlocks, Packed, is_packed, without_slope
 from gdx.storage.dither import Dither
-from gdx.storage.formats import Format, is_encoded, with_slope_of
+from gdx.storage.formats import Format, is_encoded, straight_through
 
 
 class Formula(Protocol):
@@ -136,7 +136,7 @@ def _used(format: Format | None, exact: jax.Array, held: jax.Array, lasting: Any
     """What the direction is taken of, as it is held; with the slope of the exact moment."""
     if format is not None and format.compensates and lasting is not None:
         held = held + uncontracted((exact - held) * lasting)
-    return with_slope_of(exact, held)
+    return straight_through(format, exact, held)
 
 
 def _once(renew: Callable[[], list[Any]], old: list[Any], dither: Dither | None) -> list[Any]:

@@ -310,8 +310,11 @@ def test_what_is_not_finite_says_why(function, loss, params, reason):
         (lambda h: curvature.spectral_density(h, KEY, probes=0), "probes is 0; expected at least 1"),
         (lambda h: curvature.trace(h, KEY, samples=0), "samples is 0; expected at least 1"),
         (lambda h: curvature.trace(h, KEY, rank=-1), "trace: rank is -1; expected an integer >= 0"),
-        (lambda h: curvature.largest_eigenpairs(h, KEY, 3), "count is 3; expected no more than there are parameters"),
-        (lambda h: curvature.largest_eigenpairs(h, KEY, 2, krylov_size=2), "count is 2; .* krylov_size - 1 = 1"),
+        (lambda h: curvature.largest_eigenpairs(h, KEY, 3), "count is 3; expected at most 2, "),
+        (
+            lambda h: curvature.largest_eigenpairs(h, KEY, 2, krylov_size=2),
+            "expected at most 1, and less than krylov_size=2",
+        ),
         (lambda h: curvature.trace(curvature.Hessian(h.loss, {}, h.batches), KEY), "the operator has no parameters"),
     ],
 )
