@@ -1,6 +1,7 @@
 """How far a run is: told from inside of compiled programs, and shown as a bar."""
 
 import contextlib
+import contextvars
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -71,6 +72,19 @@ def shown(progress: Progress) -> Iterator[None]:
             BAR.close()
 
 
+_SILENT = contextvars.ContextVar("silent", default=False)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Steps that are traced here report nothing."""
+    before = _SILENT.set(True)
+    try:
+        yield
+    finally:
+        _SILENT.reset(before)
+
+
 def say_interrupted(name: str, done: float) -> None:
     """Warns where a run has ended before all was done."""
     if done < 1:
@@ -107,6 +121,8 @@ def reporting(
 
     def reporting_step(carry: Any, inputs: Any) -> Any:
         carry, out = step(carry, inputs)
+        if _SILENT.get():
+            return carry, out
         done = before + inputs[0]
         jax.lax.cond((done % every == 0) | (done == total), told, lambda *_: (), done, out[0])
         return carry, out

@@ -11,6 +11,8 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
+from gdx.progress import silent
+
 STATES = 30
 
 
@@ -84,7 +86,10 @@ def rematerialised_scan(
     # one without a dtype of its own gets one in the first step
     carry = jax.tree.map(lambda x: jnp.asarray(x, x.dtype), carry)
     # what the step closes over becomes an argument, for it may have a slope
-    traced, shapes = jax.make_jaxpr(step, return_shape=True)(carry, jax.tree.map(lambda x: x[0], inputs))
+    first = jax.tree.map(lambda x: x[0], inputs)
+    traced, shapes = jax.make_jaxpr(step, return_shape=True)(carry, first)
+    with silent():  # steps that are made again are no progress
+        again = jax.make_jaxpr(lambda *arguments: step(*arguments))(carry, first)
     if _kinds(shapes[0]) != _kinds(carry):
         return jax.lax.scan(step, carry, inputs)  # its error says where
     starts, inputs = jax.tree.leaves(carry), jax.tree.leaves(inputs)
@@ -92,29 +97,29 @@ def rematerialised_scan(
     # numpy's: what belongs to the program in which the run is traced is gone in that of its derivative
     rows, back, stretches = plan(len(inputs[0]), states)
 
-    def make(constants: Any, state: Any, given: Any) -> tuple[list[Any], list[Any]]:
-        found = jaxpr_as_fun(ClosedJaxpr(traced.jaxpr, constants))(*state, *given)
+    def make(constants: Any, state: Any, given: Any, program: Any = again) -> tuple[list[Any], list[Any]]:
+        found = jaxpr_as_fun(ClosedJaxpr(program.jaxpr, constants))(*state, *given)
         return found[:width], found[width:]
 
     @jax.custom_vjp
-    def run(constants: Any, state: Any, inputs: Any) -> Any:
-        return jax.lax.scan(functools.partial(make, constants), state, inputs)
+    def run(told: Any, constants: Any, state: Any, inputs: Any) -> Any:
+        return jax.lax.scan(functools.partial(make, told, program=traced), state, inputs)
 
     def ahead(*arguments: Any) -> tuple[Any, Any]:
-        constants, state, inputs = jax.tree.map(lambda x: x.value, arguments)
+        told, constants, state, inputs = jax.tree.map(lambda x: x.value, arguments)
 
         def store(carry: Any, at: Any) -> tuple[Any, Any]:
             (state, stored), (row, given) = carry, at
             stored = _put(stored, row, state)
-            state, out = make(constants, state, given)
+            state, out = make(told, state, given, program=traced)
             return (state, stored), out
 
         stored = [jnp.broadcast_to(x, (states, *x.shape)) for x in state]
         (state, stored), outs = jax.lax.scan(store, (state, stored), (rows, inputs))
-        split = [[x.perturbed and _has_slope(x.value) for x in arguments[i]] for i in (0, 2)]
+        split = [[x.perturbed and _has_slope(x.value) for x in arguments[i]] for i in (1, 3)]
         return (state, outs), (stored, _parted(constants, split[0]), _parted(inputs, split[1]))
 
-    def go_back(kept: Any, slopes: Any) -> tuple[Any, Any, Any]:
+    def go_back(kept: Any, slopes: Any) -> tuple[Any, Any, Any, Any]:
         stored, (moving, fixed), inputs = kept
         constants, floats = _joined(moving, fixed), [_has_slope(x) for x in starts]
         state_slope = [_instantiated(x, y[0]) if yes else None for x, y, yes in zip(slopes[0], stored, floats)]
@@ -147,10 +152,10 @@ def rematerialised_scan(
 
         begin = stored, state_slope, jax.tree.map(jnp.zeros_like, moving)
         (_, slope, total), own_slopes = jax.lax.scan(step_back, begin, (back, inputs, out_slopes), reverse=True)
-        return total, slope, own_slopes
+        return [None] * len(traced.consts), total, slope, own_slopes
 
     run.defvjp(ahead, go_back, symbolic_zeros=True)
-    state, outs = run(traced.consts, starts, inputs)
+    state, outs = run(traced.consts, again.consts, starts, inputs)
     return jax.tree.unflatten(jax.tree.structure(shapes), [*state, *outs])
 
 

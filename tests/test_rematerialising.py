@@ -111,3 +111,12 @@ def test_the_steps_that_are_made_are_those_of_the_plan():
     jax.jit(jax.grad(lambda tx: gdx.train(counted, tx, jnp.ones(2), jnp.zeros(40), remat=5).losses[-1]))(gdx.sgd(0.1))
     jax.effects_barrier()
     assert len(made) == steps_ahead(40, 5) + 40
+
+
+def test_steps_that_are_made_again_are_no_progress():
+    told = []
+    run = functools.partial(gdx.train, lambda p, b: jnp.sum((p - b) ** 2), batches=jnp.zeros((6, 2)), remat=2)
+    final = lambda tx: run(tx=tx, params=jnp.ones(2), progress=lambda done, *_: told.append(done)).losses[-1]  # noqa: E731
+    jax.block_until_ready(jax.grad(final)(gdx.sgd(0.1)))
+    jax.effects_barrier()
+    assert told == pytest.approx(np.arange(1, 7) / 6)
