@@ -17,9 +17,10 @@ from gdx.mesh import types_of, untyped
 from gdx.modules import Parts, is_equinox, is_nnx, take_apart
 from gdx.population import labels, mean_and_error, members_of, stack, to_scores
 from gdx.progress import REPORTS, Progress, reporting, say_interrupted, shown, to_progress
+from gdx.sharding.offload import offload_state
 from gdx.surroundings import Surroundings
 from gdx.training import Loss, arguments_of, arrays_of, check_call, steps_of, training_step
-from gdx.transform import Transform
+from gdx.transform import Transform, all_within
 from gdx.trees import check_arrays, path_text
 from gdx.values import names_of
 
@@ -229,6 +230,11 @@ def sweep(
         raise ValueError(
             f"sweep: halve is {halve} for {members} members and {steps} steps; expected at least {2**halve} members "
             f"and {halve + 1} steps"
+        )
+    if halve and any(isinstance(inner, offload_state) for inner in all_within(optimizers)):
+        raise ValueError(
+            f"sweep: halve is {halve} for states in the host's memory, of which no half can be taken; expected "
+            f"halve=0, or optimizers without gdx.sharding.offload_state"
         )
     if evaluate is not None:
         also = () if model_state is None else ("the model_state",)

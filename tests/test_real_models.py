@@ -548,6 +548,11 @@ REFUSED = {
         ValueError,
         "halve is 3 for 6 members and 12 steps; expected at least 8 members and 4 steps",
     ),
+    "halving on the host": (
+        lambda: gdx.sweep(loss, gdx.stack([gdx.sharding.offload_state(gdx.sgd(0.1))] * 2), START, DATA, halve=1),
+        ValueError,
+        "halve is 1 for states in the host's memory, .*; expected halve=0, or optimizers without",
+    ),
 }
 
 
