@@ -462,6 +462,7 @@ class WithSet(eqx.Module):
 
 
 MAKERS = {"params": init, "batches": batches_of, "model_state": jax.random.uniform}
+ON_HOST = gdx.sharding.offload_state(gdx.sgd(0.1))
 REFUSED = {
     "arrays beside a module": (
         lambda: gdx.train(in_flax, gdx.sgd(0.1), [Flax(KEYS[0]), jnp.ones(2)], DATA),
@@ -549,7 +550,7 @@ REFUSED = {
         "halve is 3 for 6 members and 12 steps; expected at least 8 members and 4 steps",
     ),
     "halving on the host": (
-        lambda: gdx.sweep(loss, gdx.stack([gdx.sharding.offload_state(gdx.sgd(0.1))] * 2), START, DATA, halve=1),
+        lambda: gdx.sweep(bowl, gdx.stack([ON_HOST] * 2), jnp.ones(3), jnp.zeros(6), halve=1),
         ValueError,
         "halve is 1 for states in the host's memory, .*; expected halve=0, or optimizers without",
     ),
