@@ -231,7 +231,8 @@ def sweep(
             f"sweep: halve is {halve} for {members} members and {steps} steps; expected at least {2**halve} members "
             f"and {halve + 1} steps"
         )
-    if halve and any(isinstance(inner, offload_state) for inner in all_within(optimizers)):
+    first = jax.tree.map(lambda x: x[0], optimizers)
+    if halve and any(isinstance(inner, offload_state) for inner in all_within(first)):
         raise ValueError(
             f"sweep: halve is {halve} for states in the host's memory, of which no half can be taken; expected "
             f"halve=0, or optimizers without gdx.sharding.offload_state"
