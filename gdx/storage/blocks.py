@@ -17,7 +17,7 @@ from gdx.fields import to_integer
 from gdx.mesh import sharding_of_boxes, varying_alike
 from gdx.numerics import uncontracted
 from gdx.storage.dither import Dither
-from gdx.storage.formats import Format
+from gdx.storage.formats import Around, Format
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -342,19 +342,11 @@ class Layout:
 
 
 @dataclasses.dataclass(frozen=True)
-class InBlocks(Format):
+class InBlocks(Around):
     """A format of blocks for arrays that are in blocks already."""
 
     format: Blocks
     axis: int
-
-    @property
-    def signed(self) -> bool:  # type: ignore[override]
-        return self.format.signed
-
-    @property
-    def compensates(self) -> bool:  # type: ignore[override]
-        return self.format.compensates
 
     def encode(self, x: jax.Array, dither: Dither) -> Packed:
         # a position in the flattened array is the same there

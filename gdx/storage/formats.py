@@ -255,7 +255,30 @@ def straight_through(format: Format | None, exact: jax.Array, held: jax.Array) -
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Simulated(Format):
+class Around(Format):
+    """Base of what holds numbers as another format does, in another shape or dtype."""
+
+    format: Format
+
+    @property
+    def signed(self) -> bool:  # type: ignore[override]
+        return self.format.signed
+
+    @property
+    def keeps_positive(self) -> bool:  # type: ignore[override]
+        return self.format.keeps_positive
+
+    @property
+    def stochastic(self) -> bool:  # type: ignore[override]
+        return self.format.stochastic
+
+    @property
+    def compensates(self) -> bool:  # type: ignore[override]
+        return self.format.compensates
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Simulated(Around):
     r"""The same numbers as another format holds, but in float32: for slopes through a run.
 
     Codes are integers and carry no slope from one step to the next, so that JAX's derivatives of a run in 8 bits, in
@@ -292,29 +315,11 @@ class Simulated(Format):
     ['-0.198', '-0.198']
     """
 
-    format: Format
-
     def __post_init__(self) -> None:
         if not isinstance(self.format, Format):
             raise TypeError(
                 f"Simulated: format is {reprlib.repr(self.format)}; expected a format such as gdx.storage.FourthRoot8()"
             )
-
-    @property
-    def signed(self) -> bool:  # type: ignore[override]
-        return self.format.signed
-
-    @property
-    def keeps_positive(self) -> bool:  # type: ignore[override]
-        return self.format.keeps_positive
-
-    @property
-    def stochastic(self) -> bool:  # type: ignore[override]
-        return self.format.stochastic
-
-    @property
-    def compensates(self) -> bool:  # type: ignore[override]
-        return self.format.compensates
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         return self.format.fits(shape)

@@ -15,7 +15,7 @@ from gdx.mesh import types_of, untyped, varying_alike
 from gdx.numerics import uncontracted
 from gdx.storage.blocks import Blocks, InBlocks, Packed, is_packed, without_slope
 from gdx.storage.dither import Dither
-from gdx.storage.formats import Format, is_encoded, straight_through
+from gdx.storage.formats import Format, Simulated, is_encoded, straight_through
 
 
 class Formula(Protocol):
@@ -66,7 +66,9 @@ def stepped(
     formats = [f if is_encoded(f, moment) else None for f, moment in zip(link.formats, moments)]
     formats = formats or [None] * len(moments)
     layouts = {f.layout(g.shape) for f in formats if isinstance(f, Blocks)}
-    layout = layouts.pop() if len(layouts) == 1 and link.elementwise else None
+    # what simulates blocks has to see the array's shape
+    is_free = link.elementwise and not any(isinstance(f, Simulated) for f in formats)
+    layout = layouts.pop() if len(layouts) == 1 and is_free else None
     whole = functools.partial(_step, link, shared, g, p, moments, formats, dtype, dither)
     if layout is None or layout.missing:
         return whole()

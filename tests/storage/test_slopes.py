@@ -135,6 +135,15 @@ def test_slopes_of_simulated_are_those_of_exact_moments_on_average():
     np.testing.assert_allclose(few, slopes(None), rtol=2e-2)
 
 
+def test_beside_blocks_what_is_simulated_is_as_alone(monkeypatch):
+    """On accelerators too, where steps are made in blocks."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, **platforms: default(*args))
+    formats = SIGNED, FourthRoot8(block=32, minimum_size=1)
+    both, mixed = (gdx.adam(0.1, mu_dtype=of(formats[0]), nu_dtype=formats[1]) for of in (lambda f: f, Simulated))
+    for a, b in zip(leaves_of_a_run(both), leaves_of_a_run(mixed)):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("format", [POSITIVE, FOUR[1]], ids=repr)
 def test_the_slope_of_b2_is_none_in_the_first_step(format):
     """Where it cancels in the corrected second moment, however roughly that is held."""
