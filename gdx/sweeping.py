@@ -149,7 +149,7 @@ def sweep(
     and after each but the last the half of the members with the larger mean loss in the second half of that part is
     dropped. In all that takes about $2 / (h + 1)$ of the steps: with `halve=7` a quarter. It keeps the parameters and
     states of all members that are left at the end of a part, also where chunk_size bounds the rest. The best of 256 on
-    handwritten digits, from three seeds, was the best of all with 0.25 of the steps and 0.27 of the time (`python -m
+    handwritten digits, from three seeds, was the best of all with 0.25 of the steps and 0.29 of the time (`python -m
     benchmarks sweep`). Under `jax_debug_nans`, look at losses through numpy: JAX stops at the NaN of what was dropped.
 
     Ctrl-C: with `progress`, called outside `jax.jit`, it runs in about 100 parts, one program called again and again,

@@ -81,9 +81,10 @@ class watch(Transform):
 
     Cost: a measured step computes the updates twice, and reads gradients, updates and parameters for their norms; the
     others take as long as without. With every tenth step measured on two CPU cores, a training step of a network of 1M
-    parameters takes as long at batches of 64, 1.09 times at batches of 32, and AdamW alone 1.5 times. What the
-    transform inside does besides, such as evaluating the loss for a line search, is done twice, too. In a batch whose
-    members have a count each, as from `jax.vmap` over states, every step is measured, and most of it thrown away.
+    parameters takes 1.02 times as long at batches of 64, no longer at 256, and AdamW alone 1.3 times (`python -m
+    benchmarks groups`). What the transform inside does besides, such as evaluating the loss for a line search, is done
+    twice, too. In a batch whose members have a count each, as from `jax.vmap` over states, every step is measured, and
+    most of it thrown away.
 
     Args:
       tx: the optimizer, gdx's or optax's. What comes before and after it in a chain is not seen.
