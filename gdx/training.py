@@ -87,12 +87,12 @@ def train(
 
     Slopes through long runs: `remat=True` keeps the parameters and state of 30 steps, however many there are, and
     makes the steps between them again. With $s$ states that are kept, and the smallest $r$ with
-    $\binom{s + r}{s} \ge K$, that takes $r K - \binom{s + r}{r - 1}$ steps ahead, the fewest that are possible, and then
-    each of the $K$ once more with its derivative: 3.4 K for 10,000 steps. (On the digits, 1,000 steps took 6 times as
-    long as without slopes, as with every step kept, in a hundredth of the memory: `python -m benchmarks slopes`.)
+    $\binom{s + r}{s} \ge K$, that takes $r K - \binom{s + r}{r - 1}$ steps ahead, the fewest that are possible, and
+    then each of the $K$ once more with its derivative: 3.4 K for 10,000 steps. (On the digits, 1,000 steps took 6 times
+    as long as without slopes, as with every step kept, in a hundredth of the memory: `python -m benchmarks slopes`.)
     Second derivatives are by forward over reverse, as `jax.hessian` takes them; forward mode alone, and reverse over
-    reverse, JAX refuses. For one hyperparameter forward mode is cheaper, `jax.jacfwd` with `remat=False`: there 3 times a run
-    without slopes, for two 6 times, in the memory of so many more runs.
+    reverse, JAX refuses. For one hyperparameter forward mode is cheaper, `jax.jacfwd` with `remat=False`: there 3 times
+    a run without slopes, for two 6 times, in the memory of so many more runs.
 
     Losses as they are: a loss may return a tuple, of which the first is the loss and the second is kept of each step,
     as `aux`. What a model learns without slopes, such as batch statistics, is `model_state`: the loss takes it after
