@@ -20,7 +20,7 @@ from gdx.progress import REPORTS, Progress, reporting, say_interrupted, shown, t
 from gdx.sharding.offload import offload_state
 from gdx.surroundings import Surroundings
 from gdx.training import Loss, arguments_of, arrays_of, check_call, steps_of, training_step
-from gdx.transform import Transform, all_within
+from gdx.transform import Transform
 from gdx.trees import check_arrays, path_text
 from gdx.values import names_of
 
@@ -231,8 +231,8 @@ def sweep(
             f"sweep: halve is {halve} for {members} members and {steps} steps; expected at least {2**halve} members "
             f"and {halve + 1} steps"
         )
-    first = jax.tree.map(lambda x: x[0], optimizers)
-    if halve and any(isinstance(inner, offload_state) for inner in all_within(first)):
+    is_offloaded = lambda x: isinstance(x, offload_state)  # noqa: E731
+    if halve and any(map(is_offloaded, jax.tree.leaves(optimizers, is_leaf=is_offloaded))):
         raise ValueError(
             f"sweep: halve is {halve} for states in the host's memory, of which no half can be taken; expected "
             f"halve=0, or optimizers without gdx.sharding.offload_state"
