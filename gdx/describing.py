@@ -255,12 +255,12 @@ def describe(
         places = [(spec, *_part(x.shape, mesh, axis, spec, follows)) for (_, x), spec, follows in given]
     # types, which say in which memory each array is
     memories = ["host" if x.memory_space is jax.memory.Space.Host else "device" for x in traced.out_avals]
+    keystr = jax.tree_util.keystr
     leaves = [
-        Leaf(jax.tree_util.keystr(path), moment, form, spec, nbytes(x), nbytes(x.update(shape=part)), *whys, memory)
+        Leaf(keystr(path), moment, form, spec, nbytes(x), nbytes(x.update(shape=part)), why, why_whole, memory)
         for (path, x), (moment, form, why_whole), (spec, part, why), memory in zip(
             arrays, itertools.chain(*about), places, memories
         )
-        for whys in [(why, why_whole)]
     ]
     found = tuple(group for each, of_each in notes.groups.values() for group in _groups(each, of_each))
     everything = _group("all", tx, _hyperparams(tx), sizes)

@@ -12,6 +12,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from gdx.progress import silent
+from gdx.trees import kinds
 
 STATES = 30
 
@@ -90,7 +91,7 @@ def rematerialised_scan(
     traced, shapes = jax.make_jaxpr(step, return_shape=True)(carry, first)
     with silent():  # steps that are made again are no progress
         again = jax.make_jaxpr(lambda *arguments: step(*arguments))(carry, first)
-    if _kinds(shapes[0]) != _kinds(carry):
+    if kinds(shapes[0]) != kinds(carry):
         return jax.lax.scan(step, carry, inputs)  # its error says where
     starts, inputs = jax.tree.leaves(carry), jax.tree.leaves(inputs)
     states, width = min(states, len(inputs[0])), len(starts)
@@ -157,10 +158,6 @@ def rematerialised_scan(
     run.defvjp(ahead, go_back, symbolic_zeros=True)
     state, outs = run(traced.consts, again.consts, starts, inputs)
     return jax.tree.unflatten(jax.tree.structure(shapes), [*state, *outs])
-
-
-def _kinds(tree: Any) -> tuple[Any, list[Any]]:
-    return jax.tree.structure(tree), [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
 
 
 def _has_slope(x: Any) -> bool:

@@ -20,7 +20,7 @@ from gdx.numerics import either
 from gdx.progress import REPORTS, Progress, reporting, say_interrupted, shown, to_progress
 from gdx.rematerialising import rematerialised_scan
 from gdx.transform import Transform, all_within
-from gdx.trees import check_arrays, is_array, leading_axis, paths
+from gdx.trees import check_arrays, is_array, kinds, leading_axis, paths
 from gdx.watching import Watched, read_watch, watch, watch_state
 
 Loss = Callable[..., Any]
@@ -401,13 +401,13 @@ def _returned(name: str, returned: Any, model_state: list[Any]) -> tuple[jax.Arr
         and jnp.issubdtype(jnp.result_type(value), np.floating)
         and len(model_state) <= len(others) <= len(model_state) + 1
     ):
-        kinds = jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(np.shape(x))}" if is_array(x) else repr(x), returned)
+        got = jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(np.shape(x))}" if is_array(x) else repr(x), returned)
         wanted = "a real scalar or (a real scalar, aux)"
         mend = f". What a step needs of the one before is a state of the model: {name}(..., model_state=...)"
         if model_state:
             wanted, mend = "(a real scalar, model_state) or (a real scalar, model_state, aux)", ""
         raise TypeError(
-            f"{name}: the loss returned {kinds}; expected {wanted}: of several losses their mean, as in "
+            f"{name}: the loss returned {got}; expected {wanted}: of several losses their mean, as in "
             f"jnp.mean(losses){mend}"
         )
     found: dict[str, Any] = dict.fromkeys(("model_state", "aux"))
@@ -415,14 +415,10 @@ def _returned(name: str, returned: Any, model_state: list[Any]) -> tuple[jax.Arr
         check_arrays(f"{name}: the {part} that the loss returned", x)
         found[part] = jax.tree.map(jnp.asarray, x)
     if model_state:
-        before, after = (_kinds(x) for x in (*model_state, found["model_state"]))
+        before, after = (kinds(x) for x in (*model_state, found["model_state"]))
         if before != after:
             raise TypeError(
                 f"{name}: the loss was given the model_state {reprlib.repr(before[1])} and returned "
                 f"{reprlib.repr(after[1])}; expected the same tree, shapes and dtypes"
             )
     return jnp.asarray(value), found["model_state"], found["aux"]
-
-
-def _kinds(tree: Any) -> tuple[Any, list[str]]:
-    return jax.tree.structure(tree), [f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(tree)]

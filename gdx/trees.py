@@ -37,6 +37,11 @@ def check_arrays(label: str, tree: Any) -> None:
             raise TypeError(f"{label} is {reprlib.repr(x)} at {path_text(path)}; expected arrays")
 
 
+def kinds(tree: Any) -> tuple[Any, list[str]]:
+    """The structure of a tree of arrays, and their dtypes and shapes, in words that can be shown."""
+    return jax.tree.structure(tree), [f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(tree)]
+
+
 def is_array(x: Any) -> bool:
     """Whether it is a number or an array of such, or of random keys."""
     kinds = (np.number, np.bool_, jax.dtypes.prng_key)

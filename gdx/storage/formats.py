@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 import reprlib
 from typing import Any, ClassVar
 
@@ -260,21 +261,10 @@ class Around(Format):
 
     format: Format
 
-    @property
-    def signed(self) -> bool:  # type: ignore[override]
-        return self.format.signed
-
-    @property
-    def keeps_positive(self) -> bool:  # type: ignore[override]
-        return self.format.keeps_positive
-
-    @property
-    def stochastic(self) -> bool:  # type: ignore[override]
-        return self.format.stochastic
-
-    @property
-    def compensates(self) -> bool:  # type: ignore[override]
-        return self.format.compensates
+    signed = property(operator.attrgetter("format.signed"))
+    keeps_positive = property(operator.attrgetter("format.keeps_positive"))
+    stochastic = property(operator.attrgetter("format.stochastic"))
+    compensates = property(operator.attrgetter("format.compensates"))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
