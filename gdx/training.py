@@ -113,7 +113,8 @@ def train(
     Called outside `jax.jit` it returns parameters that are on a mesh as they were there, also where the compiler
     would leave them split as the state is (`gdx.sharding.shard_state` says what to do inside); and with `progress` it
     runs in about 100 parts, between which Ctrl-C ends it: then it warns and returns the steps that were made, and what
-    was evaluated in them (not at the end, which was not reached). Before the first part it is KeyboardInterrupt.
+    was evaluated in them (not at the end, which was not reached). Before the first part it is KeyboardInterrupt. Inside
+    `jax.jit` Ctrl-C is JAX's, and a bar that was open then goes on with the next run.
 
     Args:
       loss: the loss of parameters on one batch, a real scalar, as above.
