@@ -159,9 +159,7 @@ class Lanes:
     final: Any = None
 
 
-def train_members(
-    plan: Plan, optimizers: Transform, stages: list[Stage], make: Callable[..., tuple[jax.Array, Any]]
-) -> None:
+def train_members(optimizers: Transform, stages: list[Stage], make: Callable[..., tuple[jax.Array, Any]]) -> None:
     """Makes one stage after the other, and of the members takes the better half on.
 
     Args:
@@ -197,7 +195,7 @@ def _in_one(plan: Plan, optimizers: Transform, keys: Any, arrays: dict[str, Any]
     total = stages[-1].before + stages[-1].work
 
     def make(stage: Stage, members: jax.Array, optimizers: Transform, carry: Any) -> tuple[jax.Array, Any]:
-        def one(chunk: jax.Array, run: Run, member: Any, carry: Any = None) -> Any:
+        def one(chunk: jax.Array, run: Run, member: Any, carry: Any) -> Any:
             (tx, is_copy), (begin, end) = member, (stage.begin, stage.end)
             carry, step = run.begin(tx) if carry is None else carry, run.step(tx)
             if plan.progress is not None:
@@ -208,14 +206,14 @@ def _in_one(plan: Plan, optimizers: Transform, keys: Any, arrays: dict[str, Any]
             return out, run.final(carry), None if stage.is_last else carry
 
         def some(chunk: jax.Array, lanes: Any, are_copies: jax.Array) -> Any:
-            optimizers, *carry = lanes
-            return of_each(plan, (keys, {}), arrays, functools.partial(one, chunk), (optimizers, are_copies), *carry)
+            optimizers, carry = lanes
+            return of_each(plan, (keys, {}), arrays, functools.partial(one, chunk), (optimizers, are_copies), carry)
 
-        rows, final, carry = in_chunks(some, stage, (optimizers, *([] if carry is None else [carry])))
+        rows, final, carry = in_chunks(some, stage, (optimizers, carry))
         found.append(Lanes(members, stage.begin, (None, stage.end, [rows]), final))
         return rows[0], carry
 
-    train_members(plan, optimizers, stages, make)
+    train_members(optimizers, stages, make)
     return together(found, members, len(lanes_of))
 
 
@@ -261,7 +259,7 @@ def in_parts(
 
     try:
         with shown(progress):
-            train_members(plan, optimizers, stages, make)
+            train_members(optimizers, stages, make)
     except KeyboardInterrupt:
         found = [lanes for lanes in found if lanes.done[2]]
         if not found:

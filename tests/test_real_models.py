@@ -462,9 +462,7 @@ def test_keys_of_members_without_steps_are_nobodys():
 @pytest.mark.parametrize("chunk_size", [None, 2])
 def test_a_range_test_that_was_interrupted_suggests_nothing(chunk_size):
     run = functools.partial(gdx.range_test, bowl, gdx.sgd(0.1), jnp.ones(3), jnp.zeros(9), points=4, low=0.1, high=0.2)
-    with pytest.raises(
-        KeyboardInterrupt, match=r"range_test: interrupted after 0\.[78]\d* of the steps, which"
-    ):
+    with pytest.raises(KeyboardInterrupt, match=r"range_test: interrupted after 0\.[78]\d* of the steps, which"):
         run(chunk_size=chunk_size, progress=pressed_at(0.7))
 
 
