@@ -126,9 +126,10 @@ from gdx.links.momentum import momentum, nesterov, scale_by_momentum, sgd
 from gdx.links.rounding import round_stochastically, round_with_compensation, round_with_correction, round_with_master
 from gdx.numerics import alike, uncontracted
 from gdx.population import grid, labels, stack, unstack
+from gdx.range_tests import RangeTest, range_test
 from gdx.schedules import schedule
 from gdx.smoothness import metasmoothness
-from gdx.sweeping import RangeTest, Sweep, range_test, sweep
+from gdx.sweeping import Sweep, sweep
 from gdx.training import Evaluated, Trained, train
 from gdx.transform import CountedState, Transform, hyperparams_in_use, value
 from gdx.watching import Watched, read_watch, watch

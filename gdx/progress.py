@@ -16,7 +16,10 @@ Progress = Callable[[float, float, int], None]
 """Called now and then with the fraction of the work that is done, in (0, 1], and of the members now at work the
 least loss and how many of their losses are infinite or NaN."""
 
-REPORTS = 100
+
+def steps_between(total: int) -> int:
+    """How many steps lie between two reports, of which there are about 100."""
+    return max(round(total / 100), 1)
 
 
 class Bar:
@@ -99,11 +102,11 @@ def reporting(
     is_copy: Any = False,
     lanes: int = 0,
 ) -> Callable[[Any, Any], Any]:
-    """The step, that calls `progress` about `REPORTS` times in all, and once for all lanes of `vmap` but copies.
+    """The step, that calls `progress` about 100 times in all, and once for all lanes of `vmap` but copies.
 
     `lanes` is inside how many `vmap`s it is.
     """
-    every = max(total // REPORTS, 1)
+    every = steps_between(total)
 
     def call(done: Any, least: Any, diverged: Any) -> None:
         progress(float(done) / total, float(least), int(diverged))

@@ -17,10 +17,10 @@ from gdx.fields import is_concrete, refuse, to_integer, uncalled
 from gdx.mesh import as_placed
 from gdx.modules import Parts, take_apart
 from gdx.numerics import either
-from gdx.progress import REPORTS, Progress, reporting, say_interrupted, shown, to_progress
+from gdx.progress import Progress, reporting, say_interrupted, shown, steps_between, to_progress
 from gdx.rematerialising import rematerialised_scan
 from gdx.transform import Transform, all_within
-from gdx.trees import check_arrays, is_array, kinds, leading_axis, paths
+from gdx.trees import check_arrays, is_array, kinds, leading_axis, path_text, paths
 from gdx.watching import Watched, read_watch, watch, watch_state
 
 Loss = Callable[..., Any]
@@ -113,7 +113,8 @@ def train(
     Called outside `jax.jit` it returns parameters that are on a mesh as they were there, also where the compiler
     would leave them split as the state is (`gdx.sharding.shard_state` says what to do inside); and with `progress` it
     runs in about 100 parts, between which Ctrl-C ends it: then it warns and returns the steps that were made, and what
-    was evaluated in them (not at the end, which was not reached). Before the first part it is KeyboardInterrupt.
+    was evaluated in them (not at the end, which was not reached). Before the first part it is KeyboardInterrupt. Inside
+    `jax.jit` Ctrl-C is JAX's, and a bar that was open then goes on with the next run.
 
     Args:
       loss: the loss of parameters on one batch, a real scalar, as above.
@@ -166,11 +167,7 @@ def train(
         scan = functools.partial(rematerialised_scan, states=to_integer("train: remat", remat, minimum=1))
     elif remat:
         scan = rematerialised_scan
-    if evaluate is None and every is not None:
-        raise ValueError(
-            f"train: every is {every!r} without evaluate; expected evaluate=..., what to keep every n steps"
-        )
-    period = steps if every is None else to_integer("train: every", every, minimum=1)
+    period = to_period("train", every, evaluate) or steps
     told = to_progress("train: progress", progress)
     given, own = state, None
     if given is None:
@@ -181,7 +178,8 @@ def train(
         check_state_like(tx, given, own)
     step, kept = _watching(training_step(loss, tx, parts)), [_curves(tx, state, steps)]
     if evaluate is not None:
-        step, rows = _evaluating(step, _evaluation("train", evaluate, parts, start, variables), period, steps)
+        check_evaluate("train", evaluate, model_state)
+        step, rows = evaluating(step, evaluation("train", evaluate, parts), period, steps)
         kept.append(rows(start, variables))
     try:
         carry, data = (start, state, variables), (jnp.arange(1, steps + 1), batches)
@@ -202,26 +200,26 @@ def train(
     return Trained(model, state, losses, watched, model_state, aux, Evaluated(*evaluated[0]) if evaluated else None)
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """Rows that steps have filled: how many, and room for all and for one that counts for nothing."""
 
     number: jax.Array
     rows: Any
 
 
-def _room(row: Any, size: int) -> _Rows:
-    return _Rows(jnp.zeros([], jnp.int32), jax.tree.map(lambda x: jnp.zeros((size + 1, *x.shape), x.dtype), row))
+def _room(row: Any, size: int) -> Rows:
+    return Rows(jnp.zeros([], jnp.int32), jax.tree.map(lambda x: jnp.zeros((size + 1, *x.shape), x.dtype), row))
 
 
-def _filled(rows: _Rows, row: Any, is_new: jax.Array) -> _Rows:
+def _filled(rows: Rows, row: Any, is_new: jax.Array) -> Rows:
     size = jax.tree.leaves(rows.rows)[0].shape[0]
     at = jnp.where(is_new, rows.number, size - 1)
-    return _Rows(
+    return Rows(
         rows.number + is_new.astype(rows.number.dtype), jax.tree.map(lambda x, y: x.at[at].set(y), rows.rows, row)
     )
 
 
-def _made(rows: _Rows | None) -> Any:
+def _made(rows: Rows | None) -> Any:
     """The rows that were filled, as far as that can be read here."""
     if rows is None:
         return None
@@ -229,7 +227,7 @@ def _made(rows: _Rows | None) -> Any:
     return jax.tree.map(lambda x: x[:size], rows.rows)
 
 
-def _curves(tx: Any, state: Any, steps: int) -> _Rows | None:
+def _curves(tx: Any, state: Any, steps: int) -> Rows | None:
     """Room for what is watched; None where nothing is."""
     found = [inner for inner in all_within(tx) if isinstance(inner, watch)] if isinstance(tx, Transform) else []
     if len(found) != 1:
@@ -255,17 +253,55 @@ def _watching(step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     return watching
 
 
-def _evaluation(name: str, evaluate: Any, parts: Parts, start: Any, variables: Any) -> Callable[[Any, Any], Any]:
-    """What is to be kept of parameters and variables, as arrays."""
-    arguments = ("the parameters",) if variables[1] is None else ("the parameters", "the model_state")
-    check_function(f"{name}: evaluate", evaluate, *arguments)
-    return lambda params, variables: arrays_of(name, evaluate(*arguments_of(parts, params, variables)))
+def check_evaluate(name: str, evaluate: Any, model_state: Any) -> None:
+    """Raises where it cannot be called so."""
+    also = () if model_state is None else ("the model_state",)
+    check_function(f"{name}: evaluate", evaluate, "the parameters", *also)
 
 
-def _evaluating(step: Any, evaluation: Any, every: int, steps: int) -> tuple[Any, Any]:
+def to_period(name: str, every: Any, evaluate: Any) -> int:
+    """Each how many steps to evaluate; 0 for the end alone."""
+    if evaluate is None and every is not None:
+        raise ValueError(
+            f"{name}: every is {every!r} without evaluate; expected evaluate=..., what to keep every n steps"
+        )
+    return 0 if every is None else to_integer(f"{name}: every", every, minimum=1)
+
+
+def evaluation(name: str, evaluate: Callable[..., Any] | None, parts: Parts) -> Callable[[Any, Any], Any]:
+    """What is to be kept of parameters and variables, as arrays: the parameters themselves where nothing else is."""
+
+    def evaluated(params: Any, variables: Any) -> Any:
+        if evaluate is None:
+            return jax.tree.map(jnp.asarray, params)
+        found = called(f"{name}: evaluate", evaluate, *arguments_of(parts, params, variables))
+        if found is None or not all(map(is_array, jax.tree.leaves(found))):
+            leaves = jax.tree_util.tree_leaves_with_path(found)
+            at = "".join([f" at {path_text(path)}" for path, x in leaves if path and not is_array(x)][:1])
+            raise TypeError(
+                f"{name}: evaluate returned {reprlib.repr(found)}{at}; expected an array or number, or a tree of such"
+            )
+        return jax.tree.map(jnp.asarray, found)
+
+    return evaluated
+
+
+def called(label: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What it returns, or an error that says which function takes a traced array for a number of Python's."""
+    try:
+        return function(*arguments)
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+        first = str(error).splitlines()[0]
+        raise TypeError(
+            f"{label} takes numbers out of arrays while it is compiled, as float, int, if and numpy do; expected "
+            f"functions of jax.numpy, jnp.where and jax.lax.cond in it ({first})"
+        ) from error
+
+
+def evaluating(step: Any, evaluation: Any, every: int, steps: int) -> tuple[Any, Any]:
     """The step, that also evaluates after each `every` steps and after the last; and the room that this takes."""
 
-    def rows(params: Any, variables: Any) -> _Rows:
+    def rows(params: Any, variables: Any) -> Rows:
         row = jax.eval_shape(lambda *x: (jnp.zeros([], jnp.int32), evaluation(*x)), params, variables)
         return _room(row, -(-steps // every))
 
@@ -285,7 +321,7 @@ def _in_parts(run: Callable[[Any, Any], Any], progress: Progress, steps: int) ->
     """The run in parts, with progress after each; interrupted, it ends with what there is."""
 
     def in_parts(carry: Any, data: Any) -> Any:
-        size, compiled = max(steps // REPORTS, 1), jax.jit(run)
+        size, compiled = steps_between(steps), jax.jit(run)
         done: tuple[Any, list[Any]] = carry, []
         try:
             with shown(progress):
@@ -339,18 +375,6 @@ def arguments_of(parts: Parts, params: Any, variables: Any) -> tuple:
     return (model,) if model_state is None else (model, model_state)
 
 
-def arrays_of(name: str, evaluated: Any) -> Any:
-    """What evaluate returned, as arrays."""
-    try:
-        if evaluated is not None:
-            return jax.tree.map(jnp.asarray, evaluated)
-    except TypeError:
-        pass
-    raise TypeError(
-        f"{name}: evaluate returned {reprlib.repr(evaluated)}; expected an array or number, or a tree of such"
-    )
-
-
 TREE = Parts("tree")
 
 
@@ -366,7 +390,7 @@ def training_step(
 
     def value_of(params: Any, variables: Any, batch: Any) -> tuple[jax.Array, Any]:
         model, *model_state = arguments_of(parts, params, variables)
-        value, given_back, aux = _returned(name, loss(model, *model_state, batch), model_state)
+        value, given_back, aux = _returned(name, called(f"{name}: loss", loss, model, *model_state, batch), model_state)
         rest = parts.rest_of(model, variables[0])
         if new := sorted({*paths(rest)} ^ {*paths(variables[0])}):
             raise TypeError(

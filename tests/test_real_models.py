@@ -107,8 +107,9 @@ GRID = gdx.grid(gdx.adamw, learning_rate=[0.001, 0.01, 0.1], weight_decay=[0.0, 
 
 @pytest.mark.parametrize("chunk_size", [None, 4])
 def test_a_sweep_over_seeds_is_the_runs_alone(chunk_size):
-    made = {"model_state": lambda key: jax.random.uniform(key), "keys": KEYS, "evaluate": score}
+    made = {"model_state": lambda key: jax.random.uniform(key), "keys": KEYS, "evaluate": score, "every": 5}
     found = gdx.sweep(loss, GRID, init, batches_of, chunk_size=chunk_size, **made)
+    assert found.evaluated.step.tolist() == [5, 10, 12]
     assert found.losses.shape == (6, SEEDS, STEPS) and found.aux["logits"].shape == (6, SEEDS, STEPS, 4)
     scores = np.zeros((6, SEEDS))
     for i, tx in enumerate(gdx.unstack(GRID)):
@@ -118,6 +119,9 @@ def test_a_sweep_over_seeds_is_the_runs_alone(chunk_size):
             loose(found.aux["logits"][i, j], aux["logits"])
             end = score(*jax.tree.map(lambda x: x[-1], (params, means)))
             close(jax.tree.map(lambda x: x[i, j], found.final), end)  # noqa: B023
+            for row, step in enumerate([5, 10, 12]):
+                then = score(*jax.tree.map(lambda x: x[step - 1], (params, means)))  # noqa: B023
+                close(jax.tree.map(lambda x: x[i, j, row], found.evaluated.value), then)  # noqa: B023
             scores[i, j] = losses[-1]
     mean, error = found.mean(found.losses[..., -1])
     loose(mean, scores.mean(axis=1))
@@ -140,7 +144,7 @@ def test_halving_drops_the_worse_half(keys, chunk_size):
     grid = gdx.grid(gdx.sgd, learning_rate=rates)
     start = jnp.ones(3) if keys is None else lambda key: 1 + jax.random.uniform(key, 3)
     run = functools.partial(gdx.sweep, bowl, grid, start, jnp.zeros(9), keys=keys, chunk_size=chunk_size)
-    whole, found = run(), run(halve=2)
+    whole, found = run(), run(halve=2, evaluate=lambda theta: {"theta": theta, "whole": jnp.int32(7)}, every=2)
     losses = np.nan_to_num(np.asarray(whole.losses, float), nan=1e9, posinf=1e9).reshape(16, -1, 9).clip(max=1e9)
     alive, steps = np.arange(16), np.full(16, 3)
     for part in (slice(1, 3), slice(4, 6)):
@@ -153,8 +157,13 @@ def test_halving_drops_the_worse_half(keys, chunk_size):
     for i, made in enumerate(steps):
         np.testing.assert_allclose(found.losses[i, ..., :made], whole.losses[i, ..., :made], rtol=1e-5)
         assert np.all(np.isnan(found.losses[i, ..., made:]))
+        number = {3: 1, 6: 3, 9: 5}[int(made)]  # after steps 2, 4, 6, 8 and 9
+        value, count = found.evaluated.value["theta"][i], found.evaluated.value["whole"][i]
+        assert np.all(count[..., :number] == 7) and np.all(count[..., number:] == 0)
+        assert np.all(np.isnan(value[..., number:, :])) and value.shape[-2:] == (5, 3)
         if made == 9:
-            np.testing.assert_allclose(found.final[i], whole.final[i], rtol=1e-5)
+            np.testing.assert_allclose(found.final["theta"][i], whole.final[i], rtol=1e-5)
+            np.testing.assert_array_equal(value[..., -1, :], found.final["theta"][i])
 
 
 @pytest.mark.parametrize("progress", [False, lambda *_: None], ids=["whole", "in parts"])
@@ -394,7 +403,7 @@ def test_a_sweep_in_parts_keeps_what_there_is():
         traced.append(1)
         return loss(*arguments)
 
-    made = {"model_state": jax.random.uniform, "keys": KEYS, "evaluate": score, "chunk_size": 4}
+    made = {"model_state": jax.random.uniform, "keys": KEYS, "evaluate": score, "every": 4, "chunk_size": 4}
     whole = gdx.sweep(loss, GRID, init, batches_of, **made)
     found = gdx.sweep(counted, GRID, init, batches_of, progress=lambda *_: None, **made)
     close(found[1:], whole[1:])
@@ -412,6 +421,8 @@ def test_a_sweep_in_parts_keeps_what_there_is():
     end = jax.tree.map(lambda x: x[int(found.steps[2]) - 1], (params, means))
     close(jax.tree.map(lambda x: x[2, 1], found.final), score(*end))
     assert not found.diverged.any() and np.isnan(found.final["mean"][1]).all()
+    assert found.evaluated.step.tolist() == [4, 8] and np.isnan(found.evaluated.value["mean"][1]).all()
+    loose(found.evaluated.value["mean"][::2], whole.evaluated.value["mean"][::2, :, :2])
     assert found.final["has weights"][:2, 0].tolist() == [True, False]
     assert set(found.ranking(found.losses[..., 0])) == set(np.flatnonzero(found.steps).tolist())
 
@@ -438,17 +449,21 @@ def test_halving_in_parts(chunk_size):
         gdx.sweep(at_once, grid, jnp.ones(3), jnp.zeros(9), progress=True)
 
 
-def test_a_range_test_cannot_compare_what_made_other_steps():
-    run = functools.partial(gdx.range_test, bowl, gdx.sgd(0.1), jnp.ones(3), jnp.zeros(9), points=4, low=0.1, high=0.2)
-    with (
-        pytest.warns(UserWarning, match="sweep: interrupted"),
-        pytest.raises(
-            KeyboardInterrupt, match="range_test: interrupted when rates had made different numbers of steps"
-        ),
-    ):
-        run(chunk_size=2, progress=pressed_at(0.7))
+def test_keys_of_members_without_steps_are_nobodys():
+    evaluate = lambda theta: {"key": jax.random.key(7), "theta": theta}  # noqa: E731
+    run = functools.partial(gdx.sweep, bowl, GRID, jnp.ones(3), jnp.zeros(9), chunk_size=3, evaluate=evaluate)
     with pytest.warns(UserWarning, match="sweep: interrupted"):
-        assert run(progress=pressed_at(0.7)).suggested == run().suggested
+        found = run(progress=pressed_at(0.3))
+    words, whole = (np.asarray(jax.random.key_data(x.final["key"])) for x in (found, run()))
+    assert found.steps.tolist() == [6, 0] * 3
+    np.testing.assert_array_equal(words, np.where(found.steps[:, None] > 0, whole, 0))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_a_range_test_that_was_interrupted_suggests_nothing(chunk_size):
+    run = functools.partial(gdx.range_test, bowl, gdx.sgd(0.1), jnp.ones(3), jnp.zeros(9), points=4, low=0.1, high=0.2)
+    with pytest.raises(KeyboardInterrupt, match=r"range_test: interrupted after 0\.[78]\d* of the steps, which"):
+        run(chunk_size=chunk_size, progress=pressed_at(0.7))
 
 
 def that_writes(model, batch):
@@ -478,6 +493,26 @@ REFUSED = {
         lambda: gdx.train(bowl, gdx.sgd(0.1), jnp.ones(3), BATCHES, every=3),
         ValueError,
         "every is 3 without",
+    ),
+    "every alone in a sweep": (
+        lambda: gdx.sweep(bowl, GRID, jnp.ones(3), jnp.zeros(9), every=3),
+        ValueError,
+        "^sweep: every is 3 without",
+    ),
+    "a number taken out of what is evaluated": (
+        lambda: gdx.train(bowl, gdx.sgd(0.1), jnp.ones(3), jnp.zeros(9), evaluate=lambda theta: float(theta[0])),
+        TypeError,
+        "^train: evaluate takes numbers out of arrays while it is compiled, .*; expected functions of jax.numpy",
+    ),
+    "a number taken out of the loss": (
+        lambda: gdx.sweep(lambda p, b: bowl(np.asarray(p), b), GRID, jnp.ones(3), jnp.zeros(9)),
+        TypeError,
+        "^sweep: loss takes numbers out of arrays while it is compiled",
+    ),
+    "a module with functions, evaluated": (
+        lambda: gdx.train(bowl, gdx.sgd(0.1), jnp.ones(3), jnp.zeros(9), evaluate=lambda theta: {"a": [theta, abs]}),
+        TypeError,
+        r"^train: evaluate returned .* at \['a'\]\[1\]; expected an array or number",
     ),
     "another state": (
         lambda: gdx.train(

@@ -152,23 +152,24 @@ def test_a_sweep_trains_each_member(chunk_size):
 
 
 def test_another_grid_compiles_nothing(monkeypatch):
-    from gdx import sweeping
+    from gdx import stages
 
     gdx.sweep(loss, GRID, START, EXAMPLES, evaluate=final_loss)
-    size = sweeping._sweep._cache_size()
+    size = stages.in_one._cache_size()
     gdx.sweep(loss, jax.tree.map(lambda h: h / 2, GRID), START, EXAMPLES, evaluate=final_loss)
-    assert sweeping._sweep._cache_size() == size
+    assert stages.in_one._cache_size() == size
 
 
 def test_chunks_bound_the_memory():
-    from gdx import sweeping
+    from gdx import stages
 
     def temporary(size):
         batch = gdx.grid(gdx.adamw, learning_rate=np.geomspace(1e-3, 1e-1, 256))
         wide = {"a": jnp.zeros((5, 512)), "b": jnp.zeros((512, 1))}
-        plan = sweeping._Plan(loss, final_loss, None, (), Surroundings(loss, final_loss), TREE, size, 0)
+        around, steps = Surroundings(loss, final_loss), len(EXAMPLES)
+        plan = stages.Plan("sweep", loss, final_loss, 0, None, (), around, TREE, size, 0, steps)
         arrays = {"params": (wide, None), "model_state": None, "batches": EXAMPLES}
-        compiled = sweeping._sweep.lower(plan, batch, None, arrays).compile()
+        compiled = stages.in_one.lower(plan, batch, None, arrays).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(16) < temporary(256) / 10
@@ -219,7 +220,7 @@ def test_progress_comes_from_inside(chunk_size, jitted):
     assert_same_bits(found, run(batches, progress=False)[1:])
     jax.effects_barrier()
     fractions = [done for done, *_ in calls]
-    assert fractions == sorted(fractions) and fractions[-1] == 1 and 100 <= len(calls) <= 200
+    assert fractions == sorted(fractions) and fractions[-1] == 1 and 67 <= len(calls) <= 150
     assert calls[-1][1] < calls[0][1] and all(diverged == 0 for *_, diverged in calls)
 
 
@@ -485,11 +486,14 @@ def test_functions_that_take_what_they_are_given():
     [
         ({"progress": 1}, "progress is 1; expected a function of the fraction that is done and the least loss"),
         ({"progress": lambda done: None}, r"progress is <lambda>\(done\); expected a function of the fraction"),
-        ({"evaluate": 3}, "evaluate is 3; expected a function of the final parameters"),
-        ({"evaluate": 0}, "evaluate is 0; expected a function of the final parameters"),
-        ({"evaluate": loss}, r"evaluate is loss\(params, examples\); expected a function of the final parameters"),
+        ({"evaluate": 3}, "evaluate is 3; expected a function of the parameters"),
+        ({"evaluate": 0}, "evaluate is 0; expected a function of the parameters"),
+        ({"evaluate": loss}, r"evaluate is loss\(params, examples\); expected a function of the parameters"),
         ({"evaluate": lambda params: "low"}, "evaluate returned 'low'; expected an array or number, or a tree of such"),
-        ({"evaluate": lambda params: {"loss": abs}}, r"evaluate returned \{'loss': <.*abs>\}; expected an array"),
+        (
+            {"evaluate": lambda params: {"loss": abs}},
+            r"evaluate returned \{'loss': <.*abs>\} at \['loss'\]; expected",
+        ),
         ({"evaluate": lambda params: None}, "evaluate returned None; expected an array"),
     ],
     ids=lambda x: str(next(iter(x))) if isinstance(x, dict) else "",

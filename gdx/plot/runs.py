@@ -25,7 +25,8 @@ from gdx.plot.style import (
     words,
 )
 from gdx.population import mean_and_error, to_scores
-from gdx.sweeping import RangeTest, Sweep
+from gdx.range_tests import RangeTest
+from gdx.sweeping import Sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -490,7 +490,7 @@ VARIANTS = list(map(Variant._make, (
      lambda right, optimizers: jax.tree.map(lambda *values: np.stack(values), *optimizers)),
     ("labels of one member", "test_population.py::test_schedules_are_points_too", "population:labels",
      then(lambda labels: labels[:1] * len(labels))),
-    ("members in another order", "test_training.py::test_a_sweep_trains_each_member[None]", "sweeping:_train_all",
+    ("members in another order", "test_training.py::test_a_sweep_trains_each_member[None]", "stages:_in_one",
      then(lambda trained: jax.tree.map(lambda x: x[::-1], trained))),
     ("copies counted as diverged",
      "test_training.py::test_progress_ends_with_the_last_step_and_leaves_out_copies", "progress:reporting",
@@ -512,16 +512,16 @@ VARIANTS = list(map(Variant._make, (
     ("neighbours on both sides of the slope", "test_smoothness.py::test_is_the_formula_in_float64",
      "smoothness:jnp", like(jnp, split=lambda x, parts: jnp.split(x[::-1], parts))),
     ("every seed the same", "test_real_models.py::test_a_sweep_over_seeds_is_the_runs_alone[None]",
-     "sweeping:_train_all", lambda right, plan, optimizers, keys, arrays:
+     "stages:_in_one", lambda right, plan, optimizers, keys, arrays:
      right(plan, optimizers, keys[jnp.zeros(len(keys), int)], arrays)),
-    ("the better half dropped", "test_real_models.py::test_halving_drops_the_worse_half[None-None]", "sweeping:jnp",
+    ("the better half dropped", "test_real_models.py::test_halving_drops_the_worse_half[None-None]", "stages:jnp",
      like(jnp, argsort=lambda x: jnp.argsort(-x))),
     ("a state of the model that stands still", "test_real_models.py::test_a_loss_with_state_keys_and_aux[False-False]",
      "training:_returned", lambda right, name, returned, model_state:
      (*(found := right(name, returned, model_state))[:1], *model_state, *([None] * (not model_state)), *found[2:])),
     ("evaluated with the state of the start", "test_real_models.py::test_a_loss_with_state_keys_and_aux[False-False]",
-     "training:_evaluation", lambda right, name, evaluate, parts, start, variables:
-     lambda params, _: right(name, evaluate, parts, start, variables)(params, variables)),
+     "training:evaluation", lambda right, name, evaluate, parts:
+     lambda params, variables: right(name, evaluate, parts)(params, jax.tree.map(jnp.zeros_like, variables))),
     ("what a module writes into itself lost",
      "test_real_models.py::test_a_module_of_flax_is_trained_as_it_trains_itself", "modules:Parts.rest_of",
      lambda right, self, model, rest: rest),
@@ -533,7 +533,8 @@ VARIANTS = list(map(Variant._make, (
      "sweeping:Sweep.diverged", lambda right, self: ~jnp.isfinite(self.losses[:, -1])),
     ("what was skipped counted as diverged", "test_together.py::test_a_transformer_is_trained[in_equinox]",
      "sweeping:Sweep.diverged", lambda right, self: ~jnp.all(jnp.isfinite(self.losses), axis=1)),
-    ("edge one rate too far", "test_training.py::test_the_range_test_finds_the_edge_of_a_bowl", "sweeping:range_test",
+    ("edge one rate too far", "test_training.py::test_the_range_test_finds_the_edge_of_a_bowl",
+     "range_tests:range_test",
      then(lambda found: found._replace(edge=found.edge * (found.learning_rates[1] / found.learning_rates[0])))),
     # Noise and curvature.
     ("batches of one order", "noise/test_batches.py::test_an_epoch_has_every_example_once",
