@@ -182,21 +182,30 @@ def train(problem: Problem, tx: Any, dtype: Any, keep_gradients: int = 0) -> Cal
     return jax.jit(run)
 
 
-def compare(name: str, seeds: int) -> tuple[tuple[np.ndarray, dict[str, np.ndarray]], dict[str, list[str]]]:
-    """The steps and mean validation losses of each format, and the cells of its row in the table."""
+BASES = "float32", "bf16 parameters, f32 master"
+
+
+def compare(
+    name: str, seeds: int, formats: Sequence[str]
+) -> tuple[tuple[np.ndarray, dict[str, np.ndarray]], dict[str, list[Any]]]:
+    """The steps and mean validation losses of each format; its last loss, and what it adds to both bases, with errors.
+
+    The bases are trained too.
+    """
     problem = PROBLEMS[name]()
     rate = optax.cosine_decay_schedule(problem.rate, problem.steps)
     losses = {}
-    for label, (settings, rounding, dtype) in FORMATS.items():
+    for label in dict.fromkeys((*BASES, *formats)):
+        settings, rounding, dtype = FORMATS[label]
         tx: Any = gdx.adamw(rate, **settings)
         run = train(problem, tx if rounding is None else gdx.chain(tx, rounding), dtype)
         losses[label] = np.stack([np.asarray(run(seed)) for seed in range(seeds)])
     steps = problem.steps // EVALUATIONS * (1 + np.arange(EVALUATIONS))
     cells = {}
     for label, found in losses.items():
-        added = found[:, -1] - losses["float32"][:, -1]
-        error = added.std(ddof=1) / np.sqrt(seeds) if seeds > 1 else np.nan
-        cells[label] = [f"{found[:, -1].mean():.4f}", f"{added.mean():+.4f}", f"{error:.4f}"]
+        added = [found[:, -1] - losses[base][:, -1] for base in BASES]
+        with_error = [(x.mean(), x.std(ddof=1) / np.sqrt(seeds) if seeds > 1 else np.nan) for x in added]
+        cells[label] = [found[:, -1].mean(), *with_error]
     return (steps, {label: found.mean(axis=0) for label, found in losses.items()}), cells
 
 
