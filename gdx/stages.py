@@ -333,18 +333,24 @@ def together(found: list[Lanes], members: int, axes: int) -> Found:
         (losses, aux), final = rows[0], found[0].final
         return Found(losses, aux, final, steps)
     last = max(lanes.done[1] for lanes in found)
+    # begun with a first stage of all members, they stay on the devices where they are
+    is_begun = len(found[0].members) == members
+    others = found[is_begun:]
 
     def whole(*pieces: jax.Array) -> jax.Array:
-        shape = pieces[0].shape
-        filled = jnp.zeros((members, *shape[1 : 1 + axes], last, *shape[2 + axes :]), pieces[0].dtype)
-        for lanes, piece in zip(found, pieces):
+        length = last - found[0].done[1] * is_begun
+        seeds, rest = pieces[0].shape[1 : 1 + axes], pieces[0].shape[2 + axes :]
+        filled = jnp.zeros((members, *seeds, length, *rest), pieces[0].dtype)
+        if is_begun:
+            filled = jnp.concatenate([pieces[0], filled], axis=1 + axes)
+        for lanes, piece in zip(others, pieces[is_begun:]):
             at = (lanes.members, *[slice(None)] * axes, slice(lanes.begin, lanes.done[1]))
             filled = filled.at[at].set(piece[: len(lanes.members)])
         return filled
 
     def kept(*pieces: jax.Array) -> jax.Array:
-        filled = nothing((members, *pieces[0].shape[1:]), pieces[0])
-        for lanes, piece in zip(found, pieces):
+        filled = pieces[0] if is_begun else nothing((members, *pieces[0].shape[1:]), pieces[0])
+        for lanes, piece in zip(others, pieces[is_begun:]):
             filled = filled.at[lanes.members].set(piece[: len(lanes.members)])
         return filled
 

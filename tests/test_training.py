@@ -204,6 +204,9 @@ def test_a_sharded_population_is_trained_in_place(kind, chunk_size):
     expected = gdx.sweep(loss, batch, START, EXAMPLES, chunk_size=chunk_size)
     np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-4)
     assert not np.any(found.diverged)
+    if chunk_size is None:
+        halved = gdx.sweep(loss, spread, START, EXAMPLES, halve=1)
+        assert {x.sharding.spec[0] for x in jax.tree.leaves((halved.losses, halved.final))} == {"members"}
 
 
 @pytest.mark.parametrize("jitted", [False, True])
