@@ -66,8 +66,9 @@ def plan_of(name: str, state: Any, params: Any, mesh: Mesh | AbstractMesh, axis:
             spec = _split(np.shape(leaf), PartitionSpec(), mesh, axis) if is_large else PartitionSpec()
         placed.append(spec)
         if is_packed(leaf):
-            placed.append(_trimmed(spec_of_boxes(spec, mesh, leaf.shape, leaf.format.layout(leaf.shape).box)))
-        belongs += [index is not None] * (1 + is_packed(leaf))
+            boxes = [layout.box for layout in leaf.format.layouts(leaf.shape)]
+            placed += [_trimmed(spec_of_boxes(spec, mesh, leaf.shape, box)) for box in boxes]
+        belongs += [index is not None] * len(jax.tree.leaves(leaf))
     return Plan(own, moments, placed, belongs)
 
 

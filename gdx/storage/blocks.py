@@ -62,7 +62,7 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        return nbytes(self.codes) + nbytes(self.scales)
+        return sum(map(nbytes, jax.tree.leaves(self)))
 
     def __getitem__(self, index: Any) -> "Packed":
         if index is not ...:
@@ -74,14 +74,17 @@ class Packed:
         return self.format.decode(without_slope(self))
 
     def __repr__(self) -> str:
-        codes, scales = (
-            f"{x.dtype}[{','.join(map(str, x.shape))}]" if hasattr(x, "dtype") else repr(x)
-            for x in (self.codes, self.scales)
-        )
-        return f"Packed(codes={codes}, scales={scales}, format={self.format})"
+        return f"Packed(codes={_shown(self.codes)}, scales={_shown(self.scales)}, format={self.format})"
 
 
 jax.tree_util.register_dataclass(Packed, data_fields=["codes", "scales"], meta_fields=["format"])
+
+
+def _shown(x: Any) -> str:
+    """An array by its dtype and shape."""
+    if isinstance(x, tuple):
+        return f"({', '.join(map(_shown, x))})"
+    return f"{x.dtype}[{','.join(map(str, x.shape))}]" if hasattr(x, "dtype") else repr(x)
 
 
 def nbytes(x: Any) -> int:
@@ -90,6 +93,11 @@ def nbytes(x: Any) -> int:
 
 
 _HALVES = jnp.int4, jnp.uint4
+
+
+def smallest(scales: Any) -> jax.Array:
+    """The scale of each number, in a shape that broadcasts to all: the smaller one of its row's and its column's."""
+    return functools.reduce(jnp.minimum, jax.tree.leaves(scales))
 
 
 def is_packed(x: Any) -> bool:
@@ -140,7 +148,7 @@ class Blocks(Format):
 
     block: int | None = 256
     minimum_size: int = 4096
-    axis: int = -1
+    axis: int | None = -1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -149,8 +157,16 @@ class Blocks(Format):
             block = to_integer(f"{type(self).__name__}: block", self.block, minimum=8)
             object.__setattr__(self, "block", block)
         to_integer(f"{type(self).__name__}: minimum_size", self.minimum_size, minimum=1)
-        if self.axis >= 0:
-            raise ValueError(f"{type(self).__name__}: axis is {self.axis}; expected -1, the last axis, or less")
+        if self.axis is None and self.block is not None:
+            raise ValueError(
+                f"{type(self).__name__}: axis is None with block={self.block}; expected block=None, whole rows and "
+                f"columns, or an axis along which blocks lie, such as -1"
+            )
+        if self.axis is not None:
+            axis = to_integer(f"{type(self).__name__}: axis", self.axis)
+            if axis >= 0:
+                raise ValueError(f"{type(self).__name__}: axis is {axis}; expected -1, the last axis, or less, or None")
+            object.__setattr__(self, "axis", axis)
 
     @property
     def least(self) -> int:
@@ -164,17 +180,28 @@ class Blocks(Format):
         size = math.prod(shape)
         if size < self.minimum_size:
             return f"{size:,} numbers, fewer than minimum_size={self.minimum_size}"
-        return f"no block of {self.least} numbers up to axis={self.axis} of {shape}"
+        return f"no block of {self.least} numbers up to axis={self.axis or -1} of {shape}"
 
     def zeros(self, like: jax.Array) -> Packed:
-        layout = self.layout(like.shape)
-        scales = jnp.zeros(layout.blocks, jnp.float32, device=sharding_of_boxes(like, layout.box))
-        codes, scales = varying_alike((jnp.zeros_like(like, self.code_dtype), scales))
-        return Packed(codes, scales, self)
+        scales = [
+            jnp.zeros(layout.blocks, jnp.float32, device=sharding_of_boxes(like, layout.box))
+            for layout in self.layouts(like.shape)
+        ]
+        codes, *scales = varying_alike([jnp.zeros_like(like, self.code_dtype), *scales])
+        return Packed(codes, tuple(scales) if len(scales) == 2 else scales[0], self)
+
+    def layouts(self, shape: tuple[int, ...]) -> list[Any]:
+        """Where the blocks of an array of this shape are, and with `axis=None` those across, if there are any."""
+        along = self.layout(shape)
+        across = self._layout(shape, along.axis) if self.axis is None and along else None
+        return [layout for layout in (along, across) if layout]
 
     def layout(self, shape: tuple[int, ...]) -> Any:
         """Where the blocks of an array of this shape are; None if there are not enough numbers for one."""
-        inner, end = 1, len(shape) + self.axis + 1
+        return self._layout(shape, len(shape) + (self.axis or -1) + 1)
+
+    def _layout(self, shape: tuple[int, ...], end: int) -> Any:
+        inner = 1
         for axis in reversed(range(end)):
             if shape[axis] * inner >= self.least:
                 most = shape[axis] if self.block is None else self.block // inner
@@ -187,38 +214,43 @@ class Blocks(Format):
 
     def encode(self, x: jax.Array, dither: Dither) -> Packed:
         self._check_encoded(x, dither)
-        layout, x = self.layout(x.shape), x.astype(jnp.float32)
-        if layout is None:
+        layouts, x = self.layouts(x.shape), x.astype(jnp.float32)
+        if not layouts:
             raise ValueError(f"{self}: encode got an array of shape {x.shape}: {self.misfit(x.shape)}")
-        bits = layout.split(dither.bits(x.shape, self.seed)) if self.stochastic else None
-        # of the whole array, and with blocks seen as matrices: three times as fast on CPUs
-        wide = max(width for width in range(1, 17) if layout.block % width == 0)
-        matrices = layout.seen(layout.filled(x), -1, layout.block // wide, wide)
-        largest = _largest(matrices, (layout.axis + 1, layout.axis + 2))
-        largest = jnp.expand_dims(largest, layout.axis + 1)
-        return layout.join(self.encode_blocks(layout.split(x), largest, bits))
+        bits = dither.bits(x.shape, self.seed) if self.stochastic else None
+        if len(layouts) == 2:
+            return self.encode_blocks(x, tuple(layout.largest(x).reshape(layout.blocks) for layout in layouts), bits)
+        (layout,) = layouts
+        bits = None if bits is None else layout.split(bits)
+        return layout.join(self.encode_blocks(layout.split(x), layout.largest(x), bits))
 
     def decode(self, stored: Packed) -> jax.Array:
         if not is_packed(stored):
             raise TypeError(f"{self}: decode got {reprlib.repr(stored)}; expected what encode returns, a Packed array")
+        if isinstance(stored.scales, tuple):
+            return self.decode_blocks(stored)
         layout = self.layout(stored.shape)
         return layout.join(self.decode_blocks(layout.split(stored)))
 
-    def encode_blocks(self, x: jax.Array, largest: jax.Array, bits: jax.Array | None) -> Packed:
-        """As `encode`, of an array in blocks, whose largest magnitudes have length 1 where blocks lie."""
-        scales = jnp.where(largest < jnp.finfo(jnp.float32).tiny, 0, largest)
-        codes = self.codes(x, jnp.where(scales > 0, scales, 1), bits)
+    def encode_blocks(self, x: jax.Array, largest: Any, bits: jax.Array | None) -> Packed:
+        """As `encode`, of an array in blocks, whose largest magnitudes have length 1 where blocks lie.
+
+        Or of a whole array with those of its blocks along and across.
+        """
+        scales = jax.tree.map(lambda s: jnp.where(s < jnp.finfo(jnp.float32).tiny, 0, s), largest)
+        smaller = smallest(scales)
+        codes = self.codes(x, jnp.where(smaller > 0, smaller, 1), bits)
         if self.code_dtype in _HALVES:
             # on CPUs a loop that ends in 4 bits takes three times as long: let it do nothing else
             fence = functools.partial(jax.lax.platform_dependent, cpu=barrier, default=lambda x: x)
             codes = fence(codes.astype(np.int8))
         # a finite code times NaN, where an infinity times 0 would leave some of the block finite
-        scales = _with_mark(jnp.where(scales < jnp.inf, scales, jnp.nan), x)
+        scales = jax.tree.map(lambda s: _with_mark(jnp.where(s < jnp.inf, s, jnp.nan), x), scales)
         return Packed(codes.astype(self.code_dtype), scales, self)
 
     def decode_blocks(self, stored: Packed) -> jax.Array:
         """As `decode`, of what `encode_blocks` made."""
-        product = self.values(stored.codes.astype(jnp.float32)) * stored.scales
+        product = self.values(stored.codes.astype(jnp.float32)) * smallest(stored.scales)
         # always itself, but what is done with it next cannot become part of a fused multiply-add with it
         return jnp.minimum(product, jnp.finfo(jnp.float32).max)
 
@@ -248,7 +280,7 @@ def _with_mark_jvp(primals: tuple, tangents: tuple) -> tuple:
 
 def without_slope(stored: Packed) -> Packed:
     """A packed array as it is; an error if its numbers were to have a slope, which their codes have lost."""
-    return dataclasses.replace(stored, scales=_unmarked(stored.format, stored.scales))
+    return dataclasses.replace(stored, scales=jax.tree.map(lambda s: _unmarked(stored.format, s), stored.scales))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -332,6 +364,13 @@ class Layout:
         if is_packed(x):
             return Packed(self.split(x.codes), self.seen(x.scales, -1, 1), x.format)
         return self.seen(self.filled(x), -1, self.block)
+
+    def largest(self, x: jax.Array) -> jax.Array:
+        """The largest magnitude of each block, shaped as `split` shapes scales."""
+        # with blocks seen as matrices: three times as fast on CPUs
+        wide = max(width for width in range(1, 17) if self.block % width == 0)
+        found = _largest(self.seen(self.filled(x), -1, self.block // wide, wide), (self.axis + 1, self.axis + 2))
+        return jnp.expand_dims(found, self.axis + 1)
 
     def join(self, x: Any) -> Any:
         """What `split` took apart."""
