@@ -205,7 +205,7 @@ def compare(name: str, seeds: int) -> tuple[tuple[np.ndarray, dict[str, np.ndarr
 
 
 def eight_bit_errors(name: str, counts: Sequence[int]) -> Mapping[str, list[float]]:
-    """By axis of the blocks, `AXES`: root mean square difference of 8-bit updates from float32 ones, over that of the latter.
+    """For each of `AXES`: root mean square difference of 8-bit updates from float32 ones, over that of the latter.
 
     Args:
       name: of the problem whose gradients are taken.

@@ -47,7 +47,8 @@ def plan_of(name: str, state: Any, params: Any, mesh: Mesh | AbstractMesh, axis:
     # one split serves a parameter's gradient and all its moments, so blocks must be whole in every one
     units = [(1,) * len(shape) for shape in shapes]
     for index, (_, leaf) in zip(follows, kept):
-        if index is not None and is_packed(leaf):
+        # scales of rows and of columns are reduced over devices, whatever is split
+        if index is not None and is_packed(leaf) and leaf.format.axis is not None:
             box = leaf.format.layout(leaf.shape).box[-len(shapes[index]) :]
             units[index] = tuple(map(math.lcm, units[index], box))
     moments = list(own)
