@@ -133,8 +133,9 @@ class Blocks(Format):
     `gdx.storage` for how much that gains. A row is as above, and a column has the axes before it, from the last one on
     until there are 64 numbers. Without as many there are rows only, and where a row would be the whole array, columns
     only, of its first axes. On a TPU that moves 22 bytes, too, but a GPU looks for the largest of rows and of columns
-    one after the other: 28. Where an array is split over devices, scales of what is cut are reduced over them in each
-    step, 4 bytes for each row or column; inside `jax.shard_map` a device's part is an array of its own.
+    one after the other: 28, and a CPU takes 1.3 to 1.4 times as long as for blocks. Where an array is split over
+    devices, scales of what is cut are reduced over them in each step, 4 bytes for each row or column; inside
+    `jax.shard_map` a device's part is an array of its own. A number takes up to 9 bits, 8.06 in matrices of 1024.
 
     A block with an infinity or NaN becomes NaN altogether, to be seen. A block whose largest is below
     1.2e-38, the smallest normal float32, becomes 0.
@@ -405,8 +406,10 @@ class Layout:
                 x = jnp.maximum(*both)
             return jnp.expand_dims(_largest(x, axis), axis)
 
+        if self.end == x.ndim or self.block <= 64:
+            return reduced(x)
         # in one loop over another axis than the last, CPUs take three times as long
-        return jax.lax.platform_dependent(x, cpu=reduced if self.end == x.ndim else halved, default=reduced)
+        return jax.lax.platform_dependent(x, cpu=halved, default=reduced)
 
     def join(self, x: Any) -> Any:
         """What `split` took apart."""
