@@ -98,7 +98,10 @@ TURNED: dict[str, Any] = {name: dataclasses.replace(format, axis=-2) for name, f
 FOUR_BIT: dict[str, Any] = {"mu_dtype": gdx.storage.SignedPowersOfTwo4(), "nu_dtype": gdx.storage.PowersOfTwo4()}
 ROWS: dict[str, Any] = {name: dataclasses.replace(format, block=None) for name, format in EIGHT_BIT.items()}
 COLUMNS: dict[str, Any] = {name: dataclasses.replace(format, axis=-2) for name, format in ROWS.items()}
+BOTH: dict[str, Any] = {name: dataclasses.replace(format, axis=None) for name, format in ROWS.items()}
 LINEAR: dict[str, Any] = {"mu_dtype": Linear8(), "nu_dtype": Linear8()}
+
+AXES = {"-1": EIGHT_BIT, "-2": TURNED, "None": BOTH}
 
 # settings of adamw, the link that rounds parameters, their dtype
 FORMATS: dict[str, tuple[dict[str, Any], Any, Any]] = {
@@ -107,6 +110,7 @@ FORMATS: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "float32, eps = 1.1e-8": ({"eps": 1.1e-8}, None, jnp.float32),
     "bf16 state": (BFLOAT16, None, jnp.float32),
     "8-bit state": (EIGHT_BIT, None, jnp.float32),
+    "8-bit state, rows and columns": (BOTH, None, jnp.float32),
     "4-bit state": (FOUR_BIT, None, jnp.float32),
     "bf16 parameters, stochastic": ({}, gdx.round_stochastically(), jnp.bfloat16),
     "bf16 parameters, corrected": ({}, gdx.round_with_correction(), jnp.bfloat16),
@@ -210,7 +214,7 @@ def compare(
 
 
 def eight_bit_errors(name: str, counts: Sequence[int]) -> Mapping[str, list[float]]:
-    """By axis of the blocks: root mean square difference of 8-bit updates from float32 ones, over that of the latter.
+    """For each of `AXES`: root mean square difference of 8-bit updates from float32 ones, over that of the latter.
 
     Args:
       name: of the problem whose gradients are taken.
@@ -232,7 +236,35 @@ def eight_bit_errors(name: str, counts: Sequence[int]) -> Mapping[str, list[floa
         off = updates(gdx.scale_by_adam(**settings)) - exact
         return [float(np.sqrt(np.mean(off[i - 1] ** 2) / np.mean(exact[i - 1] ** 2))) for i in counts]
 
-    return {"-1": errors(EIGHT_BIT), "-2": errors(TURNED)}
+    return {name: errors(settings) for name, settings in AXES.items()}
+
+
+def rare_row_errors(spread: float, steps: int = 6000) -> Mapping[str, float]:
+    """As `eight_bit_errors`, of the rows of an embedding that are hit once in 1,000 steps, beside frequent ones.
+
+    Args:
+      spread: of the logarithms of the columns' magnitudes.
+      steps: how many; the second half is measured.
+    """
+    shape, rare = (256, 256), 64
+    chance = jnp.where(jnp.arange(shape[0]) < rare, 1e-3, 0.3)[:, None]
+    magnitudes = jnp.exp(spread * jax.random.normal(jax.random.key(0), shape[1:]))
+
+    def run(tx: gdx.Transform) -> np.ndarray:
+        exact = gdx.scale_by_adam()
+
+        def step(carry: Any, t: jax.Array) -> Any:
+            draw, hit = jax.random.split(jax.random.fold_in(jax.random.key(1), t))
+            noise = magnitudes * jax.random.normal(draw, shape)
+            gradient = jnp.where(jax.random.uniform(hit, (shape[0], 1)) < chance, noise, 0)
+            (update, state), (right, kept) = tx.update(gradient, carry[0]), exact.update(gradient, carry[1])
+            return (state, kept), jnp.stack([jnp.sum((update - right)[:rare] ** 2), jnp.sum(right[:rare] ** 2)])
+
+        start = tx.init(jnp.zeros(shape)), exact.init(jnp.zeros(shape))
+        return np.asarray(jax.jit(lambda: jax.lax.scan(step, start, jnp.arange(steps))[1])())
+
+    sums = {name: run(gdx.scale_by_adam(**settings))[steps // 2 :].sum(0) for name, settings in AXES.items()}
+    return {name: float(np.sqrt(off / size)) for name, (off, size) in sums.items()}
 
 
 def second_moment_after_shrinking(counts: Sequence[int]) -> dict[str, list[float]]:

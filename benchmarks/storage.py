@@ -24,6 +24,7 @@ import gdx.plot
 from benchmarks.devices import OPTIONS, available, compiled_step, devices, nbytes_moved
 from benchmarks.fewbits import (
     BFLOAT16,
+    BOTH,
     COLUMNS,
     EIGHT_BIT,
     FORMATS,
@@ -33,6 +34,7 @@ from benchmarks.fewbits import (
     TURNED,
     compare,
     eight_bit_errors,
+    rare_row_errors,
     second_moment_after_shrinking,
 )
 from benchmarks.measure import came_out, interleaved, ratio, table
@@ -158,7 +160,7 @@ def measure_time(rounds: int) -> None:
 def measure_devices(kinds: list[str]) -> None:
     """Prints the third table."""
     floors = dict(zip(OPTIMIZERS, ("28", "20", "16.1", "14.1", "14", "16", "18", "22", "10.1", "12.1")))
-    layouts = {"axis=-2": TURNED, "whole rows": ROWS, "whole columns": COLUMNS}
+    layouts = {"axis=-2": TURNED, "whole rows": ROWS, "whole columns": COLUMNS, "rows and columns": BOTH}
     turned = {f"8-bit state, {name}": (gdx.adamw(RATE, **settings), jnp.float32) for name, settings in layouts.items()}
     optimizers, floors = OPTIMIZERS | turned, floors | dict.fromkeys(turned, "16.1")
     shape = (8192, 4096)
@@ -184,7 +186,7 @@ def measure_devices(kinds: list[str]) -> None:
 
 
 def measure_quality() -> None:
-    """Prints the fourth and fifth tables."""
+    """Prints the fourth to sixth tables."""
     print("Error of the 8-bit update, relative to its root mean square, on the gradients of a float32 run\n")
     steps = (10, 30, 100, 300, 500)
     errors = [(name, *row) for name in ("digits", "characters") for row in eight_bit_errors(name, steps).items()]
@@ -192,6 +194,11 @@ def measure_quality() -> None:
     print(table(["problem", "axis", *(f"step {count}" for count in steps)], rows), "\n")
     found = {f"{name}, axis {axis}, step {count}": x for name, axis, row in errors for count, x in zip(steps, row)}
     print(came_out("the error", 0.06, found), "\n")
+    print("The same in rows that are hit once in 1,000 steps, by the spread of the columns' magnitudes\n")
+    spreads = {"all alike": 0.0, "a factor e": 1.0}
+    rare = {name: rare_row_errors(spread) for name, spread in spreads.items()}
+    rows = [(name, *(f"{error:.3f}" for error in row.values())) for name, row in rare.items()]
+    print(table(["columns", *(f"axis {axis}" for axis in rare["all alike"])], rows), "\n")
     print("Second moment over its exact value, after gradients became 100 times smaller (b2 = 0.999)\n")
     counts = (1000, 2000, 5000)
     rows = [(name, *(f"{x:.2f}" for x in found)) for name, found in second_moment_after_shrinking(counts).items()]
@@ -199,7 +206,7 @@ def measure_quality() -> None:
 
 
 def measure_training(seeds: int, formats: Sequence[str], picture: str | None) -> None:
-    """Prints the sixth table, and draws it."""
+    """Prints the seventh table, and draws it."""
     histories, rows, added = {}, [], dict[tuple[str, str], float]()
     for problem in PROBLEMS:
         histories[problem], found = compare(problem, seeds, formats)

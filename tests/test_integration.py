@@ -158,14 +158,15 @@ def test_flax_takes_arrays_as_it_takes_numbers(make):
 
 def test_flax_nnx_optimizer_with_few_bits():
     """It makes mappings of the codes and scales that a step returns."""
-    tx = gdx.adam(0.01, mu_dtype=gdx.storage.SignedFourthRoot8(), nu_dtype=gdx.storage.FourthRoot8())
-    model = nnx.Linear(16, 256, rngs=nnx.Rngs(0))
+    nu = gdx.storage.FourthRoot8(block=None, axis=None)  # with two arrays of scales
+    tx = gdx.adam(0.01, mu_dtype=gdx.storage.SignedFourthRoot8(), nu_dtype=nu)
+    model = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     state = tx.init(params)
     assert isinstance(state[0].mu["kernel"], gdx.storage.Packed)
     for _ in range(3):
-        gradients = nnx.grad(lambda m: (m(jnp.ones((1, 16))) ** 2).sum())(model)
+        gradients = nnx.grad(lambda m: (m(jnp.ones((1, 64))) ** 2).sum())(model)
         updates, state = tx.update(nnx.to_pure_dict(gradients), state, params)
         params = optax.apply_updates(params, updates)
         optimizer.update(model, gradients)

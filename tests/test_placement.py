@@ -100,6 +100,23 @@ def test_codes_and_scales_agree(shape, own, codes, scales):
     assert [(moment.codes.spec, moment.scales.spec) for moment in (found.mu, found.nu)] == [(codes, scales)] * 2
 
 
+def test_rows_and_columns_follow_any_split():
+    """Scales that a split cuts are on every device along it."""
+    mesh = AbstractMesh((4, 2), ("data", "model"))
+    tx = gdx.scale_by_adam(mu_dtype=gdx.storage.SignedFourthRoot8(block=None, axis=None))
+    cases = {
+        ((64, 256), P()): (P("data"), (P("data"), P())),
+        ((64, 256), P(None, "model")): (P("data", "model"), (P("data"), P(None, "model"))),
+        ((66, 256), P()): (P(None, "data"), (P(), P(None, "data"))),
+        ((4096, 32), P()): (P("data"), P()),  # columns alone
+    }
+    for (shape, own), (codes, scales) in cases.items():
+        p = jax.ShapeDtypeStruct(shape, "float32")
+        found = gdx.sharding.state_shardings(tx, p, mesh, specs=own).mu
+        assert found.codes.spec == codes
+        assert jax.tree.map(lambda s: s.spec, found.scales) == scales
+
+
 def mesh_of(devices, *kinds):
     return jax.sharding.Mesh(np.array(devices), ("data", "model")[: len(kinds)], axis_types=kinds)
 

@@ -47,7 +47,8 @@ def plan_of(name: str, state: Any, params: Any, mesh: Mesh | AbstractMesh, axis:
     # one split serves a parameter's gradient and all its moments, so blocks must be whole in every one
     units = [(1,) * len(shape) for shape in shapes]
     for index, (_, leaf) in zip(follows, kept):
-        if index is not None and is_packed(leaf):
+        # scales of rows and of columns are reduced over devices, whatever is split
+        if index is not None and is_packed(leaf) and leaf.format.axis is not None:
             box = leaf.format.layout(leaf.shape).box[-len(shapes[index]) :]
             units[index] = tuple(map(math.lcm, units[index], box))
     moments = list(own)
@@ -66,8 +67,9 @@ def plan_of(name: str, state: Any, params: Any, mesh: Mesh | AbstractMesh, axis:
             spec = _split(np.shape(leaf), PartitionSpec(), mesh, axis) if is_large else PartitionSpec()
         placed.append(spec)
         if is_packed(leaf):
-            placed.append(_trimmed(spec_of_boxes(spec, mesh, leaf.shape, leaf.format.layout(leaf.shape).box)))
-        belongs += [index is not None] * (1 + is_packed(leaf))
+            boxes = [layout.box for layout in leaf.format.layouts(leaf.shape)]
+            placed += [_trimmed(spec_of_boxes(spec, mesh, leaf.shape, box)) for box in boxes]
+        belongs += [index is not None] * len(jax.tree.leaves(leaf))
     return Plan(own, moments, placed, belongs)
 
 

@@ -65,12 +65,14 @@ def stepped(
     moments = [without_slope(moment) if is_packed(moment) else moment for moment in moments]
     formats = [f if is_encoded(f, moment) else None for f, moment in zip(link.formats, moments)]
     formats = formats or [None] * len(moments)
-    layouts = {f.layout(g.shape) for f in formats if isinstance(f, Blocks)}
+    layouts = {tuple(f.layouts(g.shape)) for f in formats if isinstance(f, Blocks)}
     # what simulates blocks has to see the array's shape
     is_free = link.elementwise and not any(isinstance(f, Simulated) for f in formats)
-    layout = layouts.pop() if len(layouts) == 1 and is_free else None
+    layout = None
+    if len(layouts) == 1 and is_free:
+        layout, *across = layouts.pop()
     whole = functools.partial(_step, link, shared, g, p, moments, formats, dtype, dither)
-    if layout is None or layout.missing:
+    if layout is None or across or layout.missing:
         return whole()
 
     def blocks() -> list[Any]:
@@ -150,7 +152,8 @@ def _once(renew: Callable[[], list[Any]], old: list[Any], dither: Dither | None)
             return jax.lax.optimization_barrier(renew())
         # around block scales it ignores the barrier, at 6 times the time; a condition, always true, it heeds
         if dither is None:
-            true = jax.lax.bitcast_convert_type(packed[0].scales[(0,) * packed[0].ndim], jnp.int32) != -1
+            scale = jax.tree.leaves(packed[0].scales)[0][(0,) * packed[0].ndim]
+            true = jax.lax.bitcast_convert_type(scale, jnp.int32) != -1
         else:  # every device has the count, but only one of a mesh that scale
             true = dither.step != np.uint32(0xFFFFFFFF)
         return jax.lax.cond(true, renew, lambda: old)

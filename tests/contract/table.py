@@ -262,6 +262,8 @@ _BAD_RATE = (
 # with these, leaves of the tree below are large enough to be held in 8 bits, with blocks that are not full
 _BLOCKS = {"block": 8, "minimum_size": 1}
 _SMALL_MU, _SMALL_NU = gdx.storage.SignedFourthRoot8(**_BLOCKS), gdx.storage.FourthRoot8(**_BLOCKS)
+_FOUR_BITS = gdx.storage.SignedPowersOfTwo4(**_BLOCKS)
+_SIMULATED = gdx.storage.Simulated(gdx.storage.PowersOfTwo4(**_BLOCKS))
 _STOCHASTIC = gdx.storage.StochasticBfloat16()
 _BAD_MOMENTUM = (
     ({"momentum": 1.0}, ValueError, r"momentum is 1\.0; expected a finite number in \[0, 1\)"),
@@ -356,6 +358,7 @@ ROWS = (
             {**_MOMENTS, "mu_dtype": "bfloat16"},
             {**_MOMENTS, "mu_dtype": _STOCHASTIC, "nu_dtype": _STOCHASTIC},
             {**_MOMENTS, "mu_dtype": _SMALL_MU, "nu_dtype": _SMALL_NU, "nesterov": True},
+            {**_MOMENTS, "mu_dtype": _FOUR_BITS, "nu_dtype": _SIMULATED},
         ),
         _BAD_MOMENTS,
         _link(oracle.adam),

@@ -406,6 +406,9 @@ VARIANTS = list(map(Variant._make, (
     ("infinite scales", "storage/test_blocks.py::test_what_is_not_finite_makes_its_block_nan[inf-format1]",
      "storage.blocks:Blocks.encode_blocks", lambda right, self, x, largest, bits: dataclasses.replace(
          packed := right(self, x, largest, bits), scales=jnp.where(largest == jnp.inf, largest, packed.scales))),
+    ("the larger scale of row and column",
+     "storage/test_rows_and_columns.py::test_against_the_formula[shape0-axes0]", "storage.blocks:smallest",
+     lambda right, scales: jnp.maximum(*scales) if isinstance(scales, tuple) else scales),
     ("small leaves in 8 bits", "storage/test_blocks.py::test_small_leaves_stay_float32", "storage.blocks:Blocks.fits",
      lambda right, self, shape: right(dataclasses.replace(self, minimum_size=1), shape)),
     ("blocks that are not whole", "storage/test_layouts.py::test_every_number_is_in_one_block_of_the_right_size",

@@ -307,6 +307,8 @@ def test_a_step_in_blocks_has_the_bits_of_one_on_whole_leaves(axis, shape, monke
         *(({"block": block}, ValueError, f"block is {block}; (?=expected .* >= 8$)") for block in (-1, 0, 1, 3, 7)),
         ({"minimum_size": 1.5}, TypeError, "minimum_size is 1.5"),
         ({"axis": 0}, ValueError, "axis is 0"),
+        ({"axis": 0.5}, TypeError, r"axis is 0\.5"),
+        ({"axis": None}, ValueError, "axis is None with block=256; (?=expected block=None)"),
         ({"seed": True}, TypeError, "seed is True"),
     ],
 )
