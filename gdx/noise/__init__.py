@@ -27,14 +27,17 @@ it takes at most a few percent longer than one of as many micro-batches without 
 """
 
 from gdx.noise.batches import Batches, epochs, padded_epochs, take, with_replacement
+from gdx.noise.critical import CriticalBatchSize, critical_batch_size
 from gdx.noise.estimates import Noise, estimate, of_gradients
 from gdx.noise.measuring import MicroBatches, NoiseState, measure_noise, value_and_grad
 
 __all__ = [
     "Batches",
+    "CriticalBatchSize",
     "MicroBatches",
     "Noise",
     "NoiseState",
+    "critical_batch_size",
     "epochs",
     "estimate",
     "measure_noise",
