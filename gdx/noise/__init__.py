@@ -8,6 +8,12 @@ $$ E|g_B - G|^2 = \\frac{\\operatorname{tr}\\Sigma}{B} \\quad\\text{(with replac
 
 The noise scale $\\operatorname{tr}\\Sigma / |G|^2$ is the batch size at which noise and gradient are equally large.
 
+How large a batch is worth it? `measure_noise` measures the noise scale for next to nothing beside any run: take it to
+see how noise grows over training, or to compare runs. It predicts the critical batch size, at which twice the examples
+of small batches are needed, where noise limits the learning rate of large batches and the curvature is alike in all
+directions; elsewhere it is off by an order of magnitude and more. `critical_batch_size` measures that, by training
+branches at several batch sizes: take it before a batch size is decided on.
+
 Batches are indices of examples, which `gdx.train` takes; the loss picks them out.
 
 >>> import gdx, jax, jax.numpy as jnp
