@@ -316,8 +316,8 @@ def critical_tables() -> str:
     return "\n\n".join(text)
 
 
-CHOSEN = """A branch has about twice the examples that the long way takes with small batches, so that
-both look at the same loss. The last two rows of the digits are other choices: twice as many, and a rate so low that the largest factor
+CHOSEN = """A branch has about twice the examples that the long way takes with small batches, so that both look at the
+same loss. The last two rows of the digits are other choices: twice as many, and a rate so low that the largest factor
 is best at the smallest batch."""
 TASKS: dict[str, Callable[[], Task]] = {"digits": digits_task, "characters": characters_task}
 
