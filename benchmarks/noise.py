@@ -226,7 +226,7 @@ def characters_task() -> Task:
         optimizer=gdx.adam,
         sizes=(32, 64, 128, 256, 512, 1024, 2048),
         rates=np.geomspace(5e-4, 1.6e-2, 11),
-        seeds=3,
+        seeds=1,
         most=1 << 17,
         tried=(64, 256, 1024),
         keys=2,

@@ -85,7 +85,7 @@ def critical_batch_size(
     That is measured, for this optimizer and these parameters. `Noise.scale` is cheap and a prediction: where curvature
     limits the rate of large batches, not noise, it is far off (on the digits 14 to 31 times). What it predicts is the
     long way of tuning the rate of each batch size until a loss is reached; of that result, this was within 1.5 times
-    at a tenth of the examples (`python -m benchmarks noise`).
+    at a tenth to a quarter of the examples (`python -m benchmarks noise --tables critical`).
 
     All branches are members of one `gdx.sweep`: each takes gradients of $B_1$ examples at a time, and a step with the
     mean of every $k$ of them, by `optax.MultiSteps`. So it costs sizes times factors times seeds times examples
