@@ -8,6 +8,12 @@ $$ E|g_B - G|^2 = \\frac{\\operatorname{tr}\\Sigma}{B} \\quad\\text{(with replac
 
 The noise scale $\\operatorname{tr}\\Sigma / |G|^2$ is the batch size at which noise and gradient are equally large.
 
+How large a batch is worth it? `measure_noise` measures the noise scale for next to nothing beside any run: take it to
+see how noise grows over training, or to compare runs. It predicts the critical batch size, at which twice the examples
+of small batches are needed, where noise limits the learning rate of large batches and the curvature is alike in all
+directions; elsewhere it is off by an order of magnitude and more. `critical_batch_size` measures that, by training
+branches at several batch sizes: take it before a batch size is decided on.
+
 Batches are indices of examples, which `gdx.train` takes; the loss picks them out.
 
 >>> import gdx, jax, jax.numpy as jnp
@@ -27,14 +33,17 @@ it takes at most a few percent longer than one of as many micro-batches without 
 """
 
 from gdx.noise.batches import Batches, epochs, padded_epochs, take, with_replacement
+from gdx.noise.critical import CriticalBatchSize, critical_batch_size
 from gdx.noise.estimates import Noise, estimate, of_gradients
 from gdx.noise.measuring import MicroBatches, NoiseState, measure_noise, value_and_grad
 
 __all__ = [
     "Batches",
+    "CriticalBatchSize",
     "MicroBatches",
     "Noise",
     "NoiseState",
+    "critical_batch_size",
     "epochs",
     "estimate",
     "measure_noise",

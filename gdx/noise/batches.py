@@ -146,14 +146,16 @@ def _permutations(key: jax.Array, size: int, number: int) -> jax.Array:
     return jax.vmap(lambda key: jax.random.permutation(key, order))(jax.random.split(key, number))
 
 
+def examples_in(label: str, data: Any) -> int:
+    """The number of examples, which data may be itself."""
+    is_number = isinstance(data, int | np.integer) and not isinstance(data, bool)
+    return int(data) if is_number else leading_axis(label, data, "examples")
+
+
 def _check_sizes(name: str, key: Any, data: Any, batch_size: int, **counts: int) -> int:
     """The number of examples; raises unless batches of this size can be drawn from them with this key."""
     check_key(f"noise.{name}: key", key)
-    size = (
-        data
-        if isinstance(data, int | np.integer) and not isinstance(data, bool)
-        else leading_axis(f"noise.{name}:", data, "examples")
-    )
+    size = examples_in(f"noise.{name}:", data)
     for label, value in {"batch_size": batch_size, **counts}.items():
         if to_integer(f"noise.{name}: {label}", value) < 1:
             raise ValueError(f"noise.{name}: {label} is {value}; expected at least 1")
@@ -163,4 +165,4 @@ def _check_sizes(name: str, key: Any, data: Any, batch_size: int, **counts: int)
         raise ValueError(
             f"noise.{name}: batch_size is {batch_size}, more than the data's {size} examples; expected 1 to {size}"
         )
-    return int(size)
+    return size

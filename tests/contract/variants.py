@@ -559,6 +559,14 @@ VARIANTS = list(map(Variant._make, (
     ("filling counts like examples",
      "noise/test_measuring.py::test_filled_up_batches_have_the_gradient_of_their_examples",
      "noise.measuring:Batches", Instead(types.NoneType)),
+    ("the rate of every batch size alike", "noise/test_critical.py::test_a_branch_is_the_run_with_that_batch_size",
+     "noise.critical:_accumulated", lambda right, tx, number, steps:
+     right(tx.replace(learning_rate=tx.hyperparams["learning_rate"] / number), number, steps)),
+    ("the branch of half the examples goes on",
+     "noise/test_critical.py::test_a_noisy_quadratic_has_the_critical_batch_size_of_its_exact_moments",
+     "noise.critical:_accumulated", lambda right, tx, number, steps: right(tx, number, 1e6)),
+    ("errors of branches too large", "noise/test_critical.py::test_what_lies_between_two_sizes_and_what_is_certain",
+     "noise.critical:mean_and_error", lambda right, scores: (right(scores)[0], right(scores)[1] + 0.1)),
     ("best rate by the largest alone", "test_theory.py::test_the_best_rate_contracts_as_predicted",
      "curvature.rates:best_learning_rate", lambda right, smallest, largest, *args:
      right(smallest, largest, *args)._replace(learning_rate=jnp.asarray(2 / largest))),
