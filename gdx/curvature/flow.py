@@ -179,7 +179,7 @@ def _flow(hessian: Hessian, optimizer: tuple, steps: int, count: int) -> Central
         (value, g), (p, slope) = jax.value_and_grad(loss)(vector), metric(nu)
         scale = jax.lax.rsqrt(p)
         values, guess = _largest(product(vector, scale), guess)
-        u = scale * guess
+        u = scale[None, :] * guess
         tensor = pairs.weights[:, None] * jax.vmap(functools.partial(third, vector))(u[pairs.i], u[pairs.j])
         squares = pairs.weights[:, None] * u[pairs.i] * u[pairs.j]
         part = averaged(step + 1)
@@ -189,11 +189,12 @@ def _flow(hessian: Hessian, optimizer: tuple, steps: int, count: int) -> Central
 
         def moved(x: jax.Array) -> jax.Array:
             """Where a gradient takes the parameters in one step, against its direction."""
-            return x / p + dot(dot(x, u.T) * (decays - 1), u)
+            return x / p + dot(dot(u, x) * (decays - 1), u)
 
         # what is left to the edge after a step, without an oscillation, and what one adds to it
         left = pairs.of_diagonal(2 - values) + dot(tensor, moved(g)) + 2 * part * dot(squares, slope * (g * g - nu))
-        gained = 0.5 * dot(tensor, moved(tensor).T) + 8 * part * dot(squares * slope * p * p, squares.T)
+        gained = 0.5 * dot(tensor, jax.vmap(moved)(tensor).T)
+        gained += 8 * part * dot(squares * (slope * p * p)[None, :], squares.T)
         x = pairs.complement(gained, left)
         sigma = dot(x, squares)
         found = value + 0.5 * dot(pairs.diagonal(x), values), value, values / rate, jnp.sum(sigma)
@@ -255,7 +256,7 @@ class _Pairs:
         """The nearest matrix without negative eigenvalues."""
         matrix = jnp.zeros((self.size, self.size), x.dtype).at[self.i, self.j].set(x / self.weights)
         values, vectors = jnp.linalg.eigh(matrix, UPLO="U", symmetrize_input=False)
-        return dot(vectors * jnp.maximum(values, 0), vectors.T)[self.i, self.j] * self.weights
+        return dot(vectors * jnp.maximum(values, 0)[None, :], vectors.T)[self.i, self.j] * self.weights
 
     def complement(self, matrix: jax.Array, vector: jax.Array, turns: int = 60) -> jax.Array:
         """X, semidefinite, for which A X + b is so too, and orthogonal to it: the least 1/2 <X, A X> + <b, X>.
@@ -266,7 +267,7 @@ class _Pairs:
         each = jnp.where(each > 0, each, 1) ** -0.25  # these take the cone to itself, and the diagonal to 1
         units = each[self.i] * each[self.j]
         penalty = np.array(0.3, vector.dtype)
-        matrix, vector = matrix * units[:, None] * units, vector * units
+        matrix, vector = matrix * units[:, None] * units[None, :], vector * units
         inverse = jnp.linalg.inv(matrix + penalty * jnp.eye(len(vector), dtype=vector.dtype))
 
         def turn(_: Any, carry: tuple) -> tuple:
