@@ -65,7 +65,9 @@ def follow(start: Any, data: Any, tx: Any, before: int, steps: int, count: int) 
     sharpness = curvature.init_sharpness(params, jax.random.key(1))
     carry = params, tx.init(params) if state is None else state, sharpness
     losses, values = jax.jit(lambda carry: jax.lax.scan(measured, carry, None, steps // 5)[1])(carry)
-    flow = curvature.central_flow(curvature.Hessian(squared_error, params, batches), tx, steps, state=state, count=count)
+    flow = curvature.central_flow(
+        curvature.Hessian(squared_error, params, batches), tx, steps, state=state, count=count
+    )
     small = tx.replace(learning_rate=tx.learning_rate / FINE)
     if "b2" in tx.hyperparams:
         small = small.replace(b2=tx.b2 ** (1 / FINE))
@@ -118,7 +120,9 @@ def main() -> None:
     ]
     steps, count = (60, 2) if args.quick else (500, 8)
     found = list(rows(runs[::4] if args.quick else runs, steps, count))
-    print(f"Largest deviation of predicted from measured losses over {steps} steps, in %, averaged over a window of steps;")
+    print(
+        f"Largest deviation of predicted from measured losses over {steps} steps, in %, averaged over a window of steps;"
+    )
     print("that of the mean over all steps; that of the flow without oscillations in windows of 101.")
     print("Sharpness: the mean over the last 100 steps, and how many of the eigenvalues followed are at the edge\n")
     windows = [f"of {window}" for window in WINDOWS if window < steps]

@@ -94,17 +94,22 @@ def central_flow(hessian: Hessian, tx: Transform, steps: int, *, state: Any = No
     (10.0, 2.0)
     """
     name = "central_flow"
-    of_kind(f"{name}: hessian", hessian, Hessian, "a gdx.curvature.Hessian(loss, params, batches), with third derivatives")
+    of_kind(
+        f"{name}: hessian", hessian, Hessian, "a gdx.curvature.Hessian(loss, params, batches), with third derivatives"
+    )
     check_operator(name, hessian)
     if any(jnp.iscomplexobj(p) for p in jax.tree.leaves(hessian.params)):
-        raise TypeError(f"{name}: there are complex parameters; expected real ones: take real and imaginary parts apart")
+        raise TypeError(
+            f"{name}: there are complex parameters; expected real ones: take real and imaginary parts apart"
+        )
     rule = _rule(tx)
     state = tx.init(hessian.params) if state is None else state
     check_state_like(tx, state, jax.eval_shape(tx.init, hessian.params))
     steps, count = to_integer(f"{name}: steps", steps, minimum=1), to_integer(f"{name}: count", count, minimum=1)
     jax.eval_shape(hessian, hessian.params)  # raises what it has to say
-    (moments,) = [s for s in jax.tree.leaves(state, is_leaf=_has_nu) if _has_nu(s)] or [None]
-    nu, made = (None, None) if moments is None else (moments.nu, getattr(moments, "count", None))
+    is_moments = functools.partial(_has, "nu")
+    (moments,) = [s for s in jax.tree.leaves(state, is_leaf=is_moments) if is_moments(s)] or [None]
+    nu, made = (getattr(moments, field) if _has(field, moments) else None for field in ("nu", "count"))
     return _flow(hessian, (rule, nu, made), steps, count)
 
 
@@ -138,8 +143,8 @@ def _rule(tx: Any) -> _Rule:
     return rule
 
 
-def _has_nu(state: Any) -> bool:
-    return "nu" in getattr(state, "_fields", ())
+def _has(field: str, state: Any) -> bool:
+    return field in getattr(state, "_fields", ())
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -263,8 +268,10 @@ class _Pairs:
 
         Source: Boyd et al., Distributed Optimization and Statistical Learning via ADMM (2011), chapter 5.
         """
-        each = self.diagonal(jnp.diagonal(matrix))
-        each = jnp.where(each > 0, each, 1) ** -0.25  # these take the cone to itself, and the diagonal to 1
+        most = jnp.zeros((self.size, self.size), vector.dtype).at[self.i, self.j].set(jnp.diagonal(matrix))
+        each = jnp.max(jnp.maximum(most, most.T), axis=1)
+        each = jnp.maximum(each, 1e-8 * jnp.max(each))
+        each = jnp.where(each > 0, each, 1) ** -0.25  # these take the cone to itself, and no diagonal above 1
         units = each[self.i] * each[self.j]
         penalty = np.array(0.3, vector.dtype)
         matrix, vector = matrix * units[:, None] * units[None, :], vector * units

@@ -36,8 +36,8 @@ def test_two_walls_hold_it_up():
         np.testing.assert_allclose(flow.variance[-1], np.trace(sigma), rtol=1e-5)
         np.testing.assert_allclose(flow.losses[-1] - flow.center_losses[-1], np.trace(sigma) / RATE, rtol=1e-5)
         # until the edge it is gradient flow, along y with a constant speed
-        below = np.arange(120) * RATE * slopes[0] < 1 - 0.1
-        np.testing.assert_array_equal(flow.variance[below], 0)
+        np.testing.assert_array_equal(flow.variance[:12], 0)
+        np.testing.assert_array_equal(flow.losses[:12], flow.center_losses[:12])
         measured = gdx.train(lambda p, _: held(p, batches), gdx.gradient_descent(RATE), start, jnp.zeros(4000)).losses
         np.testing.assert_allclose(np.mean(measured[2000:]), flow.losses[-1], rtol=0.02)
 
@@ -60,10 +60,9 @@ def by_hand(scale, theta, nu, steps, parts, rate, decay):
     return np.array(found).T
 
 
-@pytest.mark.parametrize("in_sqrt", [True, False])
-def test_rmsprop_by_hand(in_sqrt):
+def test_rmsprop_by_hand():
     with enable_x64(True):
-        tx = rmsprop(0.02, decay=0.95, eps=1e-12, eps_in_sqrt=in_sqrt)
+        tx = rmsprop(0.02, decay=0.95, eps=1e-12)
         start, nu = jnp.array([0.0, 0.5]), np.array([0.01, 2.25])
         state = jax.tree.map(lambda _: jnp.asarray([0.01 / 0.95, 2.25]), tx.init(start))  # that its first step makes nu
 
@@ -80,18 +79,18 @@ def test_rmsprop_by_hand(in_sqrt):
 def test_below_the_edge_it_is_the_optimizer():
     """In float32, of many parameters; Adam without momentum is RMSProp with bias correction."""
     targets = jnp.linspace(-1.0, 1.0, 40)
-    start, state = jnp.zeros(40), None
+    start = jnp.zeros(40)
 
     def loss(p, batch):
         return jnp.mean((jnp.tanh(p) - batch) ** 2)
 
     hessian = Hessian(loss, start, targets[None])
-    for tx in (gdx.sgd(5.0), gdx.adam(1e-4, b1=0.0, b2=0.9), rmsprop(1e-4, eps_in_sqrt=False, bias_correction=True)):
+    for tx in (gdx.sgd(0.5), gdx.adam(1e-4, b1=0.0, b2=0.9), rmsprop(1e-4, eps_in_sqrt=False, bias_correction=True)):
         run = gdx.train(lambda p, _: loss(p, targets), tx, start, jnp.zeros(20))
-        flow = central_flow(hessian, tx, 20, state=state, count=2)
+        flow = central_flow(hessian, tx, 20, count=2)
         np.testing.assert_array_equal(flow.variance, 0)
         np.testing.assert_array_equal(flow.losses, flow.center_losses)
-        np.testing.assert_allclose(flow.losses, run.losses, rtol=2e-3)
+        np.testing.assert_allclose(flow.losses, run.losses, rtol=5e-3)
 
 
 HESSIAN = Hessian(lambda p, batch: jnp.sum(p**4), jnp.ones(2), ONE)
