@@ -2,8 +2,8 @@
 
     python -m benchmarks flows [--quick]
 
-The network is 64-32-10 with tanh and squared errors, on 200 handwritten digits in full batches, followed over 500 steps
-from the start, or from where so many steps have led. Deviations are those of the predicted from the measured losses, each
+The network is 64-32-10 with tanh and squared errors, on 200 handwritten digits in full batches, followed over 500
+steps from the start, or from where so many steps have led. Deviations are those of the predicted from the measured losses, each
 averaged over the same window of steps, relative to the latter. What the same is without the oscillations is made by the
 optimizer itself in steps of a tenth.
 """

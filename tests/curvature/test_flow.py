@@ -38,8 +38,6 @@ def test_two_walls_hold_it_up():
         # until the edge it is gradient flow, along y with a constant speed
         np.testing.assert_array_equal(flow.variance[:12], 0)
         np.testing.assert_array_equal(flow.losses[:12], flow.center_losses[:12])
-        measured = gdx.train(lambda p, _: held(p, batches), gdx.gradient_descent(RATE), start, jnp.zeros(4000)).losses
-        np.testing.assert_allclose(np.mean(measured[2000:]), flow.losses[-1], rtol=0.02)
 
 
 def by_hand(scale, theta, nu, steps, parts, rate, decay):
