@@ -3,9 +3,9 @@
     python -m benchmarks flows [--quick]
 
 The network is 64-32-10 with tanh and squared errors, on 200 handwritten digits in full batches, followed over 500
-steps from the start, or from where so many steps have led. Deviations are those of the predicted from the measured losses, each
-averaged over the same window of steps, relative to the latter. What the same is without the oscillations is made by the
-optimizer itself in steps of a tenth.
+steps from the start, or from where so many steps have led. Deviations are those of the predicted from the measured losses,
+each averaged over the same window of steps, relative to the latter. The flow without oscillations is the optimizer
+itself in steps of a tenth.
 """
 
 import argparse
@@ -120,9 +120,7 @@ def main() -> None:
     ]
     steps, count = (60, 2) if args.quick else (500, 8)
     found = list(rows(runs[::4] if args.quick else runs, steps, count))
-    print(
-        f"Largest deviation of predicted from measured losses over {steps} steps, in %, averaged over a window of steps;"
-    )
+    print(f"Largest deviation of predicted from measured losses over {steps} steps, in %, averaged over a window;")
     print("that of the mean over all steps; that of the flow without oscillations in windows of 101.")
     print("Sharpness: the mean over the last 100 steps, and how many of the eigenvalues followed are at the edge\n")
     windows = [f"of {window}" for window in WINDOWS if window < steps]

@@ -28,8 +28,8 @@ Sharpness while training: a few products every n-th step, from where the last on
 >>> sharpness = gdx.curvature.init_sharpness(theta, key)
 >>> sharpness = jax.jit(gdx.curvature.update_sharpness)(sharpness, hessian)
 
-At the edge training oscillates; `central_flow` predicts the average over that of gradient descent and RMSProp: path, loss,
-sharpness, and how far it is thrown about.
+At the edge training oscillates; `central_flow` predicts the average over that of gradient descent and RMSProp: path,
+loss, sharpness, and how far it is thrown about.
 
 It costs about 2 gradients for each product (`python -m benchmarks curvature`): some 40 for the edges. On a mesh each
 device holds the Krylov vectors whole, about `krylov_size` + 7 times the parameters.

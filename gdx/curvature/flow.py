@@ -192,7 +192,7 @@ def _flow(hessian: Hessian, optimizer: tuple, steps: int, count: int) -> Central
         # along its eigenvectors a gradient decays while the flow follows it
         decays = jnp.where(values == 0, 1, -jnp.expm1(-values) / jnp.where(values == 0, 1, values))
 
-        def moved(x: jax.Array) -> jax.Array:
+        def moved(x: Any) -> jax.Array:
             """Where a gradient takes the parameters in one step, against its direction."""
             return x / p + dot(dot(u, x) * (decays - 1), u)
 
