@@ -3,9 +3,9 @@
     python -m benchmarks flows [--quick]
 
 The network is 64-32-10 with tanh and squared errors, on 200 handwritten digits in full batches, followed over 500
-steps from the start, or from where so many steps have led. Deviations are those of the predicted from the measured
-each averaged over the same window of steps, relative to the latter. The flow without oscillations is the optimizer
-itself in steps of a tenth.
+steps from the start, or from where so many steps have led. Deviations are those of the predicted losses from the
+measured ones, each averaged over the same window of steps, relative to the latter. The flow without oscillations is
+the optimizer itself in steps of a tenth.
 """
 
 import argparse
