@@ -28,12 +28,16 @@ Sharpness while training: a few products every n-th step, from where the last on
 >>> sharpness = gdx.curvature.init_sharpness(theta, key)
 >>> sharpness = jax.jit(gdx.curvature.update_sharpness)(sharpness, hessian)
 
+At the edge training oscillates; `central_flow` predicts the average over that of gradient descent and RMSProp: path,
+loss, sharpness, and how far it is thrown about.
+
 It costs about 2 gradients for each product (`python -m benchmarks curvature`): some 40 for the edges. On a mesh each
 device holds the Krylov vectors whole, about `krylov_size` + 7 times the parameters.
 
 `python -m gdx curvature` draws spectra beside predicted and measured distances of two runs.
 """
 
+from gdx.curvature.flow import CentralFlow, central_flow
 from gdx.curvature.operators import Block, GaussNewton, Hessian, Operator, Preconditioned, adam_preconditioned
 from gdx.curvature.rates import BestRate, best_learning_rate, stability_edge
 from gdx.curvature.spectrum import (
@@ -53,6 +57,7 @@ from gdx.curvature.tracking import SharpnessState, init_sharpness, update_sharpn
 __all__ = [
     "BestRate",
     "Block",
+    "CentralFlow",
     "Density",
     "Edge",
     "Edges",
@@ -66,6 +71,7 @@ __all__ = [
     "Trace",
     "adam_preconditioned",
     "best_learning_rate",
+    "central_flow",
     "init_sharpness",
     "largest_eigenpairs",
     "spectral_density",
