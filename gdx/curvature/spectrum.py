@@ -87,8 +87,8 @@ def spectrum_edges(
     A pure function, also under `jax.jit`; outside of it, the program is compiled once for each set of shapes,
     functions and options, and the result is checked. Memory: about 1.25 `krylov_size` + 6 vectors like the
     parameters, however many rounds, and that of one product. Parameters and data may be sharded over a mesh, but each
-    device holds these vectors whole. Where axes of the mesh are explicit, the loss runs with automatic ones: one that states
-    shardings goes in as
+    device holds these vectors whole. Where axes of the mesh are explicit, the loss runs with automatic ones: one that
+    states shardings goes in as
     `jax.sharding.explicit_axes(loss, in_sharding=(specs of params, specs of a batch))`.
 
     Args:
