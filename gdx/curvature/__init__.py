@@ -23,7 +23,8 @@ What that says of learning rates: the best ones, and the one beyond which traini
 >>> bool(edges.largest.value < gdx.curvature.stability_edge(gdx.momentum(best.learning_rate, best.momentum)))
 True
 
-Sharpness while training: a few products every n-th step, from where the last ones ended.
+Sharpness while training: a few products every n-th step, from where the last ones ended; with `count`, several
+eigenvalues.
 
 >>> sharpness = gdx.curvature.init_sharpness(theta, key)
 >>> sharpness = jax.jit(gdx.curvature.update_sharpness)(sharpness, hessian)
@@ -31,8 +32,9 @@ Sharpness while training: a few products every n-th step, from where the last on
 At the edge training oscillates; `central_flow` predicts the average over that of gradient descent and RMSProp: path,
 loss, sharpness, and how far it is thrown about.
 
-It costs about 2 gradients for each product (`python -m benchmarks curvature`): some 40 for the edges. On a mesh each
-device holds the Krylov vectors whole, about `krylov_size` + 7 times the parameters.
+It costs about 2 gradients for each product (`python -m benchmarks curvature`), and to keep vectors orthogonal, which
+grows with `krylov_size`: at 64 more than the product. On a mesh each device holds the Krylov vectors whole, about 1.25
+`krylov_size` + 6 times the parameters.
 
 `python -m gdx curvature` draws spectra beside predicted and measured distances of two runs.
 """

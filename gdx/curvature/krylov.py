@@ -15,12 +15,12 @@ dot = functools.partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)  # by defa
 
 
 class Krylov(NamedTuple):
-    """What Lanczos found: the operator in an orthonormal basis of the start, its products, and those of other starts.
+    """What Lanczos found: the operator in an orthonormal basis of the starts, its products, and those of other starts.
 
     Attributes:
       values: of shape (size,): the Ritz values, ascending.
-      coefficients: of shape (size, size): their vectors in the basis, in columns.
-      basis: of shape (size, n).
+      coefficients: of shape (rows, size): their vectors in the basis, in columns; 0 beyond row `size`.
+      basis: of shape (rows, n) with rows = min(size + width, n); beyond row `size`, where products lead.
       errors: of shape (size,): how far each Ritz pair is from an eigenpair.
     """
 
@@ -30,50 +30,107 @@ class Krylov(NamedTuple):
     errors: jax.Array
 
     def vectors(self, indices: Any) -> jax.Array:
-        """The Ritz vectors with these indices, of shape (indices, n)."""
-        return dot(self.coefficients[:, indices].T, self.basis)
+        """The Ritz vectors with these indices, with an axis more."""
+        return dot(jnp.moveaxis(self.coefficients[:, indices], 0, -1), self.basis)
 
 
-def lanczos(product: Callable[[jax.Array], jax.Array], start: jax.Array, size: int, key: jax.Array) -> Krylov:
-    """Lanczos with full reorthogonalisation; where the span is exhausted it goes on from a random vector.
+class Kept(NamedTuple):
+    """Ritz pairs of an earlier Lanczos, to begin with: what products lead out of them is in the span of the starts.
 
-    Source: Parlett, The Symmetric Eigenvalue Problem (1998), chapter 13.
+    Attributes:
+      begin: how many of them there are, 0 or all.
+      values: of shape (kept,), 0 where there are none.
+      vectors: of shape (kept, n), orthonormal, or 0.
     """
 
-    def turn(carry: tuple, i: jax.Array) -> tuple[tuple, tuple]:
-        basis, unit, largest, beside = carry
-        image = product(basis[i])
-        unit = jnp.where(i == 0, near(image), unit)
-        diagonal = dot(basis[i], image / unit)
-        rest = apart(image / unit - diagonal * basis[i] - beside * basis[i - 1], basis)  # row -1 is 0 at first
-        length = jnp.linalg.norm(rest)
-        largest = jnp.maximum(largest, jnp.abs(diagonal) + beside + length)
-        exhausted = length <= 10 * jnp.finfo(start.dtype).eps * largest
+    begin: jax.Array
+    values: jax.Array
+    vectors: jax.Array
+
+
+def lanczos(
+    product: Callable[[jax.Array], jax.Array], starts: jax.Array, size: int, key: jax.Array, kept: Kept | None = None
+) -> Krylov:
+    """Lanczos from several starts, (width, n), reorthogonalised in full; `size` - `kept` products, one at a time.
+
+    Each product lengthens the basis by what of it is new, `width` rows below its factor (a band matrix rather than a
+    tridiagonal one). Where nothing is, as the span is exhausted, it goes on from a random vector.
+
+    Sources: Parlett, The Symmetric Eigenvalue Problem (1998), chapter 13; Ruhe, Implementation aspects of band Lanczos
+    algorithms (1979); Wu & Simon, Thick-restart Lanczos method (2000).
+    """
+    (width, n), dtype, eps = starts.shape, starts.dtype, jnp.finfo(starts.dtype).eps
+    nothing = Kept(jnp.int32(0), jnp.zeros(0, dtype), jnp.zeros((0, n), dtype))
+    begin, known, vectors = nothing if kept is None else kept
+    rows = min(size + width, n)
+    near_by = min(2 * width, rows)
+
+    def longer(basis: jax.Array, vector: jax.Array, i: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The basis with what of a vector is new as row i, and the coefficients of the vector, of this length."""
+        coefficients, rest = split(vector, basis)
+        left = jnp.linalg.norm(rest)
+        exhausted = left <= 10 * eps * length
 
         def other(_: jax.Array) -> jax.Array:
-            return apart(jax.random.normal(jax.random.fold_in(key, i), start.shape, start.dtype), basis)
+            return apart(jax.random.normal(jax.random.fold_in(key, i), (n,), dtype), basis)
 
         rest = jax.lax.cond(exhausted, other, lambda rest: rest, rest)
-        basis = basis.at[i + 1].set(rest / jnp.linalg.norm(rest), mode="drop")
-        beside = jnp.where(exhausted, 0, length)
-        return (basis, unit, largest, beside), (diagonal, beside)
+        basis = basis.at[i].set(rest / jnp.linalg.norm(rest), mode="drop")
+        return basis, coefficients.at[i].set(jnp.where(exhausted, 0, left), mode="drop")
 
-    zero = jnp.zeros((), start.dtype)
-    basis = jnp.zeros((size, *start.shape), start.dtype).at[0].set(start / jnp.linalg.norm(start))
-    (basis, unit, *_), (diagonal, beside) = jax.lax.scan(turn, (basis, zero, zero, zero), jnp.arange(size))
-    matrix = jnp.diag(diagonal) + jnp.diag(beside[:-1], 1) + jnp.diag(beside[:-1], -1)
-    values, coefficients = jnp.linalg.eigh(matrix)
-    return Krylov(values * unit, coefficients, basis, beside[-1] * jnp.abs(coefficients[-1]) * unit)
+    def begun(i: jax.Array, basis: jax.Array) -> jax.Array:
+        return longer(basis, starts[i], begin + i, jnp.linalg.norm(starts[i]))[0]
+
+    def turn(i: jax.Array, carry: tuple) -> tuple:
+        basis, matrix, unit, largest = carry
+        image = product(basis[i])
+        unit = jnp.where(i == begin, jnp.maximum(unit, near(image)), unit)
+        image = image / unit
+        largest = jnp.maximum(largest, jnp.linalg.norm(image))
+        # the band first: what is left is little changed by the whole basis, which then need be read but once
+        first = jnp.clip(i - width, 0, rows - near_by)
+        band = jax.lax.dynamic_slice_in_dim(basis, first, near_by)
+        within = dot(band, image)
+        basis, row = longer(basis, image - dot(within, band), i + width, largest)
+        within = jax.lax.dynamic_update_slice(jnp.zeros_like(row), within, (first,))
+        return basis, matrix.at[i].set(row + within), unit, largest
+
+    basis = jnp.zeros((rows, n), dtype).at[: len(known)].set(vectors[:rows])
+    basis = jax.lax.fori_loop(jnp.int32(0), jnp.int32(width), begun, basis)
+    unit = jnp.where(begin > 0, near(known), 0) if len(known) else jnp.zeros((), dtype)
+    carry = basis, jnp.zeros((size, rows), dtype), unit, jnp.zeros((), dtype)
+    basis, matrix, unit, _ = jax.lax.fori_loop(begin, jnp.int32(size), turn, carry)
+    inside = jnp.tril(matrix[:, :size])
+    inside = (
+        inside + jnp.tril(inside, -1).T + jnp.diag(jnp.zeros(size, dtype).at[: len(known)].set(known[:size] / unit))
+    )
+    values, coefficients = jnp.linalg.eigh(inside)
+    errors = jnp.linalg.norm(dot(matrix[:, size:].T, coefficients), axis=0)
+    return Krylov(values * unit, jnp.zeros((rows, size), dtype).at[:size].set(coefficients), basis, errors * unit)
 
 
 def apart(vector: jax.Array, basis: jax.Array) -> jax.Array:
-    """What of a vector is orthogonal to a basis; if that is little, rounding left some of the rest in it: once more.
+    """What of a vector is orthogonal to a basis."""
+    return split(vector, basis)[1]
+
+
+def split(vector: jax.Array, basis: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The coefficients of a vector in a basis, and the rest; if that is little, some of the basis is in it: once more.
 
     Source: Parlett, chapter 6.9, "twice is enough".
     """
-    once = vector - dot(dot(basis, vector), basis)
-    is_little = jnp.linalg.norm(once) < 0.7 * jnp.linalg.norm(vector)
-    return jax.lax.cond(is_little, lambda once: once - dot(dot(basis, once), basis), lambda once: once, once)
+
+    def once(vector: jax.Array) -> tuple[jax.Array, jax.Array]:
+        coefficients = dot(basis, vector)
+        return coefficients, vector - dot(coefficients, basis)
+
+    def again(found: tuple) -> tuple[jax.Array, jax.Array]:
+        more, rest = once(found[1])
+        return found[0] + more, rest
+
+    found = once(vector)
+    is_little = jnp.linalg.norm(found[1]) < 0.7 * jnp.linalg.norm(vector)
+    return jax.lax.cond(is_little, again, lambda found: found, found)
 
 
 def measured(product: Callable[[jax.Array], jax.Array], vector: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -89,6 +146,11 @@ def near(x: jax.Array) -> jax.Array:
     kind = jnp.finfo(x.dtype)
     exponent = jnp.frexp(jnp.max(jnp.abs(x)))[1]  # 0 for what is 0, infinite or NaN
     return jnp.ldexp(jnp.ones((), x.dtype), jnp.clip(exponent, kind.minexp, kind.maxexp - 2))
+
+
+def count_numbers(tree: Any) -> int:
+    """How many numbers `to_vector` makes of a tree."""
+    return sum(np.size(x) * (2 if jnp.iscomplexobj(x) else 1) for x in jax.tree.leaves(tree))
 
 
 def to_vector(tree: Any) -> jax.Array:

@@ -10,7 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from gdx.arguments import check_function, check_key, number
-from gdx.curvature.krylov import apart, dot, from_vector, lanczos, measured, near, on_vectors, to_vector
+from gdx.curvature.krylov import (
+    Kept,
+    apart,
+    count_numbers,
+    dot,
+    from_vector,
+    lanczos,
+    measured,
+    near,
+    on_vectors,
+    to_vector,
+)
 from gdx.curvature.operators import Operator, check_operator
 from gdx.fields import is_concrete, is_real, refuse, to_integer
 from gdx.mesh import on_any_mesh
@@ -61,28 +72,30 @@ def spectrum_edges(
 ) -> Edges:
     r"""The smallest and the largest eigenvalue with their eigenvectors, by restarted Lanczos.
 
-    Each round takes `krylov_size` products from a start vector, reorthogonalised in full, and has the extreme
+    The first round takes `krylov_size` products from a random vector, reorthogonalised in full, and has the extreme
     eigenpairs $(\lambda, v)$ of the operator in their span; where that is exhausted, as by few distinct eigenvalues, it
     goes on from a random vector. It ends once
 
     $$ \|A v - \lambda v\| \le \text{tolerance} \cdot \max(|\lambda_\min|, |\lambda_\max|) $$
 
-    for both, or after `rounds`; else the sum of the two vectors starts another. The criterion is relative to the
+    for both, or after `rounds`; else another begins with the two vectors, some next to them, and where their products
+    lead: thick restarts. The criterion is relative to the
     whole spectrum: a $\lambda_\min$ near 0, with many others near 0, is only that exact, and is found better with
     a smaller `tolerance`. Two last products measure the errors that are returned. A random start misses
     an edge only where it is orthogonal to it to within rounding.
 
     A pure function, also under `jax.jit`; outside of it, the program is compiled once for each set of shapes,
-    functions and options, and the result is checked. Memory: about `krylov_size` + 7 vectors like the parameters,
-    however many rounds, and that of one product. Parameters and data may be sharded over a mesh, but each device holds
-    these vectors whole. Where axes of the mesh are explicit, the loss runs with automatic ones: one that states
-    shardings goes in as
+    functions and options, and the result is checked. Memory: about 1.25 `krylov_size` + 6 vectors like the
+    parameters, however many rounds, and that of one product. Parameters and data may be sharded over a mesh, but each
+    device holds these vectors whole. Where axes of the mesh are explicit, the loss runs with automatic ones: one that
+    states shardings goes in as
     `jax.sharding.explicit_axes(loss, in_sharding=(specs of params, specs of a batch))`.
 
     Args:
       operator: `Hessian`, `GaussNewton`, or one of them `Preconditioned`.
       key: a random key, for the first start.
-      krylov_size: products in a round, at least 2; no more are made than there are parameters.
+      krylov_size: products in the first round, at least 3, of which later ones save about a quarter; no more are made
+        than there are parameters.
       rounds: the most rounds, at least 1.
       tolerance: relative error, positive; in float32 little is gained below 1e-5.
       progress: called after each product.
@@ -92,7 +105,8 @@ def spectrum_edges(
         product is infinite or NaN; what the operator raises.
       TypeError: krylov_size or rounds is no integer, a parameter no floating-point array; what the operator raises.
 
-    Sources: Lanczos (1950); Saad, Numerical Methods for Large Eigenvalue Problems (2011), chapters 6 and 7.
+    Sources: Lanczos (1950); Saad, Numerical Methods for Large Eigenvalue Problems (2011), chapters 6 and 7; Wu & Simon,
+    Thick-restart Lanczos method for large symmetric eigenvalue problems (2000).
 
     >>> import gdx, jax, jax.numpy as jnp
     >>> bowl = lambda theta, batch: 0.5 * jnp.sum(jnp.arange(1.0, 101.0) * theta**2)
@@ -102,10 +116,10 @@ def spectrum_edges(
     (1.0, 100.0, True)
     """
     name = "spectrum_edges"
-    size = _check_size(name, operator, key, krylov_size, progress)
+    size = _check_size(name, operator, key, krylov_size, progress, least=3)
     _check_count(name, "rounds", rounds)
     tolerance = number(f"{name}: tolerance", tolerance, "a positive number, such as 1e-3", above=0)
-    meter = None if progress is None else Meter(progress, size, rounds)
+    meter = None if progress is None else Meter(progress, size, rounds, _number_kept(size, 2, 1))
     edges = _edges(operator, key, size, rounds, tolerance, meter)
     _check_finite(name, operator, (edges.smallest.value, edges.largest.value))
     return edges
@@ -134,29 +148,32 @@ def largest_eigenpairs(
     key: jax.Array,
     count: int,
     *,
-    krylov_size: int = 64,
+    krylov_size: int | None = None,
     rounds: int = 10,
     tolerance: float = 1e-3,
     progress: Progress | None = None,
 ) -> Eigenpairs:
-    r"""The `count` largest eigenvalues with their eigenvectors, by restarted Lanczos.
+    r"""The `count` largest eigenvalues with their eigenvectors, repeated and close ones too, by restarted band Lanczos.
 
-    As `spectrum_edges`, with the largest instead of the two ends; what it says of restarts, memory, jit and meshes
-    is true here too. The eigenvectors of those that lie close together mix, which their errors do not show.
+    As `spectrum_edges`, but from `count` random starts together. Of a repeated eigenvalue one start has one vector,
+    and so many have as many as are asked for. What `spectrum_edges` says of restarts, jit and meshes
+    is true here too; memory: about 1.25 `krylov_size` + 2 `count` + 6 vectors like the parameters.
 
-    Each pair is an eigenpair to within its error; that none is missing between them is not shown by `converged`. Of an
-    eigenvalue that there is several times, a start has one vector. And where many lie close together at the top, as in
-    1, 2, ..., 1000 with 64 products in a round, some are passed over, and more rounds do not find them: compare with a
-    larger krylov_size, or with another key.
+    Once it has converged, the values are the largest ones to within the tolerance, unless the random starts all miss an
+    eigenvector. The eigenvectors of values that are closer than their errors mix. What is small against the
+    absolute largest eigenvalue, as the top of a negative spectrum may be, or lies among many others, takes more rounds.
 
     Args:
       operator, key, rounds, tolerance, progress: as in `spectrum_edges`.
-      count: how many, at least 1, less than krylov_size, and no more than there are parameters.
-      krylov_size: products in a round, more than count, best several times as many; no more are made than there are
-        parameters.
+      count: how many, at least 1, and no more than there are parameters.
+      krylov_size: products in the first round, at least twice the count, by default 64 or, if that is more, 4 for each
+        pair; no more are made than there are parameters.
 
     Raises:
-      ValueError, TypeError: as `spectrum_edges`; count is out of range, or krylov_size not more than it.
+      ValueError, TypeError: as `spectrum_edges`; count is out of range, or krylov_size less than twice that.
+
+    Sources: Ruhe, Implementation aspects of band Lanczos algorithms (1979); Wu & Simon, Thick-restart Lanczos method
+    for large symmetric eigenvalue problems (2000).
 
     >>> import gdx, jax, jax.numpy as jnp
     >>> bowl = lambda theta, batch: 0.5 * jnp.sum(jnp.arange(1.0, 101.0) * theta**2)
@@ -166,14 +183,17 @@ def largest_eigenpairs(
     ([100.0, 99.0, 98.0], (3, 100))
     """
     name = "largest_eigenpairs"
-    size = _check_size(name, operator, key, krylov_size, progress)
-    _check_count(name, "rounds", rounds)
+    check_operator(name, operator)
     _check_count(name, "count", count)
+    n = count_numbers(operator.params)
+    size = _check_size(name, operator, key, max(64, 4 * count) if krylov_size is None else krylov_size, progress)
+    _check_count(name, "rounds", rounds)
     tolerance = number(f"{name}: tolerance", tolerance, "a positive number, such as 1e-3", above=0)
-    if count > size or count >= krylov_size:
-        most = min(size, krylov_size - 1)
-        raise ValueError(f"{name}: count is {count}; expected at most {most}, and less than krylov_size={krylov_size}")
-    meter = None if progress is None else Meter(progress, size, rounds)
+    if count > n:
+        raise ValueError(f"{name}: count is {count}; expected at most {n}, the number of parameters")
+    if size < min(n, 2 * count):
+        raise ValueError(f"{name}: krylov_size is {size}; expected at least {2 * count}, twice the count")
+    meter = None if progress is None else Meter(progress, size, rounds, _number_kept(size, count, count))
     found = _largest(operator, key, size, rounds, tolerance, count, meter)
     _check_finite(name, operator, found.values)
     return found
@@ -308,7 +328,8 @@ def trace(
 def _edges(
     operator: Operator, key: jax.Array, size: int, rounds: int, tolerance: float, meter: "Meter | None"
 ) -> Edges:
-    (smallest, largest), converged, products = _pairs(operator, key, size, rounds, tolerance, (0, -1), meter)
+    which = tuple(-1 - i // 2 if i % 2 else i // 2 for i in range(_number_kept(size, 2, 1)))
+    (smallest, largest), converged, products = _pairs(operator, key, size, rounds, tolerance, which, 2, 1, meter)
     return Edges(smallest, largest, converged, products)
 
 
@@ -317,39 +338,57 @@ def _edges(
 def _largest(
     operator: Operator, key: jax.Array, size: int, rounds: int, tolerance: float, count: int, meter: "Meter | None"
 ) -> Eigenpairs:
-    pairs, *others = _pairs(operator, key, size, rounds, tolerance, tuple(range(-1, -count - 1, -1)), meter)
+    which = tuple(-1 - i for i in range(_number_kept(size, count, count)))
+    pairs, *others = _pairs(operator, key, size, rounds, tolerance, which, count, count, meter)
     return Eigenpairs(*jax.tree.map(lambda *x: jnp.stack(x), *pairs), *others)
 
 
+def _number_kept(size: int, count: int, width: int) -> int:
+    """How many Ritz pairs a later round begins with: those asked for, and some next to them, which hasten it."""
+    return count + max(0, size - count - width) // 4
+
+
 def _pairs(
-    operator: Operator, key: jax.Array, size: int, rounds: int, tolerance: float, which: tuple[int, ...], meter: Any
+    operator: Operator,
+    key: jax.Array,
+    size: int,
+    rounds: int,
+    tolerance: float,
+    which: tuple[int, ...],
+    count: int,
+    width: int,
+    meter: "Meter | None",
 ) -> tuple[list[Edge], jax.Array, jax.Array]:
-    """Those with these places among the Ritz values, which ascend; whether they converged; how many products."""
-    product, chosen = on_vectors(operator), jnp.array(which)
-    like, count = to_vector(operator.params), len(which)
+    """From so many starts, the first pairs of those with these places among the Ritz values, all of which are kept.
+
+    Returns the pairs, whether they converged, and the number of products.
+    """
+    product, like = on_vectors(operator), to_vector(operator.params)
+    held, dtype = len(which), like.dtype
 
     def small(values: jax.Array, errors: jax.Array) -> jax.Array:
-        return jnp.all(errors <= tolerance * jnp.max(jnp.abs(values)))
+        return jnp.all(errors[:count] <= tolerance * jnp.max(jnp.abs(values[:count])))
 
     def goes_on(carry: tuple) -> jax.Array:
-        number, _, _, values, errors = carry
-        return (number < rounds) & ~small(values, errors) & ~jnp.any(jnp.isnan(values))
+        number, kept, errors, _ = carry
+        return (number < rounds) & ~small(kept.values, errors) & ~jnp.any(jnp.isnan(kept.values))
 
     def turn(carry: tuple) -> tuple:
-        number, start, *_ = carry
-        found = lanczos(_metered(product, meter, number), start, size, jax.random.fold_in(key, number))
-        vectors = found.vectors(chosen)
-        return number + 1, jnp.sum(vectors, axis=0), vectors, found.values[chosen], found.errors[chosen]
+        number, kept, _, starts = carry
+        found = lanczos(_metered(product, meter, number), starts, size, jax.random.fold_in(key, number), kept)
+        beyond, chosen = found.basis[size:], jnp.array(which)
+        kept = Kept(jnp.int32(held), found.values[chosen], found.vectors(chosen))
+        return number + 1, kept, found.errors[chosen], jnp.zeros_like(starts).at[: len(beyond)].set(beyond)
 
-    start = jax.random.normal(key, like.shape, like.dtype)
-    values, errors = jnp.zeros(count, like.dtype), jnp.full(count, jnp.inf, like.dtype)
-    nothing = jnp.zeros((count, *like.shape), like.dtype), values, errors
-    number, _, vectors, *_ = jax.lax.while_loop(goes_on, turn, (jnp.int32(0), start, *nothing))
-    vectors, values, errors = jax.lax.map(functools.partial(measured, product), vectors)
+    nothing = Kept(jnp.int32(0), jnp.zeros(held, dtype), jnp.zeros((held, *like.shape), dtype))
+    starts = jax.random.normal(key, (width, *like.shape), dtype)
+    begin = jnp.int32(0), nothing, jnp.full(held, jnp.inf, dtype), starts
+    number, kept, *_ = jax.lax.while_loop(goes_on, turn, begin)
+    vectors, values, errors = jax.lax.map(functools.partial(measured, product), kept.vectors[:count])
     if meter is not None:
         jax.debug.callback(meter.end, values)
     pairs = [Edge(values[i], from_vector(vectors[i], operator.params), errors[i]) for i in range(count)]
-    return pairs, small(values, errors), number * size + count
+    return pairs, small(values, errors), size + (number - 1) * max(size - held, 0) + count
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
@@ -359,7 +398,7 @@ def _density(operator: Operator, key: jax.Array, size: int, probes: int, meter: 
 
     def probe(inputs: tuple) -> Density:
         number, key = inputs
-        found = lanczos(_metered(product, meter, number), _signs(key, operator), size, key)
+        found = lanczos(_metered(product, meter, number), _signs(key, operator)[None], size, key)
         return Density(found.values, found.coefficients[0] ** 2)
 
     return jax.lax.map(probe, (jnp.arange(probes), jax.random.split(key, probes)))
@@ -394,11 +433,12 @@ def _trace(operator: Operator, key: jax.Array, samples: int, rank: int, meter: "
 
 @dataclasses.dataclass(unsafe_hash=True)
 class Meter:
-    """Counts products on the host, in rounds of one length; equal ones share a compiled program."""
+    """Counts products on the host, in rounds of one length, later ones less `kept`; equal ones share a program."""
 
     progress: Progress
     length: int
     rounds: int
+    kept: int = 0
     number: int = dataclasses.field(default=0, compare=False)
     within: int = dataclasses.field(default=0, compare=False)
 
@@ -406,7 +446,8 @@ class Meter:
         if int(number) != self.number or self.within == self.length:
             self.number, self.within = int(number), 0
         self.within += 1
-        self.progress((self.number * self.length + self.within) / (self.rounds * self.length))
+        done = self.within + self.number * (self.length - self.kept) + (self.kept if self.number else 0)
+        self.progress(done / (self.rounds * (self.length - self.kept) + self.kept))
 
     def end(self, _: Any) -> None:
         if self.number + 1 < self.rounds:
@@ -438,17 +479,19 @@ def _mean_and_error(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.mean(samples, axis=0), error if count > 1 else jnp.full_like(error, jnp.nan)
 
 
-def _check_size(name: str, operator: Operator, key: jax.Array, krylov_size: int, progress: Progress | None) -> int:
+def _check_size(
+    name: str, operator: Operator, key: jax.Array, krylov_size: int, progress: Progress | None, least: int = 2
+) -> int:
     """The number of products in a round, once the operator has parameters."""
     check_operator(name, operator)
     check_key(f"{name}: key", key)
     if progress is not None:
         check_function(f"{name}: progress", progress, "the fraction that is done")
-    number = sum(np.size(x) * (2 if jnp.iscomplexobj(x) else 1) for x in jax.tree.leaves(operator.params))
+    number = count_numbers(operator.params)
     if number == 0:
         raise ValueError(f"{name}: the operator has no parameters; expected at least one")
-    if to_integer(f"{name}: krylov_size", krylov_size) < 2:
-        raise ValueError(f"{name}: krylov_size is {krylov_size}; expected at least 2")
+    if to_integer(f"{name}: krylov_size", krylov_size) < least:
+        raise ValueError(f"{name}: krylov_size is {krylov_size}; expected at least {least}")
     return min(krylov_size, number)
 
 

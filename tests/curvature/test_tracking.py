@@ -1,5 +1,7 @@
 """The sharpness while training, from a few products every now and then."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from tests.curvature import networks
 KEY = jax.random.key(0)
 
 
-def test_it_follows_the_largest_eigenvalue_through_training():
+def test_it_follows_the_largest_eigenvalues_through_training():
     with enable_x64(True):
         data = networks.data(1)
 
@@ -23,22 +25,29 @@ def test_it_follows_the_largest_eigenvalue_through_training():
         @jax.jit
         def run(params):
             def segment(carry, _):
-                params, tracked = carry
+                params, *tracked = carry
                 params = gdx.train(mean_loss, gdx.gradient_descent(0.05), params, jnp.zeros(10)).params
-                tracked = curvature.update_sharpness(tracked, curvature.Hessian(networks.loss, params, data))
-                return (params, tracked), (params, tracked)
+                hessian = curvature.Hessian(networks.loss, params, data)
+                tracked = [curvature.update_sharpness(state, hessian) for state in tracked]
+                return (params, *tracked), (params, *tracked)
 
-            return jax.lax.scan(segment, (params, curvature.init_sharpness(params, KEY)), None, 12)[1]
+            states = curvature.init_sharpness(params, KEY), curvature.init_sharpness(params, KEY, count=3)
+            return jax.lax.scan(segment, (params, *states), None, 12)[1]
 
-        visited, tracked = run(networks.start())
-        exact = []
-        for i in range(12):
-            params = jax.tree.map(lambda x, i=i: x[i], visited)
-            exact.append(np.linalg.eigvalsh(networks.dense(networks.loss, params, data))[-1])
-    exact, value, error = np.array(exact), np.asarray(tracked.value), np.asarray(tracked.error)
-    assert np.all(value <= exact * (1 + 1e-12))
-    np.testing.assert_allclose(value[2:], exact[2:], rtol=5e-3)
-    assert np.all(exact - value <= error)
+        visited, one, three = run(networks.start())
+        dense = [networks.dense(networks.loss, jax.tree.map(lambda x, i=i: x[i], visited), data) for i in range(12)]
+    exact = np.array([np.linalg.eigvalsh(matrix)[:-4:-1] for matrix in dense])
+    assert three.value.shape == three.error.shape == (12, 3)
+    for tracked, expected in ((one, exact[:, 0]), (three, exact)):
+        value, error = np.asarray(tracked.value), np.asarray(tracked.error)
+        assert np.all(value <= expected * (1 + 1e-12))
+        np.testing.assert_allclose(value[2:], expected[2:], rtol=5e-3)
+        assert np.all(expected - value <= error)
+    for i, matrix in enumerate(dense):
+        vectors = np.concatenate([np.reshape(x[i], (3, -1)) for x in jax.tree.leaves(three.vector)], axis=1)
+        np.testing.assert_allclose(vectors @ vectors.T, np.eye(3), atol=1e-10)
+        residuals = np.linalg.norm(vectors @ matrix - np.asarray(three.value)[i, :, None] * vectors, axis=1)
+        np.testing.assert_allclose(residuals, np.asarray(three.error)[i], rtol=1e-6, atol=1e-10)
 
 
 def test_it_finds_an_eigenvector_that_overtakes():
@@ -82,6 +91,14 @@ def test_one_parameter_and_too_few_products():
     np.testing.assert_allclose([state.value, state.error], [6, 0], atol=1e-5)
     with pytest.raises(ValueError, match="update_sharpness: products is 1; expected at least 2"):
         curvature.update_sharpness(state, hessian, products=1)
+    several, wider = (
+        curvature.init_sharpness(jnp.ones(5), KEY, count=3),
+        dataclasses.replace(hessian, params=jnp.ones(5)),
+    )
+    with pytest.raises(ValueError, match="update_sharpness: products is 3; expected at least 4"):
+        curvature.update_sharpness(several, wider, products=3)
+    with pytest.raises(ValueError, match="init_sharpness: count is 2; expected 1 to 1, the number of parameters"):
+        curvature.init_sharpness(jnp.ones(()), KEY, count=2)
     with pytest.raises(TypeError, match=r"update_sharpness: products is 2\.5; expected an integer"):
         curvature.update_sharpness(state, hessian, products=2.5)
 
