@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NAMES = ["accuracy", "bad_inputs", "curvature", "groups", "noise", "sharding", "slopes", "step", "storage", "sweep"]
+NAMES = "accuracy bad_inputs curvature groups noise sharding slopes step storage sweep width".split()
 LIBRARIES = ["jax", "optax", "torch", "libtpu", "jax-cuda12-plugin"]
 
 
