@@ -13,7 +13,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NAMES = "accuracy bad_inputs curvature groups noise sharding slopes step storage sweep width".split()
+NAMES = [
+    "accuracy",
+    "bad_inputs",
+    "curvature",
+    "groups",
+    "noise",
+    "sharding",
+    "slopes",
+    "step",
+    "storage",
+    "sweep",
+    "width",
+]
 LIBRARIES = ["jax", "optax", "torch", "libtpu", "jax-cuda12-plugin"]
 
 
