@@ -487,5 +487,5 @@ def coordinate_check(
             found = np.asarray(accurate(x)).reshape(steps + 1, -1)
             for means, of in ((sizes, found), (changes, found - found[0])):
                 means.setdefault(name, []).append(np.abs(of).mean(axis=1))
-    stacked = [{name: np.stack(rows) for name, rows in means.items()} for means in (sizes, changes)]
-    return CoordinateCheck(np.array(tried), *stacked, np.stack(losses))
+    found_sizes, found_changes = ({name: np.stack(x) for name, x in means.items()} for means in (sizes, changes))
+    return CoordinateCheck(np.array(tried), found_sizes, found_changes, np.stack(losses))
