@@ -25,6 +25,7 @@ NAMES = [
     "step",
     "storage",
     "sweep",
+    "width",
 ]
 LIBRARIES = ["jax", "optax", "torch", "libtpu", "jax-cuda12-plugin"]
 

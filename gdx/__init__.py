@@ -7,6 +7,7 @@
 - Looking: `describe`, `Description` (who is where, in which format, in how many bytes)
 - Training: `train`, `Trained`, `Evaluated`
 - Sweeps: `grid`, `stack`, `unstack`, `labels`, `sweep`, `Sweep`, `range_test`, `RangeTest`
+- Width: `gdx.width` (what is tuned on a narrow model, for a wide one)
 - Averages: `average_parameters`, `read_average`
 - Guards: `skip_spikes`, `check_spikes`
 - Watching: `watch`, `read_watch`, `Watched`
@@ -111,7 +112,7 @@ import sys
 if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == "gdx" and signal.getsignal(2) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-from gdx import checkpoint, curvature, landscape, noise, plot, schedules, sharding, storage
+from gdx import checkpoint, curvature, landscape, noise, plot, schedules, sharding, storage, width
 from gdx.averages import average_parameters, read_average
 from gdx.compose import chain
 from gdx.describing import Description, describe
@@ -169,6 +170,7 @@ __all__ = [  # noqa: RUF022
     "Sweep",
     "range_test",
     "RangeTest",
+    "width",
     "average_parameters",
     "read_average",
     "skip_spikes",

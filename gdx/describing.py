@@ -151,10 +151,10 @@ class Description(NamedTuple):
         more = f"  and {len(listed) - _SHOWN} smaller ones" if len(listed) > _SHOWN else ""
         lines = [
             *textwrap.wrap(self.optimizer, _WIDTH, break_long_words=False),
-            *_table(["group", "leaves", "parameters"], "<>><", of_groups),
+            *table(["group", "leaves", "parameters"], "<>><", of_groups),
             size,
-            *_table(["state", "format", "bytes", "per parameter", "on each device"][:columns], "<<>>>", of_moments),
-            *_table(["whole", "bytes", "why"], "<><", of_leaves),
+            *table(["state", "format", "bytes", "per parameter", "on each device"][:columns], "<<>>>", of_moments),
+            *table(["whole", "bytes", "why"], "<><", of_leaves),
             more,
         ]
         return "\n".join(filter(None, lines))
@@ -178,7 +178,7 @@ def _first(paths: tuple[str, ...]) -> str:
     return ", ".join(paths[:3] or ["nothing"]) + more
 
 
-def _table(header: list[str], sides: str, rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+def table(header: list[str], sides: str, rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     """Lines of columns, each to the left or right; what is left of a row comes behind, on as many as it takes."""
     if not rows:
         return

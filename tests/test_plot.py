@@ -617,6 +617,8 @@ WATCHED = gdx.Watched(
     ({"a": None}, {"b": None}),
 )
 FOUND = gdx.RangeTest(np.geomspace(1e-3, 1, 4), np.array([1.0, 0.5, 0.2, np.inf]), 1.1, 0.5, 0.1)
+MOVED = {"hidden": np.array([[0.0, 0.1], [0.0, 0.2]]), "logits": np.zeros((2, 2))}
+CHECK = gdx.width.CoordinateCheck(np.array([64, 256]), MOVED, MOVED, np.ones((2, 2)))
 TWO, DENSITY_AND_EDGES = [0.0, 1.0], curved()
 # every function with arguments that it takes, all of them
 CALLS = {
@@ -642,6 +644,7 @@ CALLS = {
     "noise_scale": {"scales": {"sgd": SCORE}, "steps": {"sgd": [0, 1, 2]}, "batch_size": 64, "examples": 1437},
     "sharpness": {"history": {"sgd": SCORE}, "edge": 20.0, "steps": {"sgd": [0, 1, 2]}},
     "watched": {"watched": WATCHED},
+    "coordinate_check": {"check": CHECK},
     "spectral_density": {"density": DENSITY_AND_EDGES[0], "edges": DENSITY_AND_EDGES[1], "width": 0.1},
 }
 KINDS = [
