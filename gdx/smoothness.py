@@ -9,7 +9,7 @@ import numpy as np
 
 from gdx.arguments import check_function, number
 from gdx.curvature.krylov import to_vector
-from gdx.trees import is_array
+from gdx.trees import check_arrays, is_array, paths
 
 
 def metasmoothness(run: Callable[[Any], Any], tx: Any, *, change: float = 1e-3) -> Any:
@@ -44,7 +44,7 @@ def metasmoothness(run: Callable[[Any], Any], tx: Any, *, change: float = 1e-3) 
     Raises:
       TypeError: run is no function of an optimizer, or returns no floating-point array; tx holds no floating-point
         number.
-      ValueError: change is not positive.
+      ValueError: change is not positive, or below four times the rounding of a hyperparameter's dtype.
 
     Source: Engstrom et al., Optimizing ML Training with Metagradient Descent (2025): empirical metasmoothness.
 
@@ -65,6 +65,14 @@ def metasmoothness(run: Callable[[Any], Any], tx: Any, *, change: float = 1e-3) 
     moved = np.array([i for i, x in enumerate(values) if jnp.issubdtype(x.dtype, jnp.floating)], int)
     if not moved.size:
         raise TypeError(f"metasmoothness: tx is {tx!r}; expected hyperparameters that are floating-point numbers")
+    names = [*paths(tx)]
+    for i in moved:
+        least = 4 * float(jnp.finfo(values[i].dtype).eps)
+        if change < least:
+            raise ValueError(
+                f"metasmoothness: change is {change:g} for tx at {names[i]}, in {values[i].dtype}, which rounds such "
+                f"neighbours away; expected at least {least:.2g}, or that number in float32"
+            )
 
     def trained(index: jax.Array, part: jax.Array) -> jax.Array:
         """All numbers of the run with one hyperparameter smaller by this part of it."""
@@ -72,7 +80,9 @@ def metasmoothness(run: Callable[[Any], Any], tx: Any, *, change: float = 1e-3) 
         for i in moved:
             x = values[i]
             at[i] = x - jnp.where(index == i, part, 0).astype(x.dtype) * jnp.where(x == 0, -1, x)
-        found = map(jnp.asarray, jax.tree.leaves(run(jax.tree.unflatten(structure, at))))
+        returned = run(jax.tree.unflatten(structure, at))
+        check_arrays("metasmoothness: what run returned", returned)
+        found = map(jnp.asarray, jax.tree.leaves(returned))
         arrays = [x for x in found if jnp.issubdtype(x.dtype, jnp.inexact)]
         if not arrays:
             raise TypeError("metasmoothness: run returned no floating-point array; expected the trained parameters")

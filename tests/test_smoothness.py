@@ -53,6 +53,12 @@ def test_tells_smooth_from_chaotic():
         ((gdx.sgd(0.1), trained), TypeError, "run is sgd.*; expected a function of an optimizer"),
         ((trained, 3), TypeError, "tx is 3; expected hyperparameters that are floating-point numbers"),
         ((lambda tx: 3, gdx.sgd(0.1)), TypeError, "run returned no floating-point array; expected the trained"),
+        ((lambda tx: {"a": "low"}, gdx.sgd(0.1)), TypeError, r"what run returned is 'low' at \['a'\]; expected arrays"),
+        (
+            (trained, {"a": [jnp.bfloat16(0.1)]}),
+            ValueError,
+            r"change is 0\.001 for tx at \['a'\]\[0\], in bfloat16, .*; expected at least 0\.031, or that number",
+        ),
         ((trained, gdx.sgd(0.1), 0.0), ValueError, r"change is 0\.0; expected a positive number"),
     ],
 )
