@@ -34,8 +34,8 @@ def metasmoothness(run: Callable[[Any], Any], tx: Any, *, change: float = 1e-3) 
       run: a function of the optimizer that trains and returns arrays, best the trained parameters: of one number alone,
         such as a loss, what is found is 1 or -1. It is mapped by `jax.vmap`.
       tx: the optimizer, or any tree of numbers, at which the slopes are wanted. An array is changed as a whole.
-      change: c, how far the neighbours are, as a part of each number; positive, and large beside the rounding of its
-        dtype.
+      change: c, how far the neighbours are, as a part of each number; positive, below 0.5, and large beside the
+        rounding of its dtype.
 
     Returns:
       A tree like tx, as slopes are: in the place of each hyperparameter its agreement. NaN where nothing changes at
@@ -44,7 +44,7 @@ def metasmoothness(run: Callable[[Any], Any], tx: Any, *, change: float = 1e-3) 
     Raises:
       TypeError: run is no function of an optimizer, or returns no floating-point array; tx holds no floating-point
         number.
-      ValueError: change is not positive, or below four times the rounding of a hyperparameter's dtype.
+      ValueError: change is not positive or not below 0.5, or below four times the rounding of a hyperparameter's dtype.
 
     Source: Engstrom et al., Optimizing ML Training with Metagradient Descent (2025): empirical metasmoothness.
 
@@ -57,7 +57,9 @@ def metasmoothness(run: Callable[[Any], Any], tx: Any, *, change: float = 1e-3) 
     (True, True)
     """
     check_function("metasmoothness: run", run, "an optimizer")
-    change = number("metasmoothness: change", change, "a positive number, such as 1e-3", above=0)
+    change = number("metasmoothness: change", change, "a positive number below 0.5, such as 1e-3", above=0)
+    if change >= 0.5:  # at twice that a number has changed its sign
+        raise ValueError(f"metasmoothness: change is {change!r}; expected a positive number below 0.5, such as 1e-3")
     leaves, structure = jax.tree.flatten(tx)
     if not all(map(is_array, leaves)):
         raise TypeError(f"metasmoothness: tx is {tx!r}; expected an optimizer of gdx's, or a tree of numbers")

@@ -65,6 +65,7 @@ import numpy as np
 import optax
 
 from gdx.arguments import check_function, of_kind
+from gdx.checks import check_floating
 from gdx.describing import table
 from gdx.fields import refuse, to_integer, to_word
 from gdx.grouping import groups, leaf_paths, times
@@ -72,10 +73,12 @@ from gdx.links.adam import scale_by_adam
 from gdx.links.decay import add_decoupled_weight_decay
 from gdx.links.descent import scale_by_learning_rate
 from gdx.links.momentum import identity, scale_by_momentum
+from gdx.links.rounding import round_stochastically, round_with_compensation, round_with_correction, round_with_master
 from gdx.modules import is_equinox, is_nnx, take_apart
-from gdx.numerics import accurate
+from gdx.numerics import accurate, compute_dtype
 from gdx.training import Loss, train
 from gdx.transform import Transform, all_within, to_transform
+from gdx.trees import check_arrays
 from gdx.values import names_of
 
 __all__ = ["CoordinateCheck", "Transfer", "coordinate_check", "transfer"]
@@ -157,6 +160,11 @@ class Transfer(NamedTuple):
         (('^v$', '^w$'), ({'learning_rate': times(factor=0.25)}, {'learning_rate': times(factor=4.0)}))
         """
         tx = to_transform("optimizer: tx", tx)
+        if any(map(np.ndim, jax.tree.leaves(tx))):
+            raise ValueError(
+                f"optimizer: tx is a batch, {tx!r}; make the batch of what this returns, as in "
+                f"gdx.grid(transfer.optimizer(gdx.adam(0.1)).replace, learning_rate=[0.01, 0.1])"
+            )
         like = _kind_of(tx) if like is None else to_word("optimizer: like", like, "adam", "sgd")
         names = names_of(tx)
         if "learning_rate" not in names:
@@ -204,7 +212,12 @@ class Transfer(NamedTuple):
             expected = {leaf.path: leaf[shapes] for leaf in self.leaves}
             _check_same(f"start: {name}", _shapes(f"start: {name}", given), expected)
         apart, rest, parts = take_apart("start: params", params)
-        found = jax.tree.leaves(take_apart("start: base", base)[0])
+        like = take_apart("start: base", base)[0]
+        for name, tree in (("params", apart), ("base", like)):
+            check_floating(f"start: in {name}, the parameter", tree)
+            if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree)):
+                raise TypeError(f"start: {name} has shapes alone; expected parameters, freshly initialised")
+        found = jax.tree.leaves(like)
         leaves, structure = jax.tree.flatten(apart)
         scaled = [
             p if leaf.kind == "none" else _scaled(p, like, leaf.start)
@@ -213,9 +226,16 @@ class Transfer(NamedTuple):
         return parts.join(jax.tree.unflatten(structure, scaled), rest)
 
 
+def _rms(x: Any) -> jax.Array:
+    """The root of the mean square, in units of the largest, whose square is a number."""
+    x = accurate(jnp.abs(x))
+    unit = jnp.max(x)
+    return unit * jnp.sqrt(jnp.mean(jnp.square(x / jnp.where(unit > 0, unit, 1))))
+
+
 @jax.jit
 def _scaled(p: Any, base: Any, start: Any) -> Any:
-    size, wanted = (jnp.sqrt(jnp.mean(jnp.square(accurate(jnp.abs(x))))) for x in (p, base))
+    size, wanted = (_rms(x).astype(compute_dtype(p)) for x in (p, base))
     factor = jnp.where(size > 0, start * wanted / jnp.where(size > 0, size, 1), 1)
     return p * factor.astype(jnp.finfo(p.dtype).dtype)
 
@@ -351,7 +371,11 @@ def _given(inputs: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tupl
     return found
 
 
-_LINEAR: tuple[Any, ...] = (identity, scale_by_learning_rate, scale_by_momentum, add_decoupled_weight_decay)
+_ROUNDING = round_stochastically, round_with_correction, round_with_compensation, round_with_master
+_LINEAR: tuple[Any, ...] = (
+    *(identity, scale_by_learning_rate, scale_by_momentum, add_decoupled_weight_decay),
+    *_ROUNDING,  # they make the steps that they are given
+)
 
 
 def _kind_of(tx: Transform) -> str:
@@ -440,8 +464,8 @@ def coordinate_check(
       steps: how many to take, at least 1.
 
     Raises:
-      TypeError: loss or setup is no such function, or returns something else.
-      ValueError: there are less than two widths, or fewer than one step.
+      TypeError: loss or setup is no such function, or returns something else; batch is no arrays, widths no integers.
+      ValueError: there are less than two widths, or fewer than one step; names differ from width to width.
 
     Source: Yang et al., Tensor Programs V (2022), appendix D.1.
 
@@ -465,9 +489,14 @@ def coordinate_check(
     check_function("coordinate_check: loss", loss, "the parameters", "a batch")
     check_function("coordinate_check: setup", setup, "a width")
     steps = to_integer("coordinate_check: steps", steps, minimum=1)
+    if not isinstance(widths, Iterable):
+        refuse("coordinate_check: widths", widths, "at least two widths, such as [64, 256, 1024]")
     tried = [to_integer("coordinate_check: widths", width, minimum=1) for width in widths]
     if len({*tried}) < 2:
         raise ValueError(f"coordinate_check: widths is {tried}; expected at least two")
+    check_arrays("coordinate_check: batch", batch)
+    if not jax.tree.leaves(batch):
+        refuse("coordinate_check: batch", batch, "arrays, such as jnp.zeros(()) for a loss that looks at none")
     batches = jax.tree.map(lambda x: jnp.broadcast_to(x, (steps + 1, *jnp.shape(x))), batch)
     sizes, changes, losses = dict[str, list[Any]](), dict[str, list[Any]](), []
     for width in tried:
@@ -481,6 +510,18 @@ def coordinate_check(
             raise TypeError(
                 f"coordinate_check: the loss returned {reprlib.repr(trained.aux)} beside the loss; expected a dict of "
                 f"activations by name, as in `return loss, {{'hidden': hidden}}`"
+            )
+        for name, x in trained.aux.items():
+            if not (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.inexact) and x.size):
+                got = f"{x.dtype}{list(x.shape[1:])}" if hasattr(x, "dtype") else reprlib.repr(x)
+                raise TypeError(
+                    f"coordinate_check: the loss returned {got} as {name!r}; expected one floating-point array that is "
+                    f"not empty"
+                )
+        if sizes and {*trained.aux} != {*sizes}:
+            raise ValueError(
+                f"coordinate_check: the loss returned {', '.join(map(repr, trained.aux))} at width {width}, and "
+                f"{', '.join(map(repr, sizes))} at width {tried[0]}; expected the same names at each"
             )
         losses.append(np.asarray(trained.losses))
         for name, x in trained.aux.items():

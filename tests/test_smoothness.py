@@ -59,6 +59,7 @@ def test_tells_smooth_from_chaotic():
             ValueError,
             r"change is 0\.001 for tx at \['a'\]\[0\], in bfloat16, .*; expected at least 0\.031, or that number",
         ),
+        ((trained, gdx.sgd(0.1), 0.5), ValueError, r"change is 0\.5; expected a positive number below 0\.5"),
         ((trained, gdx.sgd(0.1), 0.0), ValueError, r"change is 0\.0; expected a positive number"),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import gdx
+from gdx.compat import enable_x64
 from gdx.width import CoordinateCheck, coordinate_check, transfer
 
 
@@ -207,7 +208,10 @@ def test_patterns_match_what_they_are_of_alone():
 def test_which_optimizers_are_like_which():
     found = transfer(shapes(w=(3, 4)), shapes(w=(3, 8)))
     rates = {
-        1.0: [gdx.adam(1.0), gdx.skip_spikes(gdx.adamw(1.0)), (gdx.value(optax.lion)(1.0), "adam")],
+        1.0: [
+            *(gdx.adam(1.0), gdx.skip_spikes(gdx.adamw(1.0)), (gdx.value(optax.lion)(1.0), "adam")),
+            gdx.chain(gdx.adamw(1.0), gdx.round_with_correction()),
+        ],
         2.0: [gdx.gradient_descent(1.0), gdx.nesterov(1.0), (gdx.value(optax.sgd)(1.0), "sgd")],
     }
     for rate, optimizers in rates.items():
@@ -220,6 +224,8 @@ def test_which_optimizers_are_like_which():
             found.optimizer(tx)
     with pytest.raises(ValueError, match="optimizer: like is 'muon'; expected 'adam' or 'sgd'"):
         found.optimizer(gdx.sgd(1.0), "muon")
+    with pytest.raises(ValueError, match="tx is a batch, .*; make the batch of what this returns, as in gdx.grid"):
+        found.optimizer(gdx.grid(gdx.adam, learning_rate=[0.1, 0.2]))
     with pytest.raises(ValueError, match="without a learning_rate; expected one learning rate"):
         found.optimizer(gdx.scale_by_adam())
 
@@ -268,6 +274,17 @@ def test_a_start_is_of_the_same_model():
         found.start(TWO[0], TWO[1])
     with pytest.raises(ValueError, match="start: base has no b, but there is one in what this was made of"):
         found.start(TWO[1], {"a": TWO[0]["a"]})
+    with pytest.raises(TypeError, match="start: base has shapes alone; expected parameters"):
+        found.start(TWO[1], jax.eval_shape(lambda: TWO[0]))
+    with pytest.raises(
+        TypeError, match="start: in params, the parameter at .*b.* is .*int32.*, expected a floating-point"
+    ):
+        found.start(TWO[1] | {"b": jnp.ones(8, int)}, TWO[0])
+    tiny = [jax.tree.map(lambda x: 1e-25 * x, tree) for tree in TWO]
+    np.testing.assert_allclose(found.start(TWO[1], tiny[0])["b"], tiny[1]["b"], rtol=1e-5)
+    with enable_x64(True):
+        halves, doubles = (jax.tree.map(lambda x: x.astype(d), tree) for d, tree in zip(("f2", "f8"), TWO[::-1]))
+        assert found.start(halves, doubles)["b"].dtype == np.float16
     zeros = jax.tree.map(jnp.zeros_like, TWO[1])
     assert not any(map(jnp.any, jax.tree.leaves(found.start(zeros, TWO[0]))))
 
@@ -292,6 +309,11 @@ def test_a_coordinate_check_measures_sizes_changes_and_slopes():
     np.testing.assert_allclose(check.size_slopes["flat"], [np.nan, 0, 0], atol=1e-6)
 
 
+def found_as(activations):
+    """A loss with these activations, or with one that is called like the width."""
+    return lambda p, batch: (jnp.sum(p["w"]) * batch, activations or {str(len(p["w"])): p["w"]})
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
@@ -300,6 +322,20 @@ def test_a_coordinate_check_measures_sizes_changes_and_slopes():
         ((line, along, 1.0, [2, 2]), ValueError, r"widths is \[2, 2\]; expected at least two"),
         ((line, lambda width: along(width)[1], 1.0, [2, 4]), TypeError, "setup returned .*; expected an optimizer and"),
         ((lambda *x: line(*x)[0], along, 1.0, [2, 4]), TypeError, "returned None beside the loss; expected a dict of"),
+        ((line, along, 1.0, 8), TypeError, r"widths is 8; expected at least two widths, such as \[64, 256, 1024\]"),
+        ((line, along, "abc", [2, 4]), TypeError, "batch is 'abc' at the root; expected arrays"),
+        ((line, along, None, [2, 4]), TypeError, r"batch is None; expected arrays, such as jnp\.zeros"),
+        (
+            (found_as({"a": {"b": 1.0}}), along, 1.0, [2, 4]),
+            TypeError,
+            "returned .* as 'a'; expected one floating-point",
+        ),
+        (
+            (found_as({"a": 1}), along, 1.0, [2, 4]),
+            TypeError,
+            r"returned int32\[\] as 'a'; expected one floating-point",
+        ),
+        ((found_as(None), along, 1.0, [2, 4]), ValueError, "returned '4' at width 4, and '2' at width 2; expected the"),
     ],
 )
 def test_a_coordinate_check_refuses(arguments, error, words):

@@ -67,7 +67,8 @@ def central_flow(hessian: Hessian, tx: Transform, steps: int, *, state: Any = No
 
     Cost: a step takes 2 `count` products with the Hessian and `count` (`count` + 1) / 2 third derivatives, about 100
     gradients for 4 eigenpairs; memory for about `count`^2 + 3 `count` vectors like the parameters. It is for small
-    networks whose loss is smooth (tanh rather than relu, whose corners have no third derivative).
+    networks whose loss is smooth (tanh rather than relu, whose corners have no third derivative). A loss that does not
+    bend back beyond the edge, as a quadratic, has no average there: all is NaN, or means nothing.
 
     Args:
       hessian: the Hessian of the loss at the start; its batches together are the full batch.
@@ -128,11 +129,11 @@ def _rule(tx: Any) -> _Rule:
     if any(callable(x) for x in numbers.values()):
         raise TypeError(f"{name}: tx is {tx!r}; replace its schedules by the numbers of one step: tx.replace(...)")
     rule = None
-    if kind is gradient_descent or (kind is sgd and tx.momentum is None):
+    if kind is gradient_descent or (kind is sgd and _is_nothing(tx.momentum)):
         rule = _Rule(tx.learning_rate)
-    elif kind is adam and not tx.nesterov and is_concrete(tx.b1) and tx.b1 == 0:
+    elif kind is adam and not tx.nesterov and _is_nothing(tx.b1):
         rule = _Rule(tx.learning_rate, tx.b2, tx.eps_root, tx.eps)
-    elif kind is value(optax.rmsprop) and not tx.centered and tx.momentum is None:
+    elif kind is value(optax.rmsprop) and not tx.centered and _is_nothing(tx.momentum):
         rule = _Rule(tx.learning_rate, tx.decay, *((tx.eps, 0.0) if tx.eps_in_sqrt else (0.0, tx.eps)))
     if rule is None:
         raise TypeError(
@@ -141,6 +142,10 @@ def _rule(tx: Any) -> _Rule:
         )
     number(f"{name}: tx.learning_rate", rule.learning_rate, "a positive number", above=0)
     return rule
+
+
+def _is_nothing(momentum: Any) -> bool:
+    return momentum is None or (is_concrete(momentum) and bool(momentum == 0))
 
 
 def _has(field: str, state: Any) -> bool:
@@ -206,8 +211,7 @@ def _flow(hessian: Hessian, optimizer: tuple, steps: int, count: int) -> Central
         vector = vector - moved(g + 0.5 * dot(x, tensor))
         return (vector, nu + part * (g * g + 4 * p * p * sigma - nu), guess), found
 
-    made = made if made is None else jnp.asarray(made)
-    begin = jnp.zeros((), int) if made is None else made
+    begin = jnp.zeros((), jnp.int32) if made is None else jnp.asarray(made)
     if nu is None:
         nu = jnp.ones_like(start)
     else:
@@ -220,7 +224,7 @@ def _flow(hessian: Hessian, optimizer: tuple, steps: int, count: int) -> Central
     scale = jax.lax.rsqrt(metric(nu)[0])
     guess = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (len(start), count), dtype))[0].T
     guess, _ = jax.lax.scan(lambda guess, _: (_largest(product(start, scale), guess)[1], None), guess, None, 10)
-    (vector, _, _), found = jax.lax.scan(turn, (start, nu, guess), begin + 1 + jnp.arange(steps))
+    (vector, _, _), found = jax.lax.scan(turn, (start, nu, guess), begin + 1 + jnp.arange(steps, dtype=begin.dtype))
     return CentralFlow(hessian._as_given(from_vector(vector, hessian.params)), *found)
 
 

@@ -69,7 +69,8 @@ def update_sharpness(state: SharpnessState, operator: Operator, *, products: int
     As the parameters move little between two updates, a few products do. No value is above the eigenvalue
     of its rank, and `error` says how close it is to some eigenvalue; the first few updates are those of a cold
     start. One per cent of noise in each start finds an eigenvector that overtakes those which are followed. Of
-    eigenvalues that are equal or close each is followed, as there are as many starts.
+    eigenvalues that are equal or close each is followed, as there are as many starts. Where a product is infinite or
+    NaN, so are value and error, and the next update goes on from the eigenvectors before it.
 
     A pure function, for `jax.jit`, `jax.lax.scan` and, every n-th step, `jax.lax.cond`. Memory: a vector like the
     parameters for each product, and a few more for each eigenvector.
@@ -125,9 +126,12 @@ def _followed(operator: Operator, state: SharpnessState, products: int) -> Sharp
     starts = starts.reshape(-1, vectors.shape[-1])
     found = lanczos(on_vectors(operator), starts, min(products, starts.shape[-1]), noise_key)
     largest = -1 - jnp.arange(len(starts)).reshape(state.value.shape)
-    vectors = found.vectors(largest)
-    vectors = vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
-    return SharpnessState(found.values[largest], found.errors[largest], _to_trees(vectors, operator.params), key)
+    values, errors, renewed = found.values[largest], found.errors[largest], found.vectors(largest)
+    renewed = renewed / jnp.linalg.norm(renewed, axis=-1, keepdims=True)
+    # what is NaN once is to be seen, and not to be gone on from
+    is_good = jnp.isfinite(renewed).all() & jnp.isfinite(values).all()
+    vectors, errors = jnp.where(is_good, renewed, vectors), jnp.where(is_good, errors, jnp.nan)
+    return SharpnessState(values, errors, _to_trees(vectors, operator.params), key)
 
 
 def _to_trees(vectors: jax.Array, like: Any) -> Any:

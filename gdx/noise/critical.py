@@ -17,7 +17,7 @@ from gdx.fields import is_key, is_number, refuse, text, to_integer, uncalled
 from gdx.noise.batches import epochs, examples_in
 from gdx.population import mean_and_error, stack
 from gdx.progress import Progress
-from gdx.sweeping import OfSeed, sweep
+from gdx.sweeping import OfSeed, sweep_of
 from gdx.training import Loss
 from gdx.transform import Transform, value
 from gdx.values import names_of
@@ -158,10 +158,10 @@ def critical_batch_size(
     members = stack(member(size, factor, share) for size, share in branches for factor in factors)
     batches = _batches(total, sizes[0], examples)
     around: dict[str, Any] = {"model_state": model_state, "chunk_size": chunk_size, "progress": progress}
-    swept = sweep(loss, members, params, batches, keys=keys, evaluate=_nothing, **around)
+    swept, done = sweep_of(name, loss, members, params, batches, keys=keys, evaluate=_nothing, **around)
+    if done < 1:
+        raise KeyboardInterrupt(f"{name}: interrupted after {done:.3g} of the steps, which show nothing")
     steps = swept.losses.shape[-1]
-    if np.any(swept.steps < steps):
-        raise KeyboardInterrupt(f"{name}: interrupted before the branches had ended")
     losses = np.asarray(swept.losses[..., steps - steps // 4 :], float).mean(axis=-1)
     losses = losses.reshape(len(branches), len(factors), len(keys))
     return _found(name, np.array(sizes), np.array(factors), losses, tolerance)
@@ -269,6 +269,7 @@ def _check_factors(name: str, factors: Any) -> list[float]:
 
 
 def _listed(label: str, values: Any, expected: str) -> Sequence[Any]:
+    values = np.asarray(values) if isinstance(values, jax.Array) else values
     is_list = isinstance(values, list | tuple | range) or (isinstance(values, np.ndarray) and values.ndim == 1)
     return values if is_list else refuse(label, values, expected)
 

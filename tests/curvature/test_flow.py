@@ -91,6 +91,15 @@ def test_below_the_edge_it_is_the_optimizer():
         np.testing.assert_allclose(flow.losses, run.losses, rtol=5e-3)
 
 
+def test_a_count_of_32_bits_in_float64_and_no_momentum():
+    with enable_x64(True):
+        hessian = Hessian(lambda p, batch: jnp.sum(p**4), jnp.ones(2), jnp.zeros(1))
+        flow = central_flow(hessian, gdx.adam(0.01, b1=0.0), 3, count=1)
+        assert flow.losses.dtype == np.float64 and np.all(np.isfinite(flow.losses))
+        flows = [central_flow(hessian, tx, 3, count=1) for tx in (gdx.sgd(0.01), gdx.sgd(0.01, momentum=0.0))]
+        np.testing.assert_array_equal(flows[0].losses, flows[1].losses)
+
+
 HESSIAN = Hessian(lambda p, batch: jnp.sum(p**4), jnp.ones(2), ONE)
 
 

@@ -85,6 +85,19 @@ def test_the_state_keeps_its_types_in_low_precision():
     assert state.value.dtype == np.float32 and np.isinf(state.error) and np.isfinite(after.error)
 
 
+@pytest.mark.parametrize("count", [None, 2])
+def test_what_is_nan_once_is_seen_and_not_gone_on_from(count):
+    def loss(p, batch):
+        return jnp.sum(batch * p**2) / 2
+
+    good, bad = (curvature.Hessian(loss, jnp.ones(3), jnp.array([[3.0, x, 1.0]])) for x in (2.0, np.nan))
+    before = curvature.update_sharpness(curvature.init_sharpness(jnp.ones(3), KEY, count), good, products=3)
+    spoiled = curvature.update_sharpness(before, bad, products=3)
+    assert np.isnan(spoiled.value).all() and np.isnan(spoiled.error).all()
+    after = curvature.update_sharpness(spoiled, good, products=3)
+    np.testing.assert_allclose(np.atleast_1d(after.value), [3, 2][: count or 1], rtol=1e-4)
+
+
 def test_one_parameter_and_too_few_products():
     hessian = curvature.Hessian(lambda p, batch: 3 * p**2, jnp.ones(()), jnp.zeros(1))
     state = curvature.update_sharpness(curvature.init_sharpness(jnp.ones(()), KEY), hessian)

@@ -122,6 +122,16 @@ def test_what_has_no_answer_is_said():
         found_in(lost, 0.1)
 
 
+@pytest.mark.parametrize("fraction", [0.4, 0.8])
+def test_what_was_interrupted_shows_nothing(fraction):
+    def pressed(done, least, diverged):
+        if done >= fraction:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match=r"noise\.critical_batch_size: interrupted after 0\.[48]"):
+        measure(progress=pressed, batch_sizes=jnp.array([1, 4]), factors=(1.0,))
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
