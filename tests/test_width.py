@@ -224,7 +224,7 @@ def test_which_optimizers_are_like_which():
             found.optimizer(tx)
     with pytest.raises(ValueError, match="optimizer: like is 'muon'; expected 'adam' or 'sgd'"):
         found.optimizer(gdx.sgd(1.0), "muon")
-    with pytest.raises(ValueError, match="tx is a batch, .*; make the batch of what this returns, as in gdx.grid"):
+    with pytest.raises(ValueError, match=r"tx is a batch, .*; make the batch of what this returns, as in gdx\.grid"):
         found.optimizer(gdx.grid(gdx.adam, learning_rate=[0.1, 0.2]))
     with pytest.raises(ValueError, match="without a learning_rate; expected one learning rate"):
         found.optimizer(gdx.scale_by_adam())
@@ -277,13 +277,14 @@ def test_a_start_is_of_the_same_model():
     with pytest.raises(TypeError, match="start: base has shapes alone; expected parameters"):
         found.start(TWO[1], jax.eval_shape(lambda: TWO[0]))
     with pytest.raises(
-        TypeError, match="start: in params, the parameter at .*b.* is .*int32.*, expected a floating-point"
+        TypeError, match=r"start: in params, the parameter at .*b.* is .*int32.*, expected a floating-point"
     ):
         found.start(TWO[1] | {"b": jnp.ones(8, int)}, TWO[0])
     tiny = [jax.tree.map(lambda x: 1e-25 * x, tree) for tree in TWO]
     np.testing.assert_allclose(found.start(TWO[1], tiny[0])["b"], tiny[1]["b"], rtol=1e-5)
     with enable_x64(True):
-        halves, doubles = (jax.tree.map(lambda x: x.astype(d), tree) for d, tree in zip(("f2", "f8"), TWO[::-1]))
+        halves = jax.tree.map(lambda x: x.astype("float16"), TWO[1])
+        doubles = jax.tree.map(lambda x: x.astype("float64"), TWO[0])
         assert found.start(halves, doubles)["b"].dtype == np.float16
     zeros = jax.tree.map(jnp.zeros_like, TWO[1])
     assert not any(map(jnp.any, jax.tree.leaves(found.start(zeros, TWO[0]))))
