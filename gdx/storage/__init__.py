@@ -29,13 +29,14 @@ nothing else is there, and `print(gdx.describe(tx, params))` lists them.
 What fails silently is refused: a second moment rounded to nearest with `b2 >= 0.99` stands still once gradients
 shrink, and linear 8-bit codes diverge.
 
-8 bits cost no loss that was measurable over 24 seeds, and bfloat16 no time. 8 bits take 2 to 3 times as long as
+8 bits cost no loss that was measurable over 24 seeds, and bfloat16 no time. 8 bits take 2 to 4 times as long as
 float32 on a CPU. On a TPU take `block=None`, blocks of whole rows: 22 bytes of traffic per parameter, as on a GPU, for
 the 28 of float32; parts of rows cost 65 there (`python -m benchmarks storage`). With it, the error of an update grew by
 a tenth in rows of 1,024.
 
 4 bits hold Adam's state in 1.06 to 1.1 bytes per parameter. They lose less than 0.005 on three small networks too,
-but single steps are noisier: see `SignedPowersOfTwo4`. On a CPU they take 2 times as long as 8 bits.
+but single steps are noisier: see `SignedPowersOfTwo4`. On a CPU a step takes 5 times as long as with 8 bits
+(`python -m benchmarks storage time`).
 
 Blocks along the last axis do best where rows differ, as in a layer whose inputs hardly fire or an embedding of rare
 words: of the 8-bit update, 0.06 of its size is error on the digits, and 0.16 with `axis=-2`. Scales of whole rows and
