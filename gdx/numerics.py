@@ -23,11 +23,11 @@ def uncontracted(product: jax.Array) -> jax.Array:
     >>> float(jax.jit(lambda x: gdx.uncontracted(x * x) - 1)(x) * 2**11)
     1.0
     """
-    # without jit nothing is fused, and jax_debug_nans would stop at the constant
-    if jax.config.jax_disable_jit or not jnp.isrealobj(product):
+    if not jnp.isrealobj(product):
         return product
-    # barriers and reduce_precision are removed before the compiler fuses
-    return jax.lax.select(_is_below_infinity(product), product, jax.lax.full_like(product, jnp.nan))
+    # barriers and reduce_precision are removed before the compiler fuses; this sum is not, since it makes NaN of
+    # infinity, and however it is fused itself, adding zero rounds nothing
+    return jax.lax.add(product, jax.lax.mul(product, jax.lax.full_like(product, 0)))
 
 
 def alike(product: jax.Array) -> jax.Array:
@@ -52,11 +52,7 @@ def by_itself(x: jax.Array) -> jax.Array:
     if not isinstance(x, jax.core.Tracer) or not jnp.isrealobj(x):
         return x
     # infinity is its own magnitude, and what is no number is none, which no compiler makes use of
-    return jax.lax.select(_is_below_infinity(x), x, jax.lax.abs(x))
-
-
-def _is_below_infinity(x: jax.Array) -> jax.Array:
-    return jax.lax.lt(x, x.dtype.type(np.inf))
+    return jax.lax.select(jax.lax.lt(x, x.dtype.type(np.inf)), x, jax.lax.abs(x))
 
 
 def either(condition: jax.Array, this: Callable[[], Any], other: Callable[[], Any]) -> Any:

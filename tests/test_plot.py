@@ -757,3 +757,10 @@ def test_other_shapes_are_refused_before_anything_is_drawn(ax, words):
     with pytest.raises((TypeError, ValueError), match=rf"^plot\.{re.escape(words)}"):
         getattr(plot, name)(**{**CALLS[name], **given, "ax": ax})
     assert not pyplot.get_fignums() and not ax.has_data() and not ax.get_xlabel()
+
+
+def test_a_slope_of_nearly_nothing_has_one_sign_on_every_machine():
+    for change in (0.1, 0.0999999):
+        moved = {"hidden": np.array([[0.0, 0.1], [0.0, change]])}
+        check = gdx.width.CoordinateCheck(np.array([64, 256]), moved, moved, np.ones((2, 2)))
+        assert labels(plot.coordinate_check(check))[-1] == "hidden: slope +0.00"

@@ -14,6 +14,7 @@ from gdx.curvature.krylov import count_numbers, from_vector, lanczos, on_vectors
 from gdx.curvature.operators import Operator, check_operator, check_vector
 from gdx.fields import to_integer
 from gdx.mesh import on_any_mesh
+from gdx.storage.dither import lowbias32, positions
 
 
 class SharpnessState(NamedTuple):
@@ -121,7 +122,9 @@ def _unknown(params: Any, key: jax.Array, count: int | None) -> SharpnessState:
 def _followed(operator: Operator, state: SharpnessState, products: int) -> SharpnessState:
     key, noise_key = jax.random.split(state.key)
     vectors = jax.vmap(to_vector)(state.vector) if state.value.ndim else to_vector(state.vector)
-    noise = jax.random.normal(noise_key, vectors.shape, vectors.dtype)
+    # only its direction counts; normal numbers would cost as much as a gradient
+    bits = lowbias32(positions(vectors.shape, jax.random.bits(noise_key, (), jnp.uint32)))
+    noise = (bits >> 8).astype(vectors.dtype) - 2**23
     starts = vectors + 0.01 * noise / jnp.linalg.norm(noise, axis=-1, keepdims=True)
     starts = starts.reshape(-1, vectors.shape[-1])
     found = lanczos(on_vectors(operator), starts, min(products, starts.shape[-1]), noise_key)

@@ -35,7 +35,7 @@ def coordinate_check(check: Any, ax: "Axes | None" = None) -> "Axes":
     ax = axes_or_new(label, ax)
     for (name, changes), style in zip(check.changes.items(), line_styles()):
         slope = check.slopes[name][-1]
-        ax.plot(check.widths, changes[:, -1], marker="o", markersize=4, label=f"{name}: slope {slope:+.2f}", **style)
+        ax.plot(check.widths, changes[:, -1], marker="o", markersize=4, label=f"{name}: slope {slope:+z.2f}", **style)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xticks(check.widths, map(str, check.widths))
