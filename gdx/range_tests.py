@@ -9,10 +9,10 @@ import numpy as np
 from gdx.fields import is_number, text, to_integer
 from gdx.population import stack
 from gdx.progress import Progress
-from gdx.sweeping import sweep_of
+from gdx.sweeping import no_results, sweep_of
 from gdx.training import Loss, check_call
 from gdx.transform import Transform
-from gdx.values import names_of
+from gdx.values import held_as
 
 
 class RangeTest(NamedTuple):
@@ -84,7 +84,7 @@ def range_test(
     ratios = _ratios(tx)
     batch = stack(tx.replace(**{name: ratio * rate for name, ratio in ratios.items()}) for rate in rates)
     around = {"model_state": model_state, "chunk_size": chunk_size, "progress": progress}
-    result, done = sweep_of("range_test", loss, batch, params, batches, evaluate=_nothing, **around)
+    result, done = sweep_of("range_test", loss, batch, params, batches, evaluate=no_results, **around)
     if done < 1:
         raise KeyboardInterrupt(f"range_test: interrupted after {done:.3g} of the steps, which suggest nothing")
     history = np.asarray(result.losses, float)
@@ -108,7 +108,7 @@ def range_test(
 
 def _ratios(tx: Transform) -> dict[str, float]:
     """Each learning rate's ratio to the largest, by name."""
-    found = {name: x.value for name, x in names_of(tx).items() if name.split(".")[-1] == "learning_rate"}
+    found = held_as(tx, "learning_rate")
     shown = ", ".join(f"{name}={text(x)}" for name, x in found.items())
     if not found:
         raise ValueError(
@@ -124,7 +124,3 @@ def _ratios(tx: Transform) -> dict[str, float]:
             f"range_test: tx has {shown}; expected numbers, not all 0, to keep their ratios to the largest"
         )
     return {name: x / max(found.values()) for name, x in found.items()}
-
-
-def _nothing(*model: Any) -> tuple:
-    return ()

@@ -36,7 +36,7 @@ import optax
 from gdx import values
 from gdx.checks import check_gradients, check_params, check_state, check_state_like, state_kinds
 from gdx.fields import hyperparameter, static, text, uncalled
-from gdx.numerics import compute_dtype
+from gdx.numerics import by_itself, compute_dtype
 from gdx.values import KEEPERS, Value, is_float, kept_calls
 
 P = ParamSpec("P")
@@ -303,8 +303,12 @@ def widened(g: Any) -> Any:
 
 
 def cast_like(u: Any, g: Any) -> Any:
+    """The update in the gradient's dtype."""
     dtype = jnp.result_type(g)
-    return u if u.dtype == dtype else u.astype(dtype)
+    if u.dtype == dtype:
+        return u
+    # times a constant that is a power of two, a compiler would multiply in float16, and contract what adds the update
+    return (by_itself(u) if dtype == jnp.float16 else u).astype(dtype)
 
 
 def is_bfloat16(p: Any) -> bool:

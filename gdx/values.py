@@ -352,6 +352,11 @@ def names_of(value: Value) -> dict[str, Named]:
     return _by_name(value._walk())
 
 
+def held_as(value: Value, last: str) -> dict[str, Any]:
+    """What has this name in a value, or one that ends in it: wherever it is, by name."""
+    return {name: found.value for name, found in names_of(value).items() if name.split(".")[-1] == last}
+
+
 def _by_name(walk: Iterable[Named]) -> dict[str, Named]:
     """Each by the shortest dotted name that tells it apart."""
     found = list(walk)

@@ -17,10 +17,10 @@ from gdx.fields import is_key, is_number, refuse, text, to_integer, uncalled
 from gdx.noise.batches import epochs, examples_in
 from gdx.population import mean_and_error, stack
 from gdx.progress import Progress
-from gdx.sweeping import OfSeed, sweep_of
+from gdx.sweeping import OfSeed, no_results, sweep_of
 from gdx.training import Loss
 from gdx.transform import Transform, value
-from gdx.values import names_of
+from gdx.values import held_as
 
 
 class CriticalBatchSize(NamedTuple):
@@ -146,7 +146,7 @@ def critical_batch_size(
     factors = _check_factors(name, factors)
     rates = _rates(name, tx)
     if exponent is None:
-        exponent = 0.5 if any(each.split(".")[-1] == "b2" for each in names_of(tx)) else 1.0
+        exponent = 0.5 if held_as(tx, "b2") else 1.0
     number(f"{name}: exponent", exponent, "a number, such as 1 for a rate in proportion to the batch size")
 
     def member(size: int, factor: float, share: float = 1.0) -> Transform:
@@ -158,7 +158,7 @@ def critical_batch_size(
     members = stack(member(size, factor, share) for size, share in branches for factor in factors)
     batches = _batches(total, sizes[0], examples)
     around: dict[str, Any] = {"model_state": model_state, "chunk_size": chunk_size, "progress": progress}
-    swept, done = sweep_of(name, loss, members, params, batches, keys=keys, evaluate=_nothing, **around)
+    swept, done = sweep_of(name, loss, members, params, batches, keys=keys, evaluate=no_results, **around)
     if done < 1:
         raise KeyboardInterrupt(f"{name}: interrupted after {done:.3g} of the steps, which show nothing")
     steps = swept.losses.shape[-1]
@@ -182,10 +182,6 @@ def _accumulated(tx: optax.GradientTransformation, number: float, steps: float) 
 def _batches(total: int, size: int, examples: int) -> Callable[[jax.Array], jax.Array]:
     number, steps = -(-examples // (total // size * size)), examples // size
     return lambda key: epochs(key, total, size, number)[:steps]
-
-
-def _nothing(*model: Any) -> tuple:
-    return ()
 
 
 def _found(
@@ -281,7 +277,7 @@ def _rates(name: str, tx: Any) -> dict[str, float]:
             f"{name}: tx is {reprlib.repr(tx)}; expected one of gdx's optimizers, such as gdx.sgd(0.1) or "
             f"gdx.value(optax.lion)(1e-4){uncalled(tx)}"
         )
-    found = {name: x.value for name, x in names_of(tx).items() if name.split(".")[-1] == "learning_rate"}
+    found = held_as(tx, "learning_rate")
     if not found or not all(map(is_number, found.values())):
         shown = ", ".join(f"{name}={text(x)}" for name, x in found.items()) or "no learning_rate"
         raise ValueError(

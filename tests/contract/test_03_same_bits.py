@@ -118,6 +118,17 @@ def test_any_value(row, data):
     assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(*trees(row)), by_argument(row, settings))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("make", [gdx.gradient_descent, gdx.sgd, gdx.adamw, gdx.scale_by_learning_rate])
+def test_powers_of_two_as_constants(make, dtype):
+    """The product with one is exact in half precision too, where a compiler then takes it."""
+    random = np.random.default_rng(2)
+    p, g = (jnp.asarray(random.standard_normal((*steps, 16, 33)), dtype) for steps in ((), (STEPS,)))
+    for rate in (2.0**-3, 2.0**-13, 2.0**-23):
+        for tx in (make(rate), gdx.chain(make(rate), gdx.round_with_compensation())):
+            assert_same_bits(jax.jit(lambda p, g: scan(tx, p, g))(p, g), jax.jit(scan)(tx, p, g))  # noqa: B023
+
+
 @pytest.mark.parametrize(
     "make", [gdx.scale_by_adam, functools.partial(gdx.adamw, 0.01)], ids=["scale_by_adam", "adamw"]
 )
