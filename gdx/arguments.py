@@ -4,6 +4,7 @@ import inspect
 import reprlib
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 
@@ -53,3 +54,9 @@ def check_key(label: str, value: Any) -> None:
     is_bits = getattr(value, "dtype", None) == np.uint32 and value.ndim == 1
     if not (is_bits or (is_key(value) and value.ndim == 0)):
         refuse(label, value, "a random key, such as jax.random.key(0)")
+
+
+def check_not_traced(label: str, tree: Any, mend: str = "call it") -> None:
+    """Raises where there are no values yet to look at."""
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
+        raise TypeError(f"{label} is traced, and has no value yet; {mend}, outside of compiled functions")

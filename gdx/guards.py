@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gdx.arguments import check_not_traced
 from gdx.checks import check_alike, check_state
 from gdx.fields import Scalar, hyperparameter, is_number, static, to_bool, to_integer, to_word
 from gdx.numerics import by_itself, either, norm, uncontracted
@@ -226,8 +227,7 @@ def check_spikes(state: Any) -> None:
     Traceback (most recent call last):
     RuntimeError: skip_spikes: gave up: so many spikes were made as they are: 1 (2 in a row up to now, 1 skipped). ...
     """
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(state)):
-        raise TypeError("check_spikes: the state is traced; call it between the steps, outside of compiled functions")
+    check_not_traced("check_spikes: the state", state, "call it between the steps")
     counts = [*zip(*(_all(state, name) for name in ("let_through", "in_a_row", "skipped")))]
     if not counts:
         raise TypeError(f"check_spikes: the state, {reprlib.repr(state)}, has no skip_spikes in it")

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gdx.arguments import check_not_traced
 from gdx.fields import is_number, text, to_integer
 from gdx.population import stack
 from gdx.progress import Progress
@@ -62,7 +63,7 @@ def range_test(
       points: how many rates are tried, at least 2.
 
     Raises:
-      TypeError: tx is none of gdx's; points is no integer; as `gdx.train`.
+      TypeError: tx is none of gdx's; points is no integer; it is called in a compiled function; as `gdx.train`.
       ValueError: tx is a batch, or has no hyperparameter called learning_rate, or several that are not numbers with
         ratios; low and high are not numbers with 0 < low < high;
         points is less than 2; the loss is not finite at the start; no rate ends below the loss that it started from.
@@ -87,6 +88,7 @@ def range_test(
     result, done = sweep_of("range_test", loss, batch, params, batches, evaluate=no_results, **around)
     if done < 1:
         raise KeyboardInterrupt(f"range_test: interrupted after {done:.3g} of the steps, which suggest nothing")
+    check_not_traced("range_test: the loss", result.losses)
     history = np.asarray(result.losses, float)
     start = float(history[0, 0])
     if not math.isfinite(start):

@@ -64,7 +64,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdx.arguments import check_function, of_kind
+from gdx.arguments import check_function, check_not_traced, of_kind
 from gdx.checks import check_floating
 from gdx.describing import table
 from gdx.fields import refuse, to_integer, to_word
@@ -464,7 +464,8 @@ def coordinate_check(
       steps: how many to take, at least 1.
 
     Raises:
-      TypeError: loss or setup is no such function, or returns something else; batch is no arrays, widths no integers.
+      TypeError: loss or setup is no such function, or returns something else; batch is no arrays, widths no integers;
+        it is called in a compiled function.
       ValueError: there are less than two widths, or fewer than one step; names differ from width to width.
 
     Source: Yang et al., Tensor Programs V (2022), appendix D.1.
@@ -523,6 +524,7 @@ def coordinate_check(
                 f"coordinate_check: the loss returned {', '.join(map(repr, trained.aux))} at width {width}, and "
                 f"{', '.join(map(repr, sizes))} at width {tried[0]}; expected the same names at each"
             )
+        check_not_traced(f"coordinate_check: the loss at width {width}", trained.losses)
         losses.append(np.asarray(trained.losses))
         for name, x in trained.aux.items():
             found = np.asarray(accurate(x)).reshape(steps + 1, -1)

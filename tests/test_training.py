@@ -337,6 +337,24 @@ class Unhashable(list):
         return loss(params, batch)
 
 
+READS = {  # what looks at the losses that it has made
+    "range_test": lambda start: gdx.range_test(bowl, gdx.sgd(0.1), start, jnp.zeros((4, 1)), points=2),
+    "coordinate_check": lambda start: gdx.width.coordinate_check(
+        lambda p, _: (jnp.sum(p**2), {"p": p}), lambda width: (gdx.sgd(0.1), start), jnp.zeros(1), [1, 2]
+    ),
+    "noise.critical_batch_size": lambda start: gdx.noise.critical_batch_size(
+        bowl, gdx.sgd(0.1), start, 16, (1, 2), examples=8, keys=jax.random.split(jax.random.key(0)), tolerance=1.0
+    ),
+}
+
+
+@pytest.mark.parametrize("around", [jax.jit, jax.vmap, jax.grad], ids=lambda around: around.__name__)
+@pytest.mark.parametrize("name", READS)
+def test_what_reads_losses_is_not_to_be_traced(name, around):
+    with pytest.raises(TypeError, match=rf"^{name}: the loss.* is traced.*; call it, outside of compiled functions"):
+        around(READS[name])(jnp.ones(3))
+
+
 def test_refuses_what_is_no_optimizer_of_gdx_or_has_no_hash():
     with pytest.raises(TypeError, match=r"range_test: tx is .*; expected one of gdx's optimizers"):
         gdx.range_test(bowl, optax.sgd(0.1), jnp.ones(2), EXAMPLES)

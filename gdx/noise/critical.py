@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdx.arguments import check_function, number
+from gdx.arguments import check_function, check_not_traced, number
 from gdx.fields import is_key, is_number, refuse, text, to_integer, uncalled
 from gdx.noise.batches import epochs, examples_in
 from gdx.population import mean_and_error, stack
@@ -113,7 +113,7 @@ def critical_batch_size(
 
     Raises:
       TypeError: loss is no function of so many arguments; tx is none of gdx's; a number is none; keys are no random
-        keys; as `gdx.sweep`.
+        keys; it is called in a compiled function; as `gdx.sweep`.
       ValueError: batch sizes or factors are not as said; there are more examples in a batch than in data; examples is
         no such multiple; there are less than two keys; tx has no learning_rate, or one that is a schedule or an array;
         tolerance is not above 0; or, after training, the smallest batches diverged, or gained nothing in the second
@@ -161,6 +161,7 @@ def critical_batch_size(
     swept, done = sweep_of(name, loss, members, params, batches, keys=keys, evaluate=no_results, **around)
     if done < 1:
         raise KeyboardInterrupt(f"{name}: interrupted after {done:.3g} of the steps, which show nothing")
+    check_not_traced(f"{name}: the loss", swept.losses)
     steps = swept.losses.shape[-1]
     losses = np.asarray(swept.losses[..., steps - steps // 4 :], float).mean(axis=-1)
     losses = losses.reshape(len(branches), len(factors), len(keys))
