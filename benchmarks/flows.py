@@ -126,6 +126,7 @@ def main() -> None:
     windows = [f"of {window}" for window in WINDOWS if window < steps]
     header = ["", "from step", *windows, "mean", "without", "measured", "predicted", "edge", "at it"]
     print(table(header, found), "\n")
-    for i, window in enumerate(windows):
-        each = {f"{row[0]} from step {row[1]}": float(row[2 + i]) for row in found}
-        print(came_out(f"deviation in %, windows {window}", 5, each))
+    columns = [*(f"averaged over windows {window}" for window in windows), f"in the mean of {steps} steps"]
+    for i, column in enumerate(columns):
+        each = {f"{row[0]} from step {row[1]}": abs(float(row[2 + i])) for row in found}
+        print(came_out(f"deviation in %, {column}", 5, each))
