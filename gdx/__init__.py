@@ -76,12 +76,12 @@ Each is checked for every transform over one table, `tests/contract/table.py`:
 1. It is an optax transform, and composes as one.
 2. It is a value: text, comparison, hash, pickle, copies.
 3. The same bits whichever way a hyperparameter arrives: a constant, an argument, a schedule, injected by optax, in a
-   chain, under `lax.map`, `lax.scan`, and in each lane of `vmap`. (The promise is for the update rule: a whole model
-   under `vmap` also has other matrix products. An eager step may differ from a jitted one by one rounding of the
-   parameter or the update, whichever is larger: only jitted does XLA add the two in one fused multiply-add. Before
-   jax 0.12 a first step that is compiled together with `init` may differ, too, for its count is then a constant. And
-   between the links of `optax.chain` updates are cast to the gradient's dtype: with gradients in half precision use
-   `gdx.chain`.)
+   chain, under `lax.map`, `lax.scan`, and in each lane of `vmap`. (NaN is NaN, whatever its sign. The promise is for
+   the update rule: a whole model under `vmap` also has other matrix products. An eager step may differ from a jitted
+   one by one rounding of the parameter or the update, whichever is larger: only jitted does XLA add the two in one
+   fused multiply-add. Before jax 0.12 a first step that is compiled together with `init` may differ, too, for its
+   count is then a constant. And between the links of `optax.chain` updates are cast to the gradient's dtype: with
+   gradients in half precision use `gdx.chain`.)
 4. One compile for any change of any hyperparameter's value, also from one process to the next.
 5. No dtype, shape or sharding of the state ever changes; everything can be donated.
 6. A step is exact to 2e-6 of its largest entry at any count up to a million and any `b2` up to 0.99999.

@@ -108,6 +108,9 @@ def _options(annotation: Any) -> dict[Any, tuple]:
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     options = typing.get_args(annotation) if is_union else (annotation,)
     kinds = {typing.get_origin(option) or option: typing.get_args(option) or (Any, Any) for option in options}
+    # two of a kind, or a tuple that is no pair
+    if len(kinds) < len(options) or (tuple in kinds and (len(kinds[tuple]) != 2 or ... in kinds[tuple])):
+        return {}
     if float in kinds:  # an array beside it is of shape (), and what else makes an ArrayLike is not meant
         arrays = {*_ARRAY_LIKE} - {float, int, types.NoneType} if complex in kinds else {np.ndarray, jax.Array}
         kinds = {kind: of for kind, of in kinds.items() if kind not in arrays}

@@ -56,7 +56,10 @@ def check_key(label: str, value: Any) -> None:
         refuse(label, value, "a random key, such as jax.random.key(0)")
 
 
-def check_not_traced(label: str, tree: Any, mend: str = "call it") -> None:
-    """Raises where there are no values yet to look at."""
+def check_not_traced(name: str, tree: Any) -> None:
+    """Raises where a function is to look at numbers that have no value yet."""
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
-        raise TypeError(f"{label} is traced, and has no value yet; {mend}, outside of compiled functions")
+        raise TypeError(
+            f"{name}: what it looks at is traced, and has no value yet; call {name} outside of jax.jit, jax.vmap and "
+            f"jax.grad"
+        )

@@ -273,7 +273,7 @@ def _groups(tx: groups, sizes: Any) -> Iterator[Group]:
     for name, member, change, settings, part in itertools.zip_longest(
         (*tx.patterns, "all others"), tx.members, tx.changes, tx.settings, tx.split(sizes)[1]
     ):
-        held = {path: value for _, path, _, value in names_of(member).values()}
+        held = {found.path: found.value for found in names_of(member).values()}
         if isinstance(change, dict):
             changed = {**change, **settings}
             there = {k: held[names[k].path] if isinstance(new, times) else new for k, new in changed.items()}

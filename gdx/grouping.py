@@ -238,8 +238,9 @@ class groups(Transform):
                         yield ("changes", i, at[path], "factor"), count
 
     def _walk(self, containers: bool = False) -> Iterator[Named]:
+        names = names_of(self.tx)
         for each in self.tx._walk(containers):
-            yield each._replace(path=("tx", *each.path))
+            yield each.within(("tx",))
         if containers:
             yield Named(("tx",), ("tx",), False, self.tx)
         yield Named(("patterns",), ("patterns",), True, self.patterns)
@@ -248,12 +249,14 @@ class groups(Transform):
                 yield Named((f"{pattern}.{name}",), ("settings", i, name), True, held)
             if isinstance(change, Transform):
                 for name, each in names_of(change).items():
-                    yield each._replace(labels=(f"{pattern}.{name}",), path=("changes", i, *each.path))
+                    yield each.within(("changes", i))._replace(labels=(f"{pattern}.{name}",))
             for name, held in change.items() if isinstance(change, dict) else ():
                 if containers or not isinstance(held, times):
                     yield Named((f"{pattern}.{name}",), ("changes", i, name), False, held)
                 for inner, each in names_of(held).items() if isinstance(held, Value) else ():
-                    yield each._replace(labels=(f"{pattern}.{name}.{inner}",), path=("changes", i, name, *each.path))
+                    there = each.within(("changes", i, name))._replace(labels=(f"{pattern}.{name}.{inner}",))
+                    is_factor = isinstance(held, times) and inner == "factor" and name in names
+                    yield there._replace(multiplies=("tx", *names[name].path)) if is_factor else there
 
 
 def _to_pattern(value: Any) -> str:

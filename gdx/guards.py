@@ -227,7 +227,7 @@ def check_spikes(state: Any) -> None:
     Traceback (most recent call last):
     RuntimeError: skip_spikes: gave up: so many spikes were made as they are: 1 (2 in a row up to now, 1 skipped). ...
     """
-    check_not_traced("check_spikes: the state", state, "call it between the steps")
+    check_not_traced("check_spikes", state)
     counts = [*zip(*(_all(state, name) for name in ("let_through", "in_a_row", "skipped")))]
     if not counts:
         raise TypeError(f"check_spikes: the state, {reprlib.repr(state)}, has no skip_spikes in it")

@@ -14,9 +14,9 @@ from gdx.fields import is_concrete
 def uncontracted(product: jax.Array) -> jax.Array:
     """A product that is rounded by itself, never as part of a fused multiply-add.
 
-    In a sum of two products a compiler may fuse either, and chooses by the program around them:
-    with this around one of them, and `alike` around the other, a step has the same bits in every program. A product
-    that overflows to infinity becomes NaN, to be seen.
+    In a sum of two products a compiler may fuse one, and which one depends on the program around them. With this
+    around the one, and `alike` around the other, the sum has the same bits in every program. A product that overflows
+    to infinity becomes NaN, to be seen; a complex one is left as it is.
 
     >>> import gdx, jax, jax.numpy as jnp
     >>> x = jnp.float32(1 + 2**-12)  # its square, 1 + 2^-11 + 2^-24, is rounded to 1 + 2^-11
@@ -31,9 +31,9 @@ def uncontracted(product: jax.Array) -> jax.Array:
 
 
 def alike(product: jax.Array) -> jax.Array:
-    """A product whose sum is contracted in every program, where the compiler does so, or else in none.
+    """A product that is part of a fused multiply-add in every program, or in none: as the version of JAX has it.
 
-    For the product that `uncontracted` leaves free, and for one that a later program adds to something.
+    For the other product of a sum, beside `uncontracted`, and for a product that a later program adds to something.
 
     >>> import gdx, jax, jax.numpy as jnp
     >>> step = lambda rate, p: p - gdx.alike(rate * p)

@@ -52,8 +52,8 @@ def range_test(
 
     Smith's test raises the rate during one run, so that each rate meets parameters that the ones before
     have made. Here every rate starts from `params`, which costs no more where runs share a program.
-    The best rate of a short run is an upper estimate for a long one, which ends with smaller steps. After Ctrl-C it
-    suggests nothing: it is KeyboardInterrupt, with `progress` within about a hundredth of the work.
+    The best rate of a short run is an upper estimate for a long one, which ends with smaller steps. Ctrl-C
+    ends it with KeyboardInterrupt, and with `progress` soon: a test that is not done suggests nothing.
 
     Args:
       loss, params, batches, model_state, chunk_size, progress: as in `gdx.sweep`; a few dozen steps do.
@@ -64,8 +64,8 @@ def range_test(
 
     Raises:
       TypeError: tx is none of gdx's; points is no integer; it is called in a compiled function; as `gdx.train`.
-      ValueError: tx is a batch, or has no hyperparameter called learning_rate, or several that are not numbers with
-        ratios; low and high are not numbers with 0 < low < high;
+      ValueError: tx is a batch, or has no hyperparameter called learning_rate, or several of which
+        one is no number, or all are 0; low and high are not numbers with 0 < low < high;
         points is less than 2; the loss is not finite at the start; no rate ends below the loss that it started from.
 
     Source: Smith, Cyclical Learning Rates for Training Neural Networks (2017), section 3.3.
@@ -76,6 +76,7 @@ def range_test(
     >>> 0.24 < found.suggested < 0.26, 0.45 < found.edge < 0.55
     (True, True)
     """
+    check_not_traced("range_test", (tx, params, batches, low, high, points, model_state))
     check_call("range_test", loss, tx, params, batches, model_state)
     if not isinstance(tx, Transform):
         raise TypeError(f"range_test: tx is {reprlib.repr(tx)}; expected one of gdx's optimizers, such as gdx.sgd(0.1)")
@@ -88,7 +89,7 @@ def range_test(
     result, done = sweep_of("range_test", loss, batch, params, batches, evaluate=no_results, **around)
     if done < 1:
         raise KeyboardInterrupt(f"range_test: interrupted after {done:.3g} of the steps, which suggest nothing")
-    check_not_traced("range_test: the loss", result.losses)
+    check_not_traced("range_test", result.losses)  # the loss may have closed over what is traced
     history = np.asarray(result.losses, float)
     start = float(history[0, 0])
     if not math.isfinite(start):

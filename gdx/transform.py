@@ -566,7 +566,7 @@ def hyperparams_in_use(tx: Transform, state: Any) -> dict[str, Any]:
       state: its state, as `init` or the last `update` returned it.
 
     Returns:
-      The names of `tx.hyperparams`, and those of schedules, with numbers.
+      The names of `tx.hyperparams`, and those of schedules, with numbers; and those that `gdx.times` makes in a group.
 
     Raises:
       TypeError: tx is none of gdx's; `gdx.value` makes one of optax's factories.
@@ -587,7 +587,7 @@ def hyperparams_in_use(tx: Transform, state: Any) -> dict[str, Any]:
     settings = values.names_of(tx)
     schedules = [found.path for found in settings.values() if isinstance(found.value, Value)]
     in_use = {}
-    for name, (_, path, is_static, value) in settings.items():
+    for name, (_, path, is_static, value, _) in settings.items():
         if is_static or value is None:
             continue
         if callable(value):
@@ -601,6 +601,11 @@ def hyperparams_in_use(tx: Transform, state: Any) -> dict[str, Any]:
             with jax.numpy_dtype_promotion("standard"):
                 value = value(counts[path])
         in_use[name] = float(value) if isinstance(value, np.floating) else value
+    at = {found.path: name for name, found in settings.items()}
+    for name, found in settings.items():
+        if found.multiplies in at:
+            with jax.numpy_dtype_promotion("standard"):
+                in_use[name.removesuffix(".factor")] = in_use[at[found.multiplies]] * in_use[name]
     return in_use
 
 

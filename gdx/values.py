@@ -285,8 +285,7 @@ class Value:
                     yield Named(labels, (field.name, *path), self._is_static(field), item)
                 if isinstance(item, Value) and is_child:
                     for inner in item._walk(containers):
-                        path_there = (field.name, *path, *inner.path)
-                        yield inner._replace(labels=(*labels, *inner.labels), path=path_there)
+                        yield inner.within((field.name, *path))._replace(labels=(*labels, *inner.labels))
 
     def _is_static(self, field: dataclasses.Field) -> bool:
         """Whether a field is neither a number nor anything in the place of one."""
@@ -339,12 +338,21 @@ def _check_names(cls: type, given: Mapping[str, Any]) -> None:
 
 
 class Named(typing.NamedTuple):
-    """A field somewhere in a value: what it may be called, where it is, whether it is structure, what it is."""
+    """A field somewhere in a value: what it may be called, where it is, whether it is structure, what it is.
+
+    And the path of what it multiplies, where it is a factor.
+    """
 
     labels: tuple[str, ...]
     path: tuple
     is_static: bool
     value: Any
+    multiplies: tuple | None = None
+
+    def within(self, path: tuple) -> "Named":
+        """The same, in a value that has this one's at a path."""
+        of = None if self.multiplies is None else (*path, *self.multiplies)
+        return self._replace(path=(*path, *self.path), multiplies=of)
 
 
 def names_of(value: Value) -> dict[str, Named]:

@@ -104,6 +104,7 @@ class Leaf(NamedTuple):
         return {"hidden": self.fan_in**-0.5, "output": 1 / self.fan_in}.get(self.kind, 1.0)
 
     def changes(self, like: str) -> dict[str, float]:
+        like = to_word("changes: like", like, "adam", "sgd")
         rate = (1 if like == "adam" else self.fan_out) / self.fan_in
         return {"learning_rate": rate, "weight_decay": 1 / rate, "eps": 1 / self.fan_out}
 
@@ -489,12 +490,13 @@ def coordinate_check(
     """
     check_function("coordinate_check: loss", loss, "the parameters", "a batch")
     check_function("coordinate_check: setup", setup, "a width")
+    check_not_traced("coordinate_check", (batch, widths, steps))
     steps = to_integer("coordinate_check: steps", steps, minimum=1)
     if not isinstance(widths, Iterable):
         refuse("coordinate_check: widths", widths, "at least two widths, such as [64, 256, 1024]")
-    tried = [to_integer("coordinate_check: widths", width, minimum=1) for width in widths]
+    tried = [to_integer(f"coordinate_check: widths[{i}]", width, minimum=1) for i, width in enumerate(widths)]
     if len({*tried}) < 2:
-        raise ValueError(f"coordinate_check: widths is {tried}; expected at least two")
+        raise ValueError(f"coordinate_check: widths is {tried}; expected at least two different ones")
     check_arrays("coordinate_check: batch", batch)
     if not jax.tree.leaves(batch):
         refuse("coordinate_check: batch", batch, "arrays, such as jnp.zeros(()) for a loss that looks at none")
@@ -524,7 +526,7 @@ def coordinate_check(
                 f"coordinate_check: the loss returned {', '.join(map(repr, trained.aux))} at width {width}, and "
                 f"{', '.join(map(repr, sizes))} at width {tried[0]}; expected the same names at each"
             )
-        check_not_traced(f"coordinate_check: the loss at width {width}", trained.losses)
+        check_not_traced("coordinate_check", trained.losses)
         losses.append(np.asarray(trained.losses))
         for name, x in trained.aux.items():
             found = np.asarray(accurate(x)).reshape(steps + 1, -1)

@@ -172,7 +172,19 @@ def test_schedules_are_read_where_they_are():
     found = {name: float(x) for name, x in gdx.hyperparams_in_use(tx, state).items()}
     assert found["learning_rate"] == pytest.approx(0.7) and found["embed.learning_rate.factor"] == pytest.approx(0.1)
     assert found["norm.learning_rate.factor"] == pytest.approx(0.7)
+    assert found["embed.learning_rate"] == pytest.approx(0.07) and found["norm.learning_rate"] == pytest.approx(0.49)
     assert found["kernel.b1"] == pytest.approx(0.87) and found["bias.learning_rate"] == pytest.approx(0.7)
+
+
+def test_a_multiple_is_read_through_any_nesting_and_in_jit():
+    changes = {"bias": {"learning_rate": gdx.times(0.25), "weight_decay": gdx.times(2.0)}}
+    for rate in (0.4, gdx.schedules.constant_schedule(0.4)):
+        inner = gdx.groups(gdx.adamw(rate), changes)
+        for tx in (inner, gdx.chain(optax.clip(1.0), gdx.skip_spikes(inner)), gdx.watch(gdx.chain(inner))):
+            found = jax.jit(gdx.hyperparams_in_use)(tx, tx.init(PARAMS))
+            assert found["bias.learning_rate"] == pytest.approx(0.1)
+            assert found["bias.weight_decay"] == pytest.approx(2e-4)
+            assert found["bias.learning_rate.factor"] == 0.25 and found["learning_rate"] == pytest.approx(0.4)
 
 
 def test_range_test_scales_all_rates_together():

@@ -351,8 +351,40 @@ READS = {  # what looks at the losses that it has made
 @pytest.mark.parametrize("around", [jax.jit, jax.vmap, jax.grad], ids=lambda around: around.__name__)
 @pytest.mark.parametrize("name", READS)
 def test_what_reads_losses_is_not_to_be_traced(name, around):
-    with pytest.raises(TypeError, match=rf"^{name}: the loss.* is traced.*; call it, outside of compiled functions"):
+    with pytest.raises(TypeError, match=rf"^{name}: .* is traced, .*; call {name} outside of jax\.jit"):
         around(READS[name])(jnp.ones(3))
+
+
+KEYS = jax.random.split(jax.random.key(0))
+# each argument that may hold an array, and what a loss closes over
+TRACED = {
+    "range_test": (
+        lambda tx, x: gdx.range_test(bowl, tx, START, jnp.zeros((4, 1))),
+        lambda tx, x: gdx.range_test(bowl, gdx.sgd(0.1), START, jnp.zeros((4, 1)), low=x),
+        lambda tx, x: gdx.range_test(bowl, gdx.chain(gdx.sgd(x), gdx.sgd(0.1)), START, jnp.zeros((4, 1))),
+        lambda tx, x: gdx.range_test(lambda p, b: x * bowl(p, b), gdx.sgd(0.1), START, jnp.zeros((4, 1)), points=2),
+    ),
+    "coordinate_check": (
+        lambda tx, x: gdx.width.coordinate_check(lambda p, _: (p, {"p": p}), lambda n: (tx, x), x, [1, 2]),
+        lambda tx, x: gdx.width.coordinate_check(
+            lambda p, _: (p, {"p": p}), lambda n: (tx, jnp.ones(())), jnp.zeros(1), [1, 2]
+        ),
+    ),
+    "noise.critical_batch_size": tuple(
+        lambda tx, x, key=key, value=value: gdx.noise.critical_batch_size(
+            *(bowl, tx if key == "tx" else gdx.sgd(0.1), START, 16),
+            **{"batch_sizes": (1, 2), "examples": 8, "keys": KEYS} | ({} if key == "tx" else {key: value(x)}),
+        )
+        for key, value in {"tx": None, "factors": lambda x: (0.5, x), "exponent": lambda x: x}.items()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_nothing_that_it_reads_is_to_be_traced(name):
+    for call in TRACED[name]:
+        with pytest.raises(TypeError, match=rf"^{name}: .* is traced, .*; call {name} outside of jax\.jit"):
+            jax.jit(lambda tx, x: (call(tx, x), x)[1])(gdx.sgd(0.1), 0.1)  # noqa: B023
 
 
 def test_refuses_what_is_no_optimizer_of_gdx_or_has_no_hash():

@@ -427,6 +427,7 @@ def test_a_raw_key_is_a_child():
 
 def test_integers_of_a_description_stay_integers():
     dims = optax.contrib.MuonDimensionNumbers((0,), (1,))
+    assert gdx.value(optax.contrib.scale_by_muon)().ns_coeffs == (3.4445, -4.775, 2.0315)  # no pair
     tx = gdx.value(optax.contrib.muon)(0.1, muon_weight_dimension_numbers=dims)
     assert tx.muon_weight_dimension_numbers == dims and type(tx.muon_weight_dimension_numbers.output_axis[0]) is int
 

@@ -224,6 +224,8 @@ def test_which_optimizers_are_like_which():
             found.optimizer(tx)
     with pytest.raises(ValueError, match="optimizer: like is 'muon'; expected 'adam' or 'sgd'"):
         found.optimizer(gdx.sgd(1.0), "muon")
+    with pytest.raises(ValueError, match="changes: like is 'muon'; expected 'adam' or 'sgd'"):
+        found.leaves[0].changes("muon")
     with pytest.raises(ValueError, match=r"tx is a batch, .*; make the batch of what this returns, as in gdx\.grid"):
         found.optimizer(gdx.grid(gdx.adam, learning_rate=[0.1, 0.2]))
     with pytest.raises(ValueError, match="without a learning_rate; expected one learning rate"):
@@ -320,7 +322,8 @@ def found_as(activations):
     [
         ((3, along, 1.0, [2, 4]), TypeError, "loss is 3; expected a function of the parameters and a batch"),
         ((line, 3, 1.0, [2, 4]), TypeError, "setup is 3; expected a function of a width"),
-        ((line, along, 1.0, [2, 2]), ValueError, r"widths is \[2, 2\]; expected at least two"),
+        ((line, along, 1.0, [2, 2]), ValueError, r"widths is \[2, 2\]; expected at least two different"),
+        ((line, along, 1.0, [2, 4.0]), TypeError, r"widths\[1\] is 4.0; expected an integer"),
         ((line, lambda width: along(width)[1], 1.0, [2, 4]), TypeError, "setup returned .*; expected an optimizer and"),
         ((lambda *x: line(*x)[0], along, 1.0, [2, 4]), TypeError, "returned None beside the loss; expected a dict of"),
         ((line, along, 1.0, 8), TypeError, r"widths is 8; expected at least two widths, such as \[64, 256, 1024\]"),

@@ -45,7 +45,7 @@ def _fields(tx: optax.GradientTransformation) -> dict[str, str]:
         held = list(_held(tx))
         return _fields(chain(*held)) if held else {}
     described = {}
-    for name, (_, _, is_static, value) in names_of(tx).items():
+    for name, (_, _, is_static, value, _) in names_of(tx).items():
         described[name] = _setting(value) if is_static else _hyperparameter(value)
         if isinstance(value, optax.GradientTransformation):
             described |= {f"{name}.{inner}": shown for inner, shown in _fields(value).items()}

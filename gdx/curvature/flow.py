@@ -88,11 +88,14 @@ def central_flow(hessian: Hessian, tx: Transform, steps: int, *, state: Any = No
     Source: Cohen et al., Understanding Optimization in Deep Learning with Central Flows (2025), sections 3 and 5.
 
     >>> import gdx, jax.numpy as jnp
-    >>> valley = lambda p, batch: 0.5 * (9 + p[1]) * p[0] ** 2 - p[1]  # it gets steeper along the way down
-    >>> hessian = gdx.curvature.Hessian(valley, jnp.array([0.1, 0.0]), jnp.zeros(1))
-    >>> flow = gdx.curvature.central_flow(hessian, gdx.gradient_descent(0.2), 50, count=1)
-    >>> round(flow.sharpness[-1, 0].item(), 3), round(flow.variance[-1].item(), 3)  # at 2 / 0.2 the walls hold it up
-    (10.0, 2.0)
+    >>> valley = lambda p, batch: ((1 + p[1] ** 2) * p[0] ** 2 + (p[1] - 2) ** 2) / 2  # steeper along the way down
+    >>> start, tx = jnp.array([0.1, 0.5]), gdx.gradient_descent(0.5)
+    >>> flow = gdx.curvature.central_flow(gdx.curvature.Hessian(valley, start, jnp.zeros(1)), tx, 200, count=1)
+    >>> round(flow.sharpness[-1, 0].item(), 2), round(flow.variance[-1].item(), 2)  # at 2 / 0.5 the walls hold it up
+    (4.0, 0.15)
+    >>> measured, predicted = gdx.train(valley, tx, start, jnp.zeros((200, 1))).losses[100:], flow.losses[100:]
+    >>> bool(abs(measured.mean() / predicted.mean() - 1) < 0.01)
+    True
     """
     name = "central_flow"
     of_kind(

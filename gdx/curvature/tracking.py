@@ -79,8 +79,8 @@ def update_sharpness(state: SharpnessState, operator: Operator, *, products: int
     Args:
       state: from `init_sharpness` or the last update.
       operator: `Hessian` or `GaussNewton` at the present parameters, or it `adam_preconditioned`; a `Block`.
-      products: products with a vector, by default 4 for each eigenvalue, and more than there are of these; each costs
-        two to three gradients.
+      products: products with a vector, by default 4 for each eigenvalue, and at least one more than there are of these;
+        each costs two to three gradients.
 
     Raises:
       ValueError: products is too small, or the state's vector not shaped like the parameters; what the operator raises.

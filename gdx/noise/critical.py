@@ -77,10 +77,10 @@ def critical_batch_size(
     $$ L_k \le L_{1/2}, \qquad \text{or with a tolerance} \qquad L_k \le \min_{j \le k} L_j + \epsilon, $$
 
     and between two that were tried, where a straight line gets there. $L_{1/2}$ is that of one more branch, with the
-    smallest batches, which stops after half of the examples (7/16, in the middle of the quarter that ends there, as
-    $L_k$ is of one) and sees the rest without a step. So by default it is the batch size that takes twice the examples
-    of small batches, which is what McCandlish et al. call critical. With a small tolerance it is the largest batch that
-    loses nothing (Merrill et al. take 0.01).
+    smallest batches, which makes no more steps after half of the examples. (After 7/16, to be exact: $L_k$ is a mean
+    over a quarter of the examples, and a quarter that ends at half has its middle there.) So by default it is the batch
+    size that takes twice the examples of small batches, which is what McCandlish et al. call critical. With a small
+    tolerance it is the largest batch that loses nothing (Merrill et al. take 0.01).
 
     That is measured, for this optimizer and these parameters. `Noise.scale` is cheap and a prediction: where curvature
     limits the rate of large batches, not noise, it is far off (on the digits 14 to 31 times). What it predicts is the
@@ -134,6 +134,9 @@ def critical_batch_size(
     (True, (5,))
     """
     name = "noise.critical_batch_size"
+    check_not_traced(
+        name, (tx, params, data, batch_sizes, examples, keys, exponent, factors, tolerance, model_state, chunk_size)
+    )
     between = () if model_state is None else ("the model_state",)
     check_function(f"{name}: loss", loss, "the parameters", *between, "indices of examples")
     total = examples_in(f"{name}:", data)
@@ -147,7 +150,9 @@ def critical_batch_size(
     rates = _rates(name, tx)
     if exponent is None:
         exponent = 0.5 if held_as(tx, "b2") else 1.0
-    number(f"{name}: exponent", exponent, "a number, such as 1 for a rate in proportion to the batch size")
+    expected = "a finite number, such as 1 for a rate in proportion to the batch size"
+    if not math.isfinite(number(f"{name}: exponent", exponent, expected)):
+        refuse(f"{name}: exponent", exponent, expected, ValueError)
 
     def member(size: int, factor: float, share: float = 1.0) -> Transform:
         by = factor * (size / sizes[0]) ** exponent
@@ -161,7 +166,7 @@ def critical_batch_size(
     swept, done = sweep_of(name, loss, members, params, batches, keys=keys, evaluate=no_results, **around)
     if done < 1:
         raise KeyboardInterrupt(f"{name}: interrupted after {done:.3g} of the steps, which show nothing")
-    check_not_traced(f"{name}: the loss", swept.losses)
+    check_not_traced(name, swept.losses)  # the loss may have closed over what is traced
     steps = swept.losses.shape[-1]
     losses = np.asarray(swept.losses[..., steps - steps // 4 :], float).mean(axis=-1)
     losses = losses.reshape(len(branches), len(factors), len(keys))

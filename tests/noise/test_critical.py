@@ -160,7 +160,9 @@ def test_what_was_interrupted_shows_nothing(fraction):
         ({"factors": (0.0, 1.0)}, ValueError, r"factors\[0\] is 0\.0; expected a number above 0"),
         ({"tolerance": 0}, ValueError, r"tolerance is 0; expected a number above 0, in units of the loss"),
         ({"tolerance": "1"}, TypeError, r"tolerance is '1'; expected a number above 0"),
-        ({"exponent": "linear"}, TypeError, r"exponent is 'linear'; expected a number, such as 1"),
+        ({"exponent": "linear"}, TypeError, r"exponent is 'linear'; expected a finite number, such as 1"),
+        ({"exponent": float("nan")}, ValueError, r"exponent is nan; expected a finite number, such as 1"),
+        ({"exponent": float("inf")}, ValueError, r"exponent is inf; expected a finite number, such as 1"),
     ],
 )
 def test_refuses(changes, error, message):
