@@ -142,7 +142,8 @@ class Transfer(NamedTuple):
         Its hyperparameters are the base's: one learning rate, to be replaced, swept or scheduled; each group has a
         multiple of it, of the weight decay, and of `eps`. (Under adamw's `schedule_multiplier` the rate does not
         multiply the decay, which then stays as it is.) Norms that are clipped inside are those of a group: clip
-        outside, `gdx.chain(clip, transfer.optimizer(tx))`.
+        outside, `gdx.chain(clip, transfer.optimizer(tx))`. It goes by paths: parameters of another width it takes for
+        the target's.
 
         Args:
           tx: the optimizer, gdx's or a `gdx.value` of any other, with a hyperparameter `learning_rate`.
