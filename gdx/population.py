@@ -68,11 +68,11 @@ def _unlike(tx: Transform, other: Transform) -> str:
     ours, theirs = names_of(tx), names_of(other)
     found = [
         name
-        for name, (*_, value) in ours.items()
-        if callable(value)
+        for name, each in ours.items()
+        if callable(each.value)
         and name in theirs
-        and value != theirs[name].value
-        and text(value) == text(theirs[name].value)
+        and each.value != theirs[name].value
+        and text(each.value) == text(theirs[name].value)
     ]
     return f": {', '.join(found)} is a function that was made anew for each, so define it once" if found else ""
 

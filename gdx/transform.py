@@ -587,8 +587,9 @@ def hyperparams_in_use(tx: Transform, state: Any) -> dict[str, Any]:
     settings = values.names_of(tx)
     schedules = [found.path for found in settings.values() if isinstance(found.value, Value)]
     in_use = {}
-    for name, (_, path, is_static, value, _) in settings.items():
-        if is_static or value is None:
+    for name, found in settings.items():
+        path, value = found.path, found.value
+        if found.is_static or value is None:
             continue
         if callable(value):
             if any(path[:length] in schedules for length in range(len(path))):

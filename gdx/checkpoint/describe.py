@@ -45,10 +45,10 @@ def _fields(tx: optax.GradientTransformation) -> dict[str, str]:
         held = list(_held(tx))
         return _fields(chain(*held)) if held else {}
     described = {}
-    for name, (_, _, is_static, value, _) in names_of(tx).items():
-        described[name] = _setting(value) if is_static else _hyperparameter(value)
-        if isinstance(value, optax.GradientTransformation):
-            described |= {f"{name}.{inner}": shown for inner, shown in _fields(value).items()}
+    for name, found in names_of(tx).items():
+        described[name] = _setting(found.value) if found.is_static else _hyperparameter(found.value)
+        if isinstance(found.value, optax.GradientTransformation):
+            described |= {f"{name}.{inner}": shown for inner, shown in _fields(found.value).items()}
     return described
 
 
