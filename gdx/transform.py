@@ -606,7 +606,7 @@ def hyperparams_in_use(tx: Transform, state: Any) -> dict[str, Any]:
     for name, found in settings.items():
         if found.multiplies in at:
             with jax.numpy_dtype_promotion("standard"):
-                in_use[name.removesuffix(".factor")] = in_use[at[found.multiplies]] * in_use[name]
+                in_use[name.rpartition(".")[0]] = in_use[at[found.multiplies]] * in_use[name]
     return in_use
 
 

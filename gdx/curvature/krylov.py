@@ -96,9 +96,9 @@ def lanczos(
         return basis, matrix.at[i].set(row + within), unit, largest
 
     # where there is nothing before the starts, the rest of the basis is not read, which is all zeros
-    first = jnp.zeros((rows if len(known) else min(width, rows), n), dtype).at[: len(known)].set(vectors[:rows])
-    first = jax.lax.fori_loop(jnp.int32(0), jnp.int32(width), begun, first)
-    basis = jnp.zeros((rows, n), dtype).at[: len(first)].set(first)
+    begin_with = jnp.zeros((rows if len(known) else min(width, rows), n), dtype).at[: len(known)].set(vectors[:rows])
+    begin_with = jax.lax.fori_loop(jnp.int32(0), jnp.int32(width), begun, begin_with)
+    basis = jnp.zeros((rows, n), dtype).at[: len(begin_with)].set(begin_with)
     unit = jnp.where(begin > 0, near(known), 0) if len(known) else jnp.zeros((), dtype)
     carry = basis, jnp.zeros((size, rows), dtype), unit, jnp.zeros((), dtype)
     basis, matrix, unit, _ = jax.lax.fori_loop(begin, jnp.int32(size), turn, carry)

@@ -7,9 +7,9 @@ import optax
 import pytest
 
 import gdx
+from benchmarks import flows
 from gdx.compat import enable_x64
 from gdx.curvature import GaussNewton, Hessian, central_flow
-from gdx.demo import problems
 
 RATE = 0.2
 ONE = jnp.zeros(1)
@@ -133,25 +133,18 @@ def test_the_state_of_another_optimizer():
 
 def test_what_gradient_descent_does_on_a_network():
     """Loss and sharpness beyond the edge, in the mean over 300 steps: without oscillations it would be far lower."""
-    images, labels = (column[:200] for column in problems.digits().train)
-    data = images - images.mean(axis=0, keepdims=True), jax.nn.one_hot(labels, 10)
-
-    def loss(params, batch):
-        hidden, last = params
-        outputs = (
-            jnp.tanh(batch[0] @ hidden["weights"] + hidden["biases"][None]) @ last["weights"] + last["biases"][None]
-        )
-        return 0.5 * jnp.mean(jnp.sum((outputs - batch[1]) ** 2, axis=1))
 
     def trained(tx, params, steps):
-        return gdx.train(lambda p, _: loss(p, data), tx, params, jnp.zeros(steps))
+        return gdx.train(lambda p, _: flows.squared_error(p, data), tx, params, jnp.zeros(steps))
 
     tx = gdx.gradient_descent(0.7)
-    start = jax.tree.map(lambda p: 0.5 * p, problems.network(jax.random.key(0), (64, 32, 10)))
-    start = trained(tx, start, 300).params
-    measured = trained(tx, start, 300).losses
-    small = trained(tx.replace(learning_rate=0.07), start, 3000).losses
-    flow = central_flow(Hessian(loss, start, jax.tree.map(lambda x: x[None], data)), tx, 300, count=2)
+    with jax.numpy_rank_promotion("allow"):
+        start, data = flows.tanh_digits()
+        start = trained(tx, start, 300).params
+        measured = trained(tx, start, 300).losses
+        small = trained(tx.replace(learning_rate=0.07), start, 3000).losses
+        hessian = Hessian(flows.squared_error, start, jax.tree.map(lambda x: x[None], data))
+        flow = central_flow(hessian, tx, 300, count=2)
     means = [float(jnp.mean(x)) for x in (measured, small, flow.losses, flow.center_losses)]
     assert means[1] < 0.85 * means[0]
     np.testing.assert_allclose(means[2], means[0], rtol=0.02)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -208,7 +209,8 @@ def everything(hessian):
     tracked = curvature.update_sharpness(curvature.init_sharpness(hessian.params, KEY), hessian)
     trace = curvature.trace(hessian, KEY)
     pairs = curvature.largest_eigenpairs(hessian, KEY, 2, krylov_size=20)
-    return (edges.smallest.value, *pairs.values, jnp.mean(density.nodes), trace.value, tracked.value)
+    found = edges.smallest.value, edges.largest.value, jnp.mean(density.nodes), trace.value, tracked.value
+    return (*found, *pairs.values)
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +220,7 @@ def without_a_mesh():
 
 @pytest.mark.parametrize(
     ("kind", "in_jit", "entered"),
-    [("Auto", False, False), ("Auto", True, True), ("Explicit", False, True), ("Explicit", True, False)],
+    [("Auto", False, False), ("Auto", True, True), *itertools.product(["Explicit"], [False, True], [False, True])],
 )
 def test_on_a_mesh_it_is_the_same(kind, in_jit, entered, without_a_mesh):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(getattr(AxisType, kind),) * 2)

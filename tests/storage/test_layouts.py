@@ -73,7 +73,6 @@ def test_joined_is_what_was_split(shape, format):
         assert_same_bits(layout.join(layout.split(packed)), packed)
 
 
-@hypothesis.settings(max_examples=10)  # each compiles its own programs
 @hypothesis.given(shapes, formats, st.integers(0, 9))
 def test_what_is_decoded_is_a_code_away_at_most(shape, format, seed):
     layout = format.layout(shape)
