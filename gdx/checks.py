@@ -16,7 +16,7 @@ import optax
 from gdx.compat import varying_axes
 from gdx.mesh import unreduced_axes
 from gdx.storage.blocks import is_packed, reassembled
-from gdx.storage.formats import Format, is_encoded, why_whole
+from gdx.storage.formats import Format, why_whole
 from gdx.trees import path_text, paths, unboxed
 
 
@@ -33,17 +33,19 @@ def check_floating(label: str, tree: Any, mend: str = "") -> None:
 def check_params(tx: Any, params: optax.Params) -> None:
     """Raises unless every leaf is a floating-point array."""
     mend = ". Train only such leaves: take the others out of the parameters (equinox.partition), or cast them."
-    check_floating(f"{_name(tx)}: the parameter", params, mend)
+    check_floating(f"{type(tx).__name__}: the parameter", params, mend)
 
 
 def check_gradients(tx: Any, updates: optax.Updates, params: optax.Params | None) -> None:
     """Raises unless the gradients are floating-point arrays shaped like the parameters, if those are given."""
     mend = ". Differentiate with respect to floating-point parameters only."
-    check_floating(f"{_name(tx)}: the gradient", updates, mend)
+    check_floating(f"{type(tx).__name__}: the gradient", updates, mend)
     if params is not None:
         check_params(tx, params)
         check_like(tx, updates, "params", params)
-        check_complex(tx, updates, [jax.tree.leaves(params)])
+        for i, (g, p) in enumerate(zip(jax.tree.leaves(updates), jax.tree.leaves(params))):
+            if jnp.iscomplexobj(g) and not jnp.iscomplexobj(p):
+                _refuse_complex(tx, updates, i)
 
 
 def check_state(tx: Any, state: Any, kind: Any) -> None:
@@ -51,13 +53,13 @@ def check_state(tx: Any, state: Any, kind: Any) -> None:
     if not isinstance(state, kind):
         fields = ", ".join(getattr(kind, "_fields", ()))
         raise TypeError(
-            f"{_name(tx)}: the state is {kind_of(state)}, expected {kind.__name__}({fields}). {_STATE_MEND}"
+            f"{type(tx).__name__}: the state is {kind_of(state)}, expected {kind.__name__}({fields}). {_STATE_MEND}"
         )
     # a NamedTuple without the field has the tuple's method of that name
     count = state.count if "count" in getattr(kind, "_fields", ()) else 0
     if not (jnp.issubdtype(jnp.result_type(count), np.integer) and jnp.shape(count) == ()):
         raise TypeError(
-            f"{_name(tx)}: state.count is {_array(count)}, expected an integer scalar. "
+            f"{type(tx).__name__}: state.count is {_array(count)}, expected an integer scalar. "
             f"If it was restored from a file, cast it back: state._replace(count=state.count.astype('int32'))"
         )
 
@@ -66,8 +68,8 @@ def check_chain_state(tx: Any, state: Any, length: int) -> None:
     """Raises unless the state is a tuple with one state for each link."""
     if type(state) is not tuple or len(state) != length:
         raise TypeError(
-            f"{_name(tx)}: the state is {kind_of(state)}, expected a tuple of {length}, one state for each link. "
-            f"{_STATE_MEND}"
+            f"{type(tx).__name__}: the state is {kind_of(state)}, expected a tuple of {length}, one state for each "
+            f"link. {_STATE_MEND}"
         )
 
 
@@ -111,13 +113,13 @@ def check_state_like(tx: Any, state: Any, expected: Any, *, dtypes: bool = False
         unlike = [path for path in (*ours, *theirs) if (path in ours) != (path in theirs)]
         what = f", with other leaves: {', '.join(unlike[:3])}" if unlike else ""
         raise TypeError(
-            f"{_name(tx)}: the state is {kind_of(state)}, expected {kind_of(expected)}{what}. {_STATE_MEND}"
+            f"{type(tx).__name__}: the state is {kind_of(state)}, expected {kind_of(expected)}{what}. {_STATE_MEND}"
         )
     for i, (leaf, other) in enumerate(zip(jax.tree.leaves(state), jax.tree.leaves(expected))):
         has_shape = np.shape(leaf) == np.shape(other)
         if not has_shape or (dtypes and jnp.result_type(leaf) != other.dtype):
             expected = f"the dtype {other.dtype}" if has_shape else f"the shape {np.shape(other)}"
-            said = f"{_name(tx)}: the state is {_array(leaf)} at {_path(state, i)}, expected {expected}"
+            said = f"{type(tx).__name__}: the state is {_array(leaf)} at {_path(state, i)}, expected {expected}"
             raise (TypeError if has_shape else ValueError)(f"{said}. {_STATE_MEND}")
 
 
@@ -129,13 +131,13 @@ def check_like(tx: Any, updates: optax.Updates, name: str, tree: Any) -> None:
         tree = jax.tree.map(_described, tree, is_leaf=is_packed)
     if structure != jax.tree.structure(tree):
         raise ValueError(
-            f"{_name(tx)}: the gradients' tree differs from that of {name}: {_difference(updates, tree, name)}"
+            f"{type(tx).__name__}: the gradients' tree differs from that of {name}: {_difference(updates, tree, name)}"
         )
     for i, (leaf, other) in enumerate(zip(jax.tree.leaves(updates), jax.tree.leaves(tree))):
         if np.shape(leaf) != np.shape(other):
             raise ValueError(
-                f"{_name(tx)}: the gradient at {_path(updates, i)} has shape {np.shape(leaf)}, but {name} there has "
-                f"{np.shape(other)}; pass gradients with respect to the parameters that init was called with"
+                f"{type(tx).__name__}: the gradient at {_path(updates, i)} has shape {np.shape(leaf)}, but {name} "
+                f"there has {np.shape(other)}; pass gradients with respect to the parameters that init was called with"
             )
 
 
@@ -145,11 +147,11 @@ def checked_moments(tx: Any, updates: optax.Updates, moments: dict[str, Any]) ->
     Raises unless they are shaped like the gradients and held as the transform has it.
     """
     structure: Any = jax.tree.structure(updates)
-    trees = list(map(reassembled, moments.values(), tx.formats or [None] * len(moments)))
+    formats = tx.formats or [None] * len(moments)
+    trees = [reassembled(m, f) if isinstance(f, Format) else m for m, f in zip(moments.values(), formats, strict=True)]
     for name, tree in zip(moments, trees):
         check_like(tx, updates, f"state.{name}", tree)
     columns = list(map(structure.flatten_up_to, trees))
-    check_complex(tx, updates, columns)
     check_formats(tx, updates, list(moments), columns)
     return columns
 
@@ -192,7 +194,8 @@ def held_together(tx: Any, params: optax.Params) -> Iterator[None]:
     whys = [why for found in notes.whole.values() for why in found]
     if whys and all(whys):
         warnings.warn(
-            f"{_name(tx)}: no leaf fits its storage format, so all stay whole. One of them: {whys[0]}. {_WHOLE_MEND}",
+            f"{type(tx).__name__}: no leaf fits its storage format, so all stay whole. One of them: {whys[0]}. "
+            f"{_WHOLE_MEND}",
             stacklevel=2,
         )
 
@@ -216,41 +219,43 @@ def check_held(tx: Any, params: optax.Params, names: list[str], rows: list[tuple
     if whole:
         (path, largest), why = max(zip(leaves, next(iter(whole.values()))), key=lambda pair: np.size(pair[0][1]))
         warnings.warn(
-            f"{_name(tx)}: no leaf fits {' or '.join(whole)}, so all stay whole. The largest, at "
+            f"{type(tx).__name__}: no leaf fits {' or '.join(whole)}, so all stay whole. The largest, at "
             f"{path_text(path)}, has the shape {np.shape(largest)}: {why}. {_WHOLE_MEND}",
             stacklevel=2,
         )
 
 
-def check_formats(tx: Any, updates: optax.Updates, names: list[str], moments: list[list[Any]]) -> None:
-    """Raises where a moment (given as lists of leaves) is not in the dtype or storage format that the transform has."""
-    gradients = jax.tree.leaves(updates)
-    for name, format, leaves in zip(names, tx.formats, moments):
-        for i, leaf in enumerate(leaves):
-            if not _is_held_by(format, leaf):
+def check_formats(tx: Any, updates: optax.Updates, names: list[str], columns: list[list[Any]]) -> None:
+    """Raises where moments (lists of leaves) are not in the dtype or storage format that the transform has."""
+    for i, (g, *moments) in enumerate(zip(jax.tree.leaves(updates), *columns)):
+        if jnp.iscomplexobj(g) and moments and not any(map(_is_complex, moments)):
+            _refuse_complex(tx, updates, i)
+        for name, format, moment in zip(names, tx.formats, moments):
+            if not _is_held_by(format, moment):
                 raise TypeError(
-                    f"{_name(tx)}: state.{name} at {_path(updates, i)} is {_array(leaf)}, which is not how "
+                    f"{type(tx).__name__}: state.{name} at {_path(updates, i)} is {_array(moment)}, which is not how "
                     f"{_format(format)} holds it. Take it there: gdx.storage.convert(state, tx.init(params))"
                 )
-            axes = unreduced_axes(gradients[i]) if is_packed(leaf) else ()
+            axes = unreduced_axes(g) if isinstance(format, Format) and is_packed(moment) else ()
             if axes:
                 raise ValueError(
-                    f"{_name(tx)}: the gradient at {_path(updates, i)} is a sum that is still to be made over the axes "
-                    f"{', '.join(map(repr, axes))} of the mesh. Make it: jax.sharding.reshard(gradients, jax.P())"
+                    f"{type(tx).__name__}: the gradient at {_path(updates, i)} is a sum that is still to be made over "
+                    f"the axes {', '.join(map(repr, axes))} of the mesh. Make it: "
+                    f"jax.sharding.reshard(gradients, jax.P())"
                 )
 
 
-def _is_held_by(format: Any, leaf: Any) -> bool:
+def _is_held_by(format: Any, moment: Any) -> bool:
     """Whether a moment is in this format; without one, or where one does not fit, in at least float32."""
-    if is_encoded(format, leaf):
-        return _kinds(leaf) == _stored_kind(format, leaf.shape)
-    if is_packed(leaf) or not jnp.issubdtype(leaf.dtype, np.floating):
-        return not is_packed(leaf) and jnp.iscomplexobj(leaf)
+    if isinstance(format, Format) and format.holds(moment):
+        return _kinds(moment) == _stored_kind(format, moment.shape)
+    if is_packed(moment) or not jnp.issubdtype(moment.dtype, np.floating):
+        return not is_packed(moment) and jnp.iscomplexobj(moment)
     # without x64, float64 means float32
     return (
-        leaf.dtype == jax.dtypes.canonicalize_dtype(format)
+        moment.dtype == jax.dtypes.canonicalize_dtype(format)
         if isinstance(format, np.dtype)
-        else leaf.dtype.itemsize >= 4
+        else moment.dtype.itemsize >= 4
     )
 
 
@@ -264,19 +269,16 @@ def check_returned(tx: Any, method: str, found: Any, expected: list[Any], what: 
         else:
             got = f"no tuple but {_array(found)}"
         raise TypeError(
-            f"{_name(tx)}: {method} returned {got}; expected a tuple of {len(expected)}"
+            f"{type(tx).__name__}: {method} returned {got}; expected a tuple of {len(expected)}"
             f"{', in the shapes ' + ', '.join(map(str, shapes)) if shapes else ''}: {what}"
         )
 
 
-def check_complex(tx: Any, updates: optax.Updates, columns: list[list[Any]]) -> None:
-    """Raises where a gradient is complex, but in none of `columns` (leaves of the parameters, all moments) it is."""
-    for i, (leaf, *others) in enumerate(zip(jax.tree.leaves(updates), *columns)):
-        if jnp.iscomplexobj(leaf) and others and not any(map(_is_complex, others)):
-            raise TypeError(
-                f"{_name(tx)}: the gradient at {_path(updates, i)} is complex, but the parameter is real; "
-                f"take the gradient's real part, or make the parameter complex"
-            )
+def _refuse_complex(tx: Any, updates: optax.Updates, index: int) -> None:
+    raise TypeError(
+        f"{type(tx).__name__}: the gradient at {_path(updates, index)} is complex, but the parameter is real; "
+        f"take the gradient's real part, or make the parameter complex"
+    )
 
 
 def check_alike(tx: Any, what: str, tree: Any, does: str) -> None:
@@ -284,15 +286,15 @@ def check_alike(tx: Any, what: str, tree: Any, does: str) -> None:
     axes = {axis for x in jax.tree.leaves(tree) for axis in varying_axes(x)}
     if axes:
         raise ValueError(
-            f"{_name(tx)}: in jax.shard_map {what} differ along {', '.join(map(repr, sorted(axes)))}: each device "
-            f"would {does} its own. Expected their mean, as from jax.lax.pmean"
+            f"{type(tx).__name__}: in jax.shard_map {what} differ along {', '.join(map(repr, sorted(axes)))}: each "
+            f"device would {does} its own. Expected their mean, as from jax.lax.pmean"
         )
 
 
 def require_params(tx: Any, params: optax.Params | None) -> None:
     """Raises if the parameters were not passed."""
     if params is None:
-        raise ValueError(f"{_name(tx)}: update needs the parameters; call update(gradients, state, params)")
+        raise ValueError(f"{type(tx).__name__}: update needs the parameters; call update(gradients, state, params)")
 
 
 _STATE_MEND = (
@@ -350,7 +352,3 @@ def _array(leaf: Any) -> str:
     if hasattr(leaf, "dtype"):
         return f"{leaf.dtype if leaf.dtype != jax.dtypes.float0 else 'float0'}[{','.join(map(str, leaf.shape))}]"
     return f"{type(leaf).__name__} {leaf!r}"
-
-
-def _name(tx: Any) -> str:
-    return type(tx).__name__

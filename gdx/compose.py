@@ -15,7 +15,9 @@ from gdx.transform import Call, Transform, to_transform
 
 
 def _to_transforms(label: str, value: Any) -> tuple[Transform, ...]:
-    return tuple(to_transform(f"{label}[{i}]", link) for i, link in enumerate(value))
+    if not value:
+        raise ValueError("chain: got no transforms; expected at least one, such as gdx.sgd(0.1)")
+    return tuple([to_transform(f"{label}[{i}]", link) for i, link in enumerate(value)])
 
 
 class chain(Transform):
@@ -52,15 +54,11 @@ class chain(Transform):
         object.__setattr__(self, "transforms", transforms)
         self.__post_init__()
 
-    def validate(self) -> None:
-        if not self.transforms:
-            raise ValueError("chain: got no transforms; expected at least one, such as gdx.sgd(0.1)")
-
     def __repr__(self) -> str:
         return f"chain({', '.join(map(repr, self.transforms))})"
 
     def _init(self, params: optax.Params) -> optax.OptState:
-        return tuple(link._init(params) for link in self.transforms)
+        return tuple([link._init(params) for link in self.transforms])
 
     def _update(self, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> tuple[Any, Any]:
         structure: Any  # its type knows no methods
@@ -90,12 +88,9 @@ class chain(Transform):
 def _links(tx: chain, states: Any) -> tuple[Any, ...]:
     """The links, each as what does the work, with those of a chain inside it as a tuple, as their states are."""
     check_chain_state(tx, states, len(tx.transforms))
-    made = zip(map(_made, tx.transforms), states)
-    return tuple(_links(link, state) if isinstance(link, chain) else link for link, state in made)
-
-
-def _made(link: Transform) -> Transform:
-    """A link, or the transform of gdx's that a call has made."""
-    while isinstance(link, Call) and isinstance(made := link.made, Transform):
-        link = made
-    return link
+    links = list[Any]()
+    for link, state in zip(tx.transforms, states):
+        while isinstance(link, Call) and isinstance(made := link.made, Transform):
+            link = made
+        links.append(_links(link, state) if isinstance(link, chain) else link)
+    return tuple(links)

@@ -84,16 +84,21 @@ def to_scalar(
     mend: str = "",
 ) -> Any:
     """`value` as a field holds it: a number (see `to_number`), a schedule, or None."""
-    expected = f"expected a finite number{_interval(minimum, below)}, an array of shape () or a schedule"
-    if makes_schedules(value):
-        raise TypeError(f"{label} is {text(value)}, which is no function of the step count; {expected}: call it first")
-    if callable(value) or (optional and value is None):
+    if optional and value is None:
+        return value
+    if callable(value):
+        if makes_schedules(value):
+            raise TypeError(
+                f"{label} is {text(value)}, which is no function of the step count; {_expected(minimum, below)}: "
+                f"call it first"
+            )
         return value
     if not isinstance(value, _NUMBERS) or not is_real(value):
-        raise TypeError(f"{label} is {reprlib.repr(value)}; {expected}")
+        raise TypeError(f"{label} is {reprlib.repr(value)}; {_expected(minimum, below)}")
     if np.shape(value) != ():
         raise ValueError(
-            f"{label} has shape {np.shape(value)}; {expected}. Build a batch of optimizers with gdx.stack or gdx.grid"
+            f"{label} has shape {np.shape(value)}; {_expected(minimum, below)}. Build a batch of optimizers with "
+            f"gdx.stack or gdx.grid"
         )
     coarse = ""
     if below < np.inf and hasattr(value, "dtype") and value.dtype.itemsize < 4:
@@ -104,12 +109,12 @@ def to_scalar(
     if is_concrete(value):
         with np.errstate(over="ignore"):
             rounded = float(np.asarray(value).astype(jnp.result_type(float)))
-        minimum = max(minimum, np.finfo(float).min)  # -inf is no number either
-        in_range = minimum <= float(value) < below
-        if not (in_range and minimum <= rounded < below and bool(rounded) == bool(value)):
+        least = max(minimum, np.finfo(float).min)  # -inf is no number either
+        in_range = least <= float(value) < below
+        if not (in_range and least <= rounded < below and bool(rounded) == bool(value)):
             in_float32 = f" ({rounded!r} in {jnp.result_type(float)})" if in_range else ""
-            hint = f". It is a {coarse}" if coarse else f"; {mend}" if mend and float(value) < minimum else ""
-            raise ValueError(f"{label} is {float(value)!r}{in_float32}; {expected}{hint}")
+            hint = f". It is a {coarse}" if coarse else f"; {mend}" if mend and float(value) < least else ""
+            raise ValueError(f"{label} is {float(value)!r}{in_float32}; {_expected(minimum, below)}{hint}")
     elif coarse:
         raise TypeError(f"{label} is a traced {coarse}")
     return to_number(value)
@@ -181,10 +186,9 @@ def is_real(x: Any) -> bool:
         return False
 
 
-def _interval(minimum: float, below: float) -> str:
-    if below < np.inf:
-        return f" in [{minimum:g}, {below:g})"
-    return f" >= {minimum:g}" if minimum > -np.inf else ""
+def _expected(minimum: float, below: float) -> str:
+    interval = f" in [{minimum:g}, {below:g})" if below < np.inf else f" >= {minimum:g}" if minimum > -np.inf else ""
+    return f"expected a finite number{interval}, an array of shape () or a schedule"
 
 
 def is_key(value: Any) -> bool:

@@ -2,17 +2,19 @@
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdx.checks import check_held, check_returned, check_state, checked_moments
-from gdx.numerics import by_itself, compute_dtype
-from gdx.storage.stepping import draws, on_its_mesh, stepped
-from gdx.transform import CountedState, Transform
+from gdx.checks import check_held, check_returned, check_state, checked_moments, require_params
+from gdx.numerics import by_itself
+from gdx.storage.formats import Format
+from gdx.storage.stepping import stepped
+from gdx.transform import CountedState, Transform, as_array
+from gdx.trees import paths
 
 
 class Leafwise(Transform):
@@ -32,6 +34,8 @@ class Leafwise(Transform):
       Counted: the state's NamedTuple where there are no moments, but a schedule to count for: with `count` alone.
       elementwise: whether `accumulate` and `direction` take each number by itself, so that they may be given
         the leaf in another shape: moments in blocks then cost less.
+      mask: on which leaves it acts, as a tree of booleans or a function of the parameters; None for all. Where there is
+        a mask, `update` needs the parameters, and the state is in an `optax.MaskedState`, as optax has it.
       rounds: whether this is a link that rounds parameters: `step` then takes `dither` as a keyword, a
         `gdx.storage.Dither` if the state has a count, and its update stays in the dtype it was computed in.
 
@@ -76,17 +80,13 @@ class Leafwise(Transform):
     Counted: ClassVar[Any] = optax.ScaleByScheduleState
     elementwise: ClassVar[bool] = False
     rounds: ClassVar[bool] = False
+    mask = cast(Any, None)  # an annotation would make it a field
     _moments: ClassVar[list[str]] = []
 
     @property
     def formats(self) -> tuple[Any, ...]:
         """The dtype or storage format of each moment; () if all are held as `start` made them."""
         return ()
-
-    @property
-    def is_masked(self) -> bool:
-        """Whether the state is in an `optax.MaskedState`, as optax has it where a mask is given."""
-        return False
 
     def start(self, p: jax.Array) -> tuple[Any, ...]:
         """The moments of one parameter before the first step, in the order of the state's fields."""
@@ -135,7 +135,20 @@ class Leafwise(Transform):
 
     def acts_on(self, params: optax.Params | None) -> Any:
         """True, or a tree like the parameters that is True where this transform acts; other leaves pass unchanged."""
-        return True
+        if self.mask is None:
+            return True
+        require_params(self, params)
+        mask = self.mask(params) if _is_function(self.mask) else self.mask
+        for path, leaf in zip(paths(mask), jax.tree.leaves(mask)):
+            if not isinstance(leaf, bool | np.bool_):
+                raise TypeError(f"{type(self).__name__}: the mask at {path} is {leaf!r}, expected True (acts) or False")
+        try:
+            return jax.tree.broadcast(jax.tree.map(bool, mask), params)
+        except ValueError as error:
+            raise ValueError(
+                f"{type(self).__name__}: the mask has leaves at {_listed(mask)}, the parameters at {_listed(params)}; "
+                f"expected one boolean for each parameter or for a whole subtree, or a function of the parameters"
+            ) from error
 
     # The state: moments, and the step count if it is needed.
 
@@ -145,6 +158,11 @@ class Leafwise(Transform):
         is_random = any(getattr(format, "stochastic", False) for format in self.formats)
         return "count" not in self.State._fields and (is_random or self.has_schedule)
 
+    @functools.cached_property
+    def draws(self) -> bool:
+        """Whether its step may need random bits."""
+        return self.rounds or any(isinstance(format, Format) for format in self.formats)
+
     def _packed(self, count: Any, structure: Any, rows: Iterable[Iterable]) -> Any:
         """The state of a count and of each leaf's moments."""
         columns = _columns(rows, len(self._moments))
@@ -153,11 +171,11 @@ class Leafwise(Transform):
             state = self.State(**moments) if count is None else self.State(count=count, **moments)
         else:
             state = CountedState(count, self.State(**moments)) if moments else self.Counted(count)
-        return optax.MaskedState(state) if self.is_masked else state
+        return state if self.mask is None else optax.MaskedState(state)
 
     def _unpacked(self, state: Any) -> tuple[Any, Any]:
         """Count and moments of a state."""
-        if self.is_masked:
+        if self.mask is not None:
             check_state(self, state, optax.MaskedState)
             state = state.inner_state
         kind, count = self.State, None
@@ -177,7 +195,8 @@ class Leafwise(Transform):
         rows = list(map(self.at(count).start, leaves))
         for row in rows:
             check_returned(self, "start", row, self._moments, f"the moments of State, {self.State.__name__}")
-        check_held(self, params, self._moments, rows)
+        if self.draws:
+            check_held(self, params, self._moments, rows)
         return self._packed(count, structure, rows)
 
     def _update(self, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> tuple[Any, Any]:
@@ -201,53 +220,58 @@ def update_leaves(
     for link, state in zip(links, states):
         count, kept = link._unpacked(state)
         at.append(link.at(count))
-        columns = checked_moments(link, updates, {name: getattr(kept, name) for name in link._moments})
+        trees = {name: getattr(kept, name) for name in link._moments}
+        columns = checked_moments(link, updates, trees) if trees else []
         mask = link.acts_on(params) if gradients else True
         acting.append([mask] * size if isinstance(mask, bool) else jax.tree.leaves(mask))
         counts.append(None if count is None else optax.safe_increment(count))
         moments.append(_columns(columns, size))
-    is_random = any(map(draws, links))
-
-    @functools.cache
-    def stepper(dtypes: tuple[np.dtype, ...]) -> Callable[..., tuple[Any, ...]]:
-        """The step of one leaf through links that compute in these dtypes."""
-        given = _scalars(tuple(at), counts, dtypes=dtypes)
-        numbers, structure = jax.tree.flatten((*given, counts if is_random else [None] * len(links)))
-        return functools.partial(_stepper(structure), numbers)
-
-    parameters = [None] * size if params is None else jax.tree.leaves(params)
+    draws = any(link.draws for link in links)
+    parameters = [None] * size if params is None else list(map(as_array, jax.tree.leaves(params)))
     # in the whole tree, of which this may be a group's part with None elsewhere: no two leaves round alike
-    places = enumerate(jax.tree.leaves(updates, is_leaf=lambda x: x is None))
-    indices = [np.uint32(i) for i, x in places if x is not None] if is_random else [None] * size
-    leaves = zip(zip(*acting), gradients, parameters, zip(*moments), indices)
-    rows = (stepper(_dtypes(g, p, kept))(acts, g, p, kept, index) for acts, g, p, kept, index in leaves)
+    places = enumerate(jax.tree.leaves(updates, is_leaf=lambda x: x is None)) if draws else ()
+    indices: list[Any] = [np.uint32(i) for i, x in places if x is not None] or [None] * size
+    steppers, rows = dict[Any, Any](), []
+    for acts, g, p, kept, index in zip(zip(*acting), gradients, parameters, zip(*moments), indices):
+        dtypes = _dtypes(g.dtype, None if p is None else p.dtype, tuple([tuple([x.dtype for x in m]) for m in kept]))
+        if dtypes not in steppers:
+            scalars = _scalars(tuple(at), counts, dtypes=dtypes)
+            numbers, of_numbers = jax.tree.flatten((*scalars, counts if draws else [None] * len(links)))
+            steppers[dtypes] = functools.partial(_stepper(of_numbers, dtypes), numbers)
+        rows.append(steppers[dtypes](acts, g, p, kept, index))
     new_updates, *new_moments = _columns(rows, 1 + len(links))
-    new_states = (link._packed(count, structure, kept) for link, count, kept in zip(links, counts, new_moments))
+    new_states = [link._packed(count, structure, kept) for link, count, kept in zip(links, counts, new_moments)]
     return jax.tree.unflatten(structure, new_updates), tuple(new_states)
 
 
-def _dtypes(g: Any, p: Any, moments: tuple[Any, ...]) -> tuple[np.dtype, ...]:
-    """In which each link computes: of what comes into it, whichever links share the call."""
-    dtypes = [compute_dtype(g)]
+@functools.cache
+def _dtypes(g: Any, p: Any, moments: tuple[tuple[Any, ...], ...]) -> tuple[np.dtype, ...]:
+    """In which each link computes: of what comes into it, given by its dtypes, whichever links share the call."""
+    dtypes = [np.promote_types(np.float32, g)]
     for kept in moments:
-        dtypes.append(compute_dtype(*jax.tree.leaves((p, kept)), np.zeros((), dtypes[-1])))
+        dtypes.append(functools.reduce(np.promote_types, kept if p is None else (p, *kept), dtypes[-1]))
     return tuple(dtypes[1:])
 
 
 @functools.partial(jax.jit, static_argnames="dtypes")
 def _scalars(links: tuple[Leafwise, ...], counts: list[Any], *, dtypes: tuple[np.dtype, ...]) -> tuple[list, list]:
     """Links with their hyperparameters in the dtypes they compute in, and what their leaves share."""
-    cast = [jax.tree.map(lambda x: x.astype(jnp.finfo(d).dtype), pair) for *pair, d in zip(links, counts, dtypes)]  # noqa: B023
-    return [link for link, _ in cast], [link.shared(count) for link, count in cast]
+    cast, shared = list[Leafwise](), []
+    for link, count, dtype in zip(links, counts, dtypes):
+        leaves, structure = jax.tree.flatten((link, count))
+        link, count = jax.tree.unflatten(structure, [x.astype(jnp.finfo(dtype).dtype) for x in leaves])
+        cast.append(link)
+        shared.append(link.shared(count))
+    return cast, shared
 
 
 @functools.lru_cache(maxsize=256)
-def _stepper(structure: Any) -> Callable[..., tuple[Any, ...]]:
+def _stepper(structure: Any, dtypes: tuple[np.dtype, ...]) -> Callable[..., tuple[Any, ...]]:
     """The jitted step of one leaf through links of this structure: each shape and dtype is traced once."""
 
-    def step(acting: tuple[bool, ...], numbers: list, g: Any, p: Any, moments: tuple, index: Any) -> tuple[Any, ...]:
-        links = zip(*jax.tree.unflatten(structure, numbers), acting, moments, _dtypes(g, p, moments))
+    def step(numbers: list, acting: tuple[bool, ...], g: Any, p: Any, moments: tuple, index: Any) -> tuple[Any, ...]:
         u, new = g, list[tuple[Any, ...]]()
+        links = zip(*jax.tree.unflatten(structure, numbers), acting, moments, dtypes)
         for link, shared, count, acts, kept, dtype in links:
             if acts:
                 # where no moment stands between them, the compiler makes one factor of two numbers that are constants
@@ -256,9 +280,20 @@ def _stepper(structure: Any) -> Callable[..., tuple[Any, ...]]:
             new.append(tuple(kept))
         return u, *new
 
-    return jax.jit(functools.partial(on_its_mesh, step), static_argnums=1)
+    return jax.jit(step, static_argnums=1)
 
 
 def _columns(rows: Iterable[Iterable], width: int) -> list[tuple]:
     """Rows turned into `width` columns, also where there are no rows."""
     return list(zip(*rows, strict=True)) or [()] * width
+
+
+def _is_function(mask: Any) -> bool:
+    """Whether a mask is a function of the parameters: a module that can be called may be a tree of booleans."""
+    leaves = jax.tree.leaves(mask)
+    return bool(leaves) and all(map(callable, leaves))
+
+
+def _listed(tree: Any) -> str:
+    listed = list(paths(tree))
+    return ", ".join([*listed[:5], "..."] if len(listed) > 5 else listed) or "no path"

@@ -64,13 +64,10 @@ class Schedule(Value):
     _keeper = "schedule"
     _has_name = True
 
-    def _check_given(self, given: Mapping[str, Any]) -> None:
-        for name, value in given.items():
-            takes = self._metadata(name)["takes"]
-            if value is not takes.default:
-                check_type(f"{type(self).__name__}: {name}", value, takes.annotation)
-
     def _convert(self, name: str, value: Any, source: str = "") -> tuple[Any, bool]:
+        takes = self._metadata[name]["takes"]
+        if value is not takes.default:
+            check_type(f"{type(self).__name__}: {name}", value, takes.annotation)
         kept, is_child = super()._convert(name, value, source)
         if is_child or not isinstance(value, tuple | list | dict):
             return kept, is_child
@@ -116,14 +113,14 @@ class Schedule(Value):
         dtype = jnp.result_type(float)
         # adding 0 * t keeps a constant from being worked on at compile time, which rounds differently
         zero = jnp.sum(0 * count.astype(dtype))
-        made = self._made(lambda number: jnp.asarray(number, dtype) + zero)
+        made = self._made(lambda x: x if isinstance(x, Value) else jnp.asarray(x, dtype) + zero)
         # it computes with an integer count, which strict promotion would refuse
         with jax.numpy_dtype_promotion("standard"):
             value = jnp.asarray(made(count))
         return value if value.shape else jnp.broadcast_to(value, count.shape)
 
     def _made(self, convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """What the function returns for its fields, numbers converted."""
+        """What the function returns for its fields, this done to numbers and schedules in them."""
         try:
             with jax.numpy_dtype_promotion("standard"), np.errstate(all="ignore"):
                 made = cast(Any, self)._function[0](**self._arguments_with(convert))

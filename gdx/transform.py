@@ -25,6 +25,7 @@ import functools
 import operator
 import re
 import reprlib
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, ParamSpec, Self, cast, dataclass_transform
 
@@ -123,14 +124,14 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
         """The transformed updates and the next state."""
         # the gradients of optax.lookahead's pair of parameters are those of `fast`; its updates are a pair too
         check_gradients(self, updates, params.fast if isinstance(params, optax.LookaheadParams) else params)
-        new, state = self._update(jax.tree.map(_as_array, updates), state, params, extra_args)
+        new, state = self._update(jax.tree.map(as_array, updates), state, params, extra_args)
         if isinstance(params, optax.LookaheadParams):
             return new, state
         return self._as_returned(new, updates, params), state
 
     def _as_returned(self, new: Any, updates: Any, params: Any) -> Any:
         """Updates in the dtypes in which `update` returns them."""
-        if self.rounds:
+        if params is not None and any(map(is_bfloat16, jax.tree.leaves(params))) and self.rounds:
             # what rounds parameters to bfloat16 says how far in float32
             return jax.tree.map(lambda u, g, p: u if is_bfloat16(p) else cast_like(u, g), new, updates, params)
         return jax.tree.map(cast_like, new, updates)
@@ -185,13 +186,12 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
 
     # Hyperparameters as arrays.
 
-    def _hyperparameters(self) -> Iterator[tuple[str, Any]]:
+    def _hyperparameters(self) -> list[tuple[str, Any]]:
         """The numbers and schedules among its own fields, by name."""
-        for field in dataclasses.fields(cast(Any, self)):
-            value = getattr(self, field.name)
-            is_number = value is not None and not isinstance(value, tuple | list | dict | Transform)
-            if is_number and not self._is_static(field):
-                yield field.name, value
+        fields: Any = vars(self)
+        structure = fields["_structure"]
+        held = [(name, fields[name]) for name in (*structure.children, *structure.schedules)]
+        return [pair for pair in held if not isinstance(pair[1], types.NoneType | tuple | list | dict | Transform)]
 
     @functools.cached_property
     def has_schedule(self) -> bool:
@@ -201,39 +201,45 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
     def at(self, count: Any) -> Self:
         """This transform with its hyperparameters in the default float dtype, schedules called with `count`."""
         fields: dict[str, Any] = vars(self)  # type: ignore[assignment]
-        dtype, structure = jnp.result_type(float), fields["_structure"]
+        dtype = jnp.result_type(float)
         if fields.get("_at", (None,))[0] is dtype:
             return fields["_at"][1]
-        arrays = {}
-        for name, value in self._hyperparameters():
-            if callable(value):
-                # schedules compute with an integer count, which strict promotion would refuse
-                try:
-                    with jax.numpy_dtype_promotion("standard"):
-                        scheduled = value(count)
-                except jax.errors.ConcretizationTypeError as error:
-                    raise TypeError(
-                        f"{type(self).__name__}: {name}, {text(value)}, needs the value of the step count, which is "
-                        f"traced; let the schedule compute with jax.numpy, and decide with jnp.where "
-                        f"({str(error).splitlines()[0]})"
-                    ) from error
-                value, _ = self._convert(name, scheduled, source=f", as returned by the schedule {text(value)},")
-            self._check_single(name, value)
+        own, arrays = self._hyperparameters(), {}
+        for name, value in own:
+            value = self._scheduled(name, value, count) if callable(value) else value
+            if np.ndim(value):
+                self._refuse_batch(name, value)
             arrays[name] = value.astype(dtype)
         # a schedule that is a plain function is part of the structure, its value is not
-        at = values.unflatten(type(self), structure.with_children(arrays), values.flatten(self)[0])
-        vars(at).update(arrays)
-        if not self.has_schedule and all(isinstance(x, np.generic) for x in jax.tree.leaves(self)):
+        at, structure = self._empty(), fields["_structure"]
+        if structure.schedules:
+            structure = structure.with_children(arrays)
+        cast(Any, vars(at)).update({name: fields[name] for name in self._metadata} | arrays, _structure=structure)
+        if all(isinstance(value, np.generic) for _, value in own):
             fields["_at"] = dtype, at
         return at
 
-    def _check_single(self, name: str, value: Any) -> None:
-        """Raises where this is a batch, of which each member has a step of its own."""
-        if np.shape(value) != ():
-            raise ValueError(
-                f"{type(self).__name__}: {name} has shape {np.shape(value)}: this is a batch of "
-                f"optimizers; call its init and update under jax.vmap, or train it with gdx.sweep"
-            )
+    def _scheduled(self, name: str, schedule: Callable[[Any], Any], count: Any) -> Any:
+        """The value of a schedule at a count."""
+        # it computes with an integer count, which strict promotion would refuse
+        try:
+            with jax.numpy_dtype_promotion("standard"):
+                scheduled = schedule(count)
+        except jax.errors.ConcretizationTypeError as error:
+            raise TypeError(
+                f"{type(self).__name__}: {name}, {text(schedule)}, needs the value of the step count, which is "
+                f"traced; let the schedule compute with jax.numpy, and decide with jnp.where "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+        value, _ = self._convert(name, scheduled, source=f", as returned by the schedule {text(schedule)},")
+        return value
+
+    def _refuse_batch(self, name: str, value: Any) -> None:
+        """Raises since this is a batch, of which each member has a step of its own."""
+        raise ValueError(
+            f"{type(self).__name__}: {name} has shape {np.shape(value)}: this is a batch of "
+            f"optimizers; call its init and update under jax.vmap, or train it with gdx.sweep"
+        )
 
     # The optax view: the pair (init, update), and nothing of a tuple otherwise.
 
@@ -293,7 +299,8 @@ def _is_transform(x: Any) -> bool:
     return isinstance(x, optax.GradientTransformation)
 
 
-def _as_array(g: Any) -> Any:
+def as_array(g: Any) -> Any:
+    """A leaf as it is, or a Python float as an array."""
     return g if hasattr(g, "dtype") else jnp.asarray(g, compute_dtype(g))
 
 
@@ -304,7 +311,7 @@ def widened(g: Any) -> Any:
 
 def cast_like(u: Any, g: Any) -> Any:
     """The update in the gradient's dtype."""
-    dtype = jnp.result_type(g)
+    dtype = g.dtype if hasattr(g, "dtype") else compute_dtype(g)
     if u.dtype == dtype:
         return u
     # times a constant that is a power of two, a compiler would multiply in float16, and contract what adds the update
@@ -312,7 +319,7 @@ def cast_like(u: Any, g: Any) -> Any:
 
 
 def is_bfloat16(p: Any) -> bool:
-    return jnp.result_type(p) == jnp.bfloat16
+    return getattr(p, "dtype", None) == jnp.bfloat16
 
 
 class Foreign(Transform):
@@ -400,40 +407,49 @@ class Call(Transform):
 
     _keeper = "value"
 
-    def _check_given(self, given: Mapping[str, Any]) -> None:
-        self._call(given)
+    def __post_init__(self, *kept: Any) -> None:
+        given = self._given()
+        try:
+            # as they were given: it may know more of them than its signature says
+            self._call(given)
+        except Exception as error:
+            if not any(f": {name} " in str(error) for name in given):
+                super().__post_init__(*kept)  # what it tripped over may be an argument, which this names
+            raise
+        super().__post_init__(*kept)
 
     @property
     def made(self) -> Any:
         """What the function returns for these fields: the transform that does the work."""
         fields: dict[str, Any] = vars(self)  # type: ignore[assignment]
-        if "_made" in fields:
-            return fields["_made"]
+        dtype = jnp.result_type(float)
+        if fields.get("_made", (None,))[0] is dtype:
+            return fields["_made"][1]
         if not all(isinstance(x, np.generic) for x in jax.tree.leaves(self)):
-            return self._call(self._arguments_in(jnp.result_type(float)))
+            return self._call(self._arguments_in(dtype))
         # kept, so that what the function computes must be no part of a program that is traced around this
         with jax.ensure_compile_time_eval():
-            fields["_made"] = self._call(self._arguments_in(jnp.result_type(float)))
-        return fields["_made"]
+            fields["_made"] = dtype, self._call(self._arguments_in(dtype))
+        return fields["_made"][1]
 
     def _made_for(self, tree: Any) -> Any:
         """It, with numbers no wider than the tree: optax's functions may not promote what they are given."""
-        made, dtypes = self.made, {jnp.finfo(compute_dtype(x)).dtype for x in jax.tree.leaves(tree)}
-        if isinstance(made, Transform) or not dtypes - {jnp.result_type(float)}:
-            return made
+        dtypes = {jnp.finfo(compute_dtype(x)).dtype for x in jax.tree.leaves(tree)}
+        if not dtypes - {jnp.result_type(float)}:
+            return self.made
         return self._call(self._arguments_in(min(dtypes, key=lambda dtype: dtype.itemsize)))
 
     def _arguments_in(self, dtype: np.dtype) -> dict[str, Any]:
         """What the function is called with, numbers in this dtype."""
-        for name, value in self._hyperparameters():
-            # integers and keys may have a shape
-            if is_float(value) and not self._metadata(name)["takes"].arrays:
-                self._check_single(name, value)
 
         def converted(x: Any) -> Any:
             # of numpy's where nothing traces it
             return x.astype(dtype) if hasattr(x, "dtype") and is_float(x) and x.dtype != dtype else x
 
+        for name, value in self._hyperparameters():
+            # integers and keys may have a shape
+            if np.ndim(value) and is_float(value) and not self._metadata[name]["takes"].arrays:
+                self._refuse_batch(name, value)
         return self._arguments_with(converted)
 
     @contextlib.contextmanager
@@ -467,16 +483,16 @@ class Call(Transform):
         return made.rounds if isinstance(made, Transform) else super().rounds
 
     def _init(self, params: optax.Params) -> optax.OptState:
-        made = self._made_for(params)
+        made = self.made
         with self._named():
-            return made._init(params) if isinstance(made, Transform) else made.init(params)
+            return made._init(params) if isinstance(made, Transform) else self._made_for(params).init(params)
 
     def _update(self, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> tuple[Any, Any]:
-        made = self._made_for(updates)
+        made = self.made
         with self._named():
             if isinstance(made, Transform):
                 return made._update(updates, state, params, extra_args)
-            return foreign_update(self, made, updates, state, params, extra_args)
+            return foreign_update(self, self._made_for(updates), updates, state, params, extra_args)
 
     def _counts(self, state: Any) -> Iterator[tuple[Any, Any]]:
         made, settings = self.made, values.names_of(self).values()

@@ -18,7 +18,7 @@ import typing
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Self, dataclass_transform
+from typing import Any, ClassVar, Self, cast, dataclass_transform
 
 import jax
 import numpy as np
@@ -52,7 +52,8 @@ class Value:
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        _check_names(cls, kwargs)
+        if not kwargs.keys() <= cls._metadata.keys():
+            _check_names(cls, kwargs)
         return cls._empty()
 
     @classmethod
@@ -60,66 +61,62 @@ class Value:
         """One without fields yet."""
         return object.__new__(cls)
 
+    # what is known of each field, by name
+    _metadata: ClassVar[dict[str, Mapping[str, Any]]] = {}
+
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+        cls._metadata = {field.name: field.metadata for field in dataclasses.fields(cast(Any, cls))}
         for base in cls.__bases__:
             taken = _field_names(cls) - _field_names(base)
-            for name in sorted(name for name in taken if hasattr(base, name)):
+            for name in sorted(name for name in taken if getattr(base, name, None) is not None):
                 raise TypeError(f"{cls.__name__}: {name!r} is a name that values have for something else; use another")
         # inspect would otherwise show __new__, and optax.inject_hyperparams reads the signature
         parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
         cls.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         jax.tree_util.register_pytree_with_keys(cls, _flatten_with_keys, functools.partial(unflatten, cls), flatten)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, kept: Mapping[str, tuple[Any, bool]] = MappingProxyType({})) -> None:
+        # what the fields hold by now is what they were given, but for those that are kept
         given = self._given()
-        try:
-            self._check_given(given)
-        except Exception as error:
-            if not any(f": {name} " in str(error) for name in given):
-                self._converted(given)  # what it tripped over may be an argument, which this names
-            raise
-        self._set(self._converted(given))
+        self._set({name: kept[name] if name in kept else self._convert(name, given[name]) for name in given})
         self.validate()
-
-    def _converted(self, given: Mapping[str, Any]) -> dict[str, tuple[Any, bool]]:
-        return {name: self._convert(name, value) for name, value in given.items()}
 
     def _given(self) -> dict[str, Any]:
         """The fields by name."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {name: vars(self)[name] for name in self._metadata}
 
     def _arguments_with(self, convert: Callable[[Any], Any]) -> dict[str, Any]:
-        """The fields by name, with this done to each of their numbers, but to none of a value inside."""
-
-        def converted(x: Any) -> Any:
-            return x if isinstance(x, Value) else convert(x)
-
+        """The fields by name, with this done to each of their numbers, and to each value inside as a whole."""
         children = vars(self)["_structure"].children
         return {
-            name: jax.tree.map(converted, held, is_leaf=lambda x: isinstance(x, Value)) if name in children else held
+            name: jax.tree.map(convert, held, is_leaf=_is_whole) if name in children else held
             for name, held in self._given().items()
         }
 
-    def _check_given(self, given: Mapping[str, Any]) -> None:
-        """Raises an error where the arguments, as they were given, are refused."""
-
     def _set(self, converted: Mapping[str, tuple[Any, bool]]) -> None:
         """Fills in the fields: the value of each, and whether it is a child."""
-        vars(self).update({name: value for name, (value, _) in converted.items()})
-        children = tuple(name for name, (_, is_child) in converted.items() if is_child)
-        rest = tuple((name, Setting(value)) for name, (value, is_child) in converted.items() if not is_child)
-        vars(self)["_structure"] = Structure(children, rest)
+        fields = vars(self)
+        fields.update({name: value for name, (value, _) in converted.items()})
+        rest = {name: value for name, (value, is_child) in converted.items() if not is_child}
+        fields["_structure"] = Structure(
+            tuple([name for name in converted if name not in rest]),
+            tuple([(name, Setting(value)) for name, value in rest.items()]),
+            tuple([name for name, value in rest.items() if callable(value) and self._takes_schedules(name)]),
+        )
 
-    def _metadata(self, name: str) -> Mapping[str, Any]:
-        """What is known of a field."""
-        return type(self).__dataclass_fields__[name].metadata  # type: ignore[attr-defined]
+    def _takes_schedules(self, name: str) -> bool:
+        """Whether a function in this field is in the place of a number."""
+        metadata = self._metadata[name]
+        return metadata["takes"].floats if "takes" in metadata else not metadata.get("static")
 
     def _convert(self, name: str, value: Any, source: str = "") -> tuple[Any, bool]:
         """A field's value in its canonical form, and whether it is a child of the pytree."""
         label = f"{type(self).__name__}: {name}{source}"
-        value, metadata = _copied(label, value), self._metadata(name)
+        metadata = self._metadata[name]
+        if not isinstance(value, int | float | str | types.NoneType):  # most are
+            value = _copied(label, value)
         convert = metadata.get("convert")
         if convert is None:
             takes = metadata.get("takes", ANYTHING)
@@ -230,17 +227,15 @@ class Value:
 
     def _put(self, changes: Sequence[tuple[tuple, Any]]) -> Self:
         """The same value with others at these paths: all put in their places before any is checked."""
-        given = self._given()
-        children = vars(self)["_structure"].children
-        converted = {name: (value, name in children) for name, value in given.items()}
-        for name in dict.fromkeys(path[0] for path, _ in changes):
-            given[name] = _with(given[name], [(path[1:], value) for path, value in changes if path[0] == name], self)
-            converted[name] = self._convert(name, given[name])
-        changed = self._empty()
-        changed._check_given(given)
-        changed._set(converted)
-        changed.validate()
-        return changed
+        given, children = self._given(), vars(self)["_structure"].children
+        changed = {name: [(path[1:], value) for path, value in changes if path[0] == name] for name in given}
+        kept = {name: (value, name in children) for name, value in given.items() if not changed[name]}
+        for name, there in changed.items():
+            given[name] = _with(given[name], there, self) if there else given[name]
+        new = self._empty()
+        vars(new).update(given)
+        new.__post_init__(kept)
+        return new
 
     def _put_each(self, found: Sequence["Named"], new: list[Any], size: int) -> Self:
         """The same in each of so many members of a batch, where what is new may have an item for each."""
@@ -275,30 +270,24 @@ class Value:
 
     def _walk(self, containers: bool = False) -> "Iterator[Named]":
         """What has a name, and containers if asked for."""
-        children = vars(self)["_structure"].children
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value, is_child = getattr(self, field.name), field.name in children
+        structure = vars(self)["_structure"]
+        for name, value in self._given().items():
+            is_child = name in structure.children
+            is_static = not is_child and name not in structure.schedules
             if containers and is_child and isinstance(value, tuple | list | dict):
-                yield Named((field.name,), (field.name,), False, value)
-            for labels, path, item in _items(field.name, value) if is_child else [((field.name,), (), value)]:
+                yield Named((name,), (name,), False, value)
+            for labels, path, item in _items(name, value) if is_child else [((name,), (), value)]:
                 if not isinstance(item, Value) or item._has_name:
-                    yield Named(labels, (field.name, *path), self._is_static(field), item)
+                    yield Named(labels, (name, *path), is_static, item)
                 if isinstance(item, Value) and is_child:
                     for inner in item._walk(containers):
-                        yield inner.within((field.name, *path))._replace(labels=(*labels, *inner.labels))
-
-    def _is_static(self, field: dataclasses.Field) -> bool:
-        """Whether a field is neither a number nor anything in the place of one."""
-        if "takes" not in field.metadata:
-            return bool(field.metadata.get("static"))
-        is_child = field.name in vars(self)["_structure"].children
-        return not (is_child or (callable(getattr(self, field.name)) and field.metadata["takes"].floats))
+                        yield inner.within((name, *path))._replace(labels=(*labels, *inner.labels))
 
 
 def size_of(value: Value) -> int:
     """How many members it has, if it is a batch: a number that takes no shape has one. 0 if it is none."""
     for name in vars(value)["_structure"].children:
-        takes = value._metadata(name).get("takes")
+        takes = value._metadata[name].get("takes")
         for leaf in jax.tree.leaves(vars(value)[name], is_leaf=_is_whole):
             if isinstance(leaf, Value):
                 size = size_of(leaf)
@@ -323,8 +312,6 @@ def _meant(name: str, known: Iterable[str]) -> str:
 
 def _check_names(cls: type, given: Mapping[str, Any]) -> None:
     """Raises where an argument has a name that the call does not know, with the one that is meant."""
-    if given.keys() <= cls.__dataclass_fields__.keys():  # type: ignore[attr-defined]
-        return
     parameters = inspect.signature(cls).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
@@ -395,12 +382,14 @@ def on_every_device(leaf: Any) -> Any:
 
 
 class Structure:
-    """What decides the program: which fields are children, and the values of all others."""
+    """What decides the program: which fields are children, and the values of all others, of them those schedules."""
 
-    __slots__ = ("_hash", "children", "rest")
+    __slots__ = ("_hash", "children", "rest", "schedules")
 
-    def __init__(self, children: tuple[str, ...], rest: tuple[tuple[str, Setting], ...]):
-        self.children, self.rest = children, rest
+    def __init__(
+        self, children: tuple[str, ...], rest: tuple[tuple[str, Setting], ...], schedules: tuple[str, ...] = ()
+    ):
+        self.children, self.rest, self.schedules = children, rest, schedules
         self._hash: int | None = None
 
     def __eq__(self, other: object) -> bool:
@@ -486,8 +475,6 @@ def guessed(label: str, value: Any, takes: Takes) -> tuple[Any, bool]:
 
 def _copied(label: str, value: Any) -> Any:
     """The same, its containers and numpy's arrays copied: others may change theirs."""
-    if value is None or isinstance(value, int | float | str):  # most are
-        return value
     try:
         return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, value, is_leaf=_is_whole)
     except ValueError as error:

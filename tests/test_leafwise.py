@@ -86,16 +86,21 @@ def test_a_chain_respects_an_overridden_step():
 
 def test_a_masked_state_is_optaxs_with_moments_and_a_schedule_too():
     class masked(gdx.scale_by_momentum):
-        is_masked = True
+        mask: object = gdx.static(default=True)
 
     tx, g = masked(lambda count: 0.5), jnp.ones(2)
     state = tx.init(g)
     assert state == optax.MaskedState(gdx.CountedState(0, optax.TraceState(state.inner_state.inner_state.trace)))
-    _, after = tx.update(g, tx.update(g, state)[1])
+    _, after = tx.update(g, tx.update(g, state, g)[1], g)
     assert after.inner_state.count == 2
     np.testing.assert_array_equal(after.inner_state.inner_state.trace, 1.5)
     with pytest.raises(TypeError, match=r"the state is a CountedState, expected MaskedState\(inner_state\)"):
         tx.update(g, state.inner_state)
+    with pytest.raises(ValueError, match="masked: update needs the parameters"):
+        tx.update(g, state)
+    tx, pair = masked(0.5, mask=[True, False]), [g, g]
+    _, after = tx.update(pair, tx.init(pair), pair)
+    assert [u.tolist() for u in tx.update(pair, after, pair)[0]] == [[1.5, 1.5], [1.0, 1.0]]
 
 
 def test_one_call_per_leaf_gives_the_bits_of_separate_links():

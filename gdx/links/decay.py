@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
-import numpy as np
 import optax
 from optax.transforms._adding import WeightDecaySchedule  # has no public name
 
@@ -12,7 +11,6 @@ from gdx.checks import require_params
 from gdx.fields import Scalar, hyperparameter, static
 from gdx.leafwise import Leafwise
 from gdx.numerics import alike
-from gdx.trees import paths
 
 
 class add_decoupled_weight_decay(Leafwise):
@@ -51,38 +49,9 @@ class add_decoupled_weight_decay(Leafwise):
     weight_decay: Scalar = hyperparameter(default=1e-4, minimum=0)
     mask: Any | Callable[[Any], Any] = static(default=None)
 
-    @property
-    def is_masked(self) -> bool:
-        return self.mask is not None
-
     def acts_on(self, params: optax.Params | None) -> Any:
         require_params(self, params)
-        if self.mask is None:
-            return True
-        mask = self.mask(params) if _is_function(self.mask) else self.mask
-        for path, leaf in zip(paths(mask), jax.tree.leaves(mask)):
-            if not isinstance(leaf, bool | np.bool_):
-                raise TypeError(
-                    f"{type(self).__name__}: the mask at {path} is {leaf!r}, expected True (decays) or False"
-                )
-        try:
-            return jax.tree.broadcast(jax.tree.map(bool, mask), params)
-        except ValueError as error:
-            raise ValueError(
-                f"{type(self).__name__}: the mask has leaves at {_listed(mask)}, the parameters at {_listed(params)}; "
-                f"expected one boolean for each parameter or for a whole subtree, or a function of the parameters"
-            ) from error
+        return super().acts_on(params)
 
     def step(self, shared: tuple, g: jax.Array, p: jax.Array) -> tuple[jax.Array]:
         return (g + alike(self.weight_decay * p),)
-
-
-def _is_function(mask: Any) -> bool:
-    """Whether a mask is a function of the parameters: a module that can be called may be a tree of booleans."""
-    leaves = jax.tree.leaves(mask)
-    return bool(leaves) and all(map(callable, leaves))
-
-
-def _listed(tree: Any) -> str:
-    listed = list(paths(tree))
-    return ", ".join([*listed[:5], "..."] if len(listed) > 5 else listed) or "no path"

@@ -60,6 +60,10 @@ class Format:
         """Why arrays of this shape do not fit, in words, for reports and warnings."""
         return f"{shape} does not fit {self}"
 
+    def holds(self, moment: Any) -> bool:
+        """Whether such a moment, as it is or stored, is stored in this format: it is real, and fits."""
+        return not jnp.issubdtype(moment.dtype, jnp.complexfloating) and self.fits(moment.shape)
+
     def encode(self, x: jax.Array, dither: Dither) -> Any:
         """What is stored of a real array in at least float32: an array of the same shape, or a `Packed` one."""
         raise NotImplementedError(f"{type(self).__name__} defines no encode")
@@ -138,15 +142,9 @@ def to_storage(label: str, value: Any, *, second_moment: bool = False, expected:
     return dtype
 
 
-def is_encoded(format: Any, moment: Any) -> bool:
-    """Whether a moment is what this format, a dtype or None makes of such an array."""
-    real = not jnp.issubdtype(moment.dtype, jnp.complexfloating)
-    return isinstance(format, Format) and real and format.fits(moment.shape)
-
-
 def why_whole(format: Format, moment: Any) -> str:
     """Why a moment stays as it would be without this format; empty if it does not."""
-    if is_encoded(format, moment):
+    if format.holds(moment):
         return ""
     return "complex" if jnp.issubdtype(moment.dtype, np.complexfloating) else format.misfit(moment.shape)
 
@@ -169,7 +167,7 @@ def moment_like(p: jax.Array, dtype: Any = None, *, real: bool = False) -> Any:
     """
     if isinstance(dtype, Format):
         moment = moment_like(p, real=real)
-        return dtype.zeros(moment) if jnp.isrealobj(moment) and dtype.fits(moment.shape) else moment
+        return dtype.zeros(moment) if dtype.holds(moment) else moment
     if dtype is None:
         dtype = jnp.finfo(compute_dtype(p)).dtype
     if jnp.iscomplexobj(p) and not real:

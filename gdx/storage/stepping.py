@@ -15,7 +15,7 @@ from gdx.mesh import types_of, untyped, varying_alike
 from gdx.numerics import uncontracted
 from gdx.storage.blocks import Blocks, InBlocks, Packed, is_packed, without_slope
 from gdx.storage.dither import Dither
-from gdx.storage.formats import Format, Simulated, is_encoded, straight_through
+from gdx.storage.formats import Format, Simulated, straight_through
 
 
 class Formula(Protocol):
@@ -36,35 +36,34 @@ class Formula(Protocol):
     lasting: Callable[..., tuple[Any, ...]]
 
 
-def draws(link: Formula) -> bool:
-    """Whether its step may need random bits."""
-    return link.rounds or any(isinstance(format, Format) for format in link.formats)
-
-
-def on_its_mesh(
-    step: Callable[..., Any], numbers: Any, acting: Any, g: Any, p: Any, moments: Any, index: Any
-) -> tuple[Any, ...]:
-    """`step(acting, numbers, g, p, moments, index)`, a leaf's update and the links' moments, wherever that is."""
-    step = functools.partial(step, acting)
-    if any(map(is_packed, jax.tree.leaves(moments, is_leaf=is_packed))):
-        g, p, moments = varying_alike((g, p, moments))
-        types = types_of((g, *moments))
-        # blocks may end inside the part of a device, which types cannot say
-        step = untyped(step, types[0].mesh, types)
-    return step(numbers, g, p, moments, index)
-
-
 def stepped(
     link: Formula, shared: Any, g: Any, p: Any, moments: Sequence[Any], dtype: np.dtype, count: Any, index: Any
-) -> list[Any]:
+) -> tuple[Any, ...]:
     """A link's update of one leaf and its new moments as they are stored, all computed in this dtype.
 
     The count of steps and the leaf's index are what random bits are made of; None where there are none.
     """
     dither = None if count is None else Dither(count.astype(jnp.uint32), index)
+    if not any(map(is_packed, moments)):
+        return _step(link, shared, g, p, moments, _formats(link, moments), dtype, dither)
+    g, p, moments = varying_alike((g, p, moments))
+    types = types_of((g, *moments))
+    # blocks may end inside the part of a device, which types cannot say
+    step = untyped(functools.partial(_packed_step, dtype), types[0].mesh, types)
+    return step(link, shared, g, p, moments, dither)
+
+
+def _formats(link: Formula, moments: Sequence[Any]) -> list[Any]:
+    """The format of each moment, or None for one that is no more than an array in its dtype."""
+    pairs = itertools.zip_longest(link.formats, moments)
+    return [format if isinstance(format, Format) and format.holds(moment) else None for format, moment in pairs]
+
+
+def _packed_step(
+    dtype: np.dtype, link: Formula, shared: Any, g: Any, p: Any, moments: Sequence[Any], dither: Dither | None
+) -> tuple[Any, ...]:
     moments = [without_slope(moment) if is_packed(moment) else moment for moment in moments]
-    formats = [f if is_encoded(f, moment) else None for f, moment in zip(link.formats, moments)]
-    formats = formats or [None] * len(moments)
+    formats = _formats(link, moments)
     layouts = {tuple(f.layouts(g.shape)) for f in formats if isinstance(f, Blocks)}
     # what simulates blocks has to see the array's shape
     is_free = link.elementwise and not any(isinstance(f, Simulated) for f in formats)
@@ -75,7 +74,7 @@ def stepped(
     if layout is None or across or layout.missing:
         return whole()
 
-    def blocks() -> list[Any]:
+    def blocks() -> tuple[Any, ...]:
         in_blocks = [InBlocks(f, layout.axis) if isinstance(f, Blocks) else f for f in formats]
         # or the compiler goes back to the whole array, and writes out each scale once for each number
         b_g, b_p, b_moments = barrier(_each(layout.split, (g, p, moments)))
@@ -98,7 +97,7 @@ def _step(
     formats: Sequence[Any],
     dtype: np.dtype,
     dither: Dither | None,
-) -> list[Any]:
+) -> tuple[Any, ...]:
     real = jnp.finfo(dtype).dtype
 
     def cast(x: Any) -> Any:
@@ -128,12 +127,12 @@ def _step(
             used = [_used(*of) for of in itertools.zip_longest(formats, exact, held, link.lasting(shared))]
             u = link.direction(shared, cast(g), cast(p), *used)
             check_returned(link, "direction", (u,), [g], "the update")
-            return [u, *stored]
+            return u, *stored
         held = decode(moments)
         returned = link.step(shared, cast(g), cast(p), *held, **{"dither": dither} if link.rounds else {})
         check_returned(link, "step", returned, [g, *held], "the update, and the new moments in the order of State")
         u, *new = returned
-        return [u, *encode(new)]
+        return u, *encode(new)
 
 
 def _used(format: Format | None, exact: jax.Array, held: jax.Array, lasting: Any) -> jax.Array:

@@ -117,7 +117,7 @@ def state_in_the_computed_dtype(
     right: Any, link: Any, shared: Any, g: Any, p: Any, moments: Any, formats: Any, dtype: Any, dither: Any
 ) -> Any:
     u, *new = right(link, shared, g, p, moments, formats, dtype, dither)
-    return [u, *(x.astype(dtype) if format is None else x for x, format in zip(new, formats))]
+    return u, *(x.astype(dtype) if format is None else x for x, format in zip(new, formats))
 
 
 def not_averaged_from_the_start(right: Any, self: Any, updates: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
@@ -203,7 +203,7 @@ VARIANTS = list(map(Variant._make, (
      "links.decay:add_decoupled_weight_decay.acts_on",
      then(lambda mask: mask if isinstance(mask, bool) else jax.tree.map(lambda acts: not acts, mask))),
     ("a module as a mask is called", "test_transform.py::test_a_module_given_as_a_mask_is_a_tree",
-     "links.decay:_is_function", lambda right, mask: callable(mask)),
+     "leafwise:_is_function", lambda right, mask: callable(mask)),
     ("ascent", f"{ORACLE}[gradient_descent-0]", "links.descent:scale_by_learning_rate.shared",
      lambda right, self, count: -right(self, count)),
     ("decay not scaled by the rate", f"{ORACLE}[adamw-10]", "links.adam:adamw._function", ordered(0, 2, 1)),
@@ -256,7 +256,7 @@ VARIANTS = list(map(Variant._make, (
      "storage.stepping:_step",
      state_in_the_computed_dtype),
     ("computed in the leaf's dtype", "test_leafwise.py::test_everything_comes_in_one_dtype[bfloat16-float32]",
-     "numerics:compute_dtype", lambda right, *arrays: np.dtype(jnp.result_type(arrays[0]))),
+     "leafwise:_dtypes", lambda right, g, p, moments: (g,) * len(moments)),
     ("moments in the parameter's dtype",
      "contract/test_05_stable_state.py::test_moments_of_half_precision_parameters_are_float32",
      "storage.formats:moment_like",
@@ -264,8 +264,8 @@ VARIANTS = list(map(Variant._make, (
     ("state with a count by itself", "contract/test_11_saturates.py::test_counts_saturate[scale_by_momentum-4]",
      "leafwise:Leafwise._packed",
      then(lambda state: state.inner_state if isinstance(state, CountedState) else state)),
-    ("state of a mask not masked", f"{STRUCTURE}[adamw-1-constant]", "links.decay:add_decoupled_weight_decay.is_masked",
-     lambda right, self: False),
+    ("state of a mask not masked", f"{STRUCTURE}[adamw-1-constant]", "leafwise:Leafwise._packed",
+     then(lambda state: state.inner_state if isinstance(state, optax.MaskedState) else state)),
     ("sgd of one link", f"{STRUCTURE}[sgd-0-constant]", "links.momentum:sgd._function", ordered(1)),
     # Checks.
     ("tree not compared", "contract/test_10_refuses.py::test_gradients_unlike_the_parameters", "checks:check_like",
