@@ -12,7 +12,7 @@ import numpy as np
 from gdx.fields import is_real, text, uncalled
 from gdx.schedules import Schedule
 from gdx.transform import Transform
-from gdx.values import names_of, on_every_device, stacked
+from gdx.values import names_of, on_every_device, size_of, stacked
 
 
 def stack(optimizers: Iterable[Transform]) -> Transform:
@@ -26,7 +26,8 @@ def stack(optimizers: Iterable[Transform]) -> Transform:
         if they are values, as those of `gdx.schedules`).
 
     Raises:
-      ValueError: there is none, or they differ in more than numbers, which would be several programs.
+      ValueError: there is none, one is a batch itself, or they differ in more than numbers, which would be several
+        programs.
       TypeError: optimizers is no iterable, or one is no gdx transform.
 
     >>> import gdx, jax, jax.numpy as jnp
@@ -46,6 +47,11 @@ def stack(optimizers: Iterable[Transform]) -> Transform:
             raise TypeError(
                 f"stack: optimizer {i} is {reprlib.repr(member)}; expected one of gdx's, such as gdx.sgd(0.1) or "
                 f"gdx.value(optax.lion)(0.1){uncalled(member)}"
+            )
+        if size := size_of(member):
+            raise ValueError(
+                f"stack: optimizer {i}, {member!r}, is a batch of {size}; expected single optimizers, as those of a batch "
+                f"are: gdx.stack([*gdx.unstack(batch), gdx.sgd(0.1)])"
             )
         structure: Any = jax.tree.structure(member)
         if structure != jax.tree.structure(members[0]):

@@ -467,7 +467,9 @@ def guessed(label: str, value: Any, takes: Takes) -> tuple[Any, bool]:
         is_default = isinstance(value, float) and isinstance(takes.default, float) and value == takes.default
         return to_number(value) if is_default else to_scalar(label, value), True
     is_simple = isinstance(value, str | bool | complex | np.generic)
-    if is_simple and takes.floats and takes.kinds is not None and type(value) not in takes.kinds:
+    is_unlike = is_simple and takes.kinds is not None and type(value) not in takes.kinds
+    # an integer that is no number is too large for one
+    if takes.floats and (is_unlike or type(value) is int):
         to_scalar(label, value)  # which says what is expected
     # what can be called here is a schedule that JAX takes apart, such as a Partial
     return value, is_array or (callable(value) and takes.floats)

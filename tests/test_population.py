@@ -170,7 +170,12 @@ REFUSED = {
     "a batch among them": (
         lambda: gdx.stack([gdx.sgd(0.1), gdx.grid(gdx.sgd, learning_rate=[0.1, 0.2])]),
         ValueError,
-        r"optimizer 1, sgd\(learning_rate=<float64\[2\]>\), has other shapes than optimizer 0",
+        r"optimizer 1, sgd\(learning_rate=<float64\[2\]>\), is a batch of 2; expected single optimizers",
+    ),
+    "batches": (
+        lambda: gdx.stack([gdx.grid(gdx.sgd, learning_rate=[0.1, 0.2])] * 3),
+        ValueError,
+        r"optimizer 0, sgd\(learning_rate=<float64\[2\]>\), is a batch of 2.*gdx\.unstack",
     ),
     "an empty axis": (
         lambda: gdx.grid(gdx.sgd, learning_rate=[]),

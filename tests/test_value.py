@@ -447,6 +447,7 @@ WRONG = {
     "nan": (float("nan"), ValueError, "nan"),
     "infinity": (np.float32("inf"), ValueError, "inf"),
     "minus infinity": (-np.inf, ValueError, "-inf"),
+    "too large for a float": (10**400, TypeError, r"1000.*000; expected a finite number"),
     "an array": (jnp.ones(3), ValueError, r"\(3,\); expected a finite number.*gdx\.stack.*jax\.Array"),
     "a list": ([0.1, 0.2], TypeError, r"\[0\.1, 0\.2\]; expected a finite number"),
     "a dict": ({"w": 0.1}, TypeError, r"\{'w': 0\.1\}; expected a finite number"),

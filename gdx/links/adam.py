@@ -113,16 +113,20 @@ class scale_by_adam(Leafwise):
         return moment_like(p, self.mu_dtype), moment_like(p, self.nu_dtype, real=True)
 
     def shared(self, count: jax.Array) -> _Shared:
-        # in one array: the compiler writes log1p and expm1 out at length, and once for each call
-        steps = jnp.stack([count, count, count + 1])
-        past_mu, past_nu, next_mu = _correction(jnp.stack([self.b1, self.b2, self.b1]), steps)
-        # reciprocals, to be multiplied: the compiler rewrites a division by a scalar case by case
-        from_mu, from_g = 1 / past_mu, None
+        # in one array: the compiler writes log1p, expm1 and division out at length, and once for each call
+        b, steps, one = [self.b1, self.b2], [0, 0], jnp.ones_like(self.b1)
+        tops = [one, one]
         if self.nesterov:
-            from_mu, from_g = self.b1 / next_mu, (1 - self.b1) * from_mu
+            b, steps, tops = [*b, self.b1], [*steps, 1], [*tops, self.b1]
+        past = _correction(jnp.stack(b), count + jnp.asarray(steps, count.dtype))
+        # reciprocals, to be multiplied: the compiler rewrites a division by a scalar case by case
+        from_mu, from_nu, *next_mu = jnp.stack(tops) / past
+        from_g = None
+        if self.nesterov:
+            (from_mu,), from_g = next_mu, (1 - self.b1) * from_mu
         # with eps = 0, a gradient that is still zero makes no step rather than 0 / 0
         eps = jnp.maximum(self.eps, jnp.finfo(self.eps.dtype).tiny)
-        return _Shared(1 - self.b1, 1 - self.b2, from_mu, from_g, 1 / past_nu, eps, past_mu * (1 / (1 - self.b1)))
+        return _Shared(1 - self.b1, 1 - self.b2, from_mu, from_g, from_nu, eps, past[0] * (1 / (1 - self.b1)))
 
     def accumulate(
         self, shared: _Shared, g: jax.Array, p: jax.Array | None, mu: jax.Array, nu: jax.Array
