@@ -18,6 +18,7 @@ NAMES = [
     "bad_inputs",
     "curvature",
     "flows",
+    "functions",
     "groups",
     "noise",
     "sharding",

@@ -50,8 +50,8 @@ def stack(optimizers: Iterable[Transform]) -> Transform:
             )
         if size := size_of(member):
             raise ValueError(
-                f"stack: optimizer {i}, {member!r}, is a batch of {size}; expected single optimizers, as those of a batch "
-                f"are: gdx.stack([*gdx.unstack(batch), gdx.sgd(0.1)])"
+                f"stack: optimizer {i}, {member!r}, is a batch of {size}; expected single optimizers, as those of a "
+                f"batch are: gdx.stack([*gdx.unstack(batch), gdx.sgd(0.1)])"
             )
         structure: Any = jax.tree.structure(member)
         if structure != jax.tree.structure(members[0]):

@@ -38,7 +38,7 @@ from gdx import values
 from gdx.checks import check_gradients, check_params, check_state, check_state_like, state_kinds
 from gdx.fields import hyperparameter, static, text, uncalled
 from gdx.numerics import by_itself, compute_dtype
-from gdx.values import KEEPERS, Value, is_float, kept_calls
+from gdx.values import KEEPERS, Value, is_float, is_whole, kept_calls
 
 P = ParamSpec("P")
 
@@ -268,7 +268,7 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
 def transforms_in(tx: Transform) -> Iterator[Transform]:
     """The transforms among its arguments."""
     # at each update, so without their paths
-    for leaf in jax.tree.leaves(values.flatten(tx)[0], is_leaf=_is_transform):
+    for leaf in jax.tree.leaves(values.flatten(tx)[0], is_leaf=is_whole):
         if isinstance(leaf, Transform):
             yield leaf
 
@@ -283,7 +283,7 @@ def all_within(tx: Transform) -> Iterator[Transform]:
 
 def _transforms_at(tx: Transform) -> Iterator[tuple[tuple, Transform]]:
     """Path and transform of those among its arguments."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tx, is_leaf=lambda x: x is not tx and _is_transform(x)):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tx, is_leaf=lambda x: x is not tx and is_whole(x)):
         if isinstance(leaf, Transform):
             yield tuple(getattr(key, "name", getattr(key, "idx", getattr(key, "key", None))) for key in path), leaf
 
@@ -293,10 +293,6 @@ def _kinds_in(tx: Transform) -> Iterator[str]:
     for inner in transforms_in(tx):
         yield type(inner).__name__
         yield from _kinds_in(inner)
-
-
-def _is_transform(x: Any) -> bool:
-    return isinstance(x, optax.GradientTransformation)
 
 
 def as_array(g: Any) -> Any:
@@ -348,7 +344,7 @@ def foreign_update(
     # it promotes as JAX does by default
     with jax.numpy_dtype_promotion("standard"):
         # an object that is no transform, such as MultiSteps, takes them as it is
-        update = optax.with_extra_args_support(made).update if _is_transform(made) else made.update
+        update = optax.with_extra_args_support(made).update if is_whole(made) else made.update
         try:
             updates, new = update(jax.tree.map(widened, updates), wide, params, **extra_args)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
@@ -398,7 +394,6 @@ def to_transform(label: str, value: Any) -> Transform:
     return value if isinstance(value, Transform) else Foreign(value)
 
 
-values.is_transform = _is_transform
 values.as_child = lambda label, x: x if isinstance(x, Value) else to_transform(label, x)
 
 

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Self, cast, dataclass_transform
 
 import jax
 import numpy as np
+import optax
 
 from gdx.annotations import ANYTHING, Takes, check_type, read_parameter
 from gdx.fields import (
@@ -91,7 +92,7 @@ class Value:
         """The fields by name, with this done to each of their numbers, and to each value inside as a whole."""
         children = vars(self)["_structure"].children
         return {
-            name: jax.tree.map(convert, held, is_leaf=_is_whole) if name in children else held
+            name: jax.tree.map(convert, held, is_leaf=is_whole) if name in children else held
             for name, held in self._given().items()
         }
 
@@ -120,7 +121,7 @@ class Value:
         convert = metadata.get("convert")
         if convert is None:
             takes = metadata.get("takes", ANYTHING)
-            if takes.floats and (callable(value) or is_transform(value) or isinstance(value, tuple | list | dict)):
+            if takes.floats and (callable(value) or is_whole(value) or isinstance(value, tuple | list | dict)):
                 check_type(label, value, takes.annotation)  # what is no number, where only numbers may be
             return guessed(label, value, takes)
         value = convert(label, value)
@@ -180,7 +181,7 @@ class Value:
         given = {field.name: getattr(self, field.name) for field in fields if not self._is_default(field)}
         children = vars(self)["_structure"].children
         for name in {*given} & {*children}:
-            given[name] = jax.tree.map(lambda x: _Key(x) if is_key(x) else x, given[name], is_leaf=_is_whole)
+            given[name] = jax.tree.map(lambda x: _Key(x) if is_key(x) else x, given[name], is_leaf=is_whole)
         return _restored, (*_origin(type(self)), given, children)
 
     # Names.
@@ -288,7 +289,7 @@ def size_of(value: Value) -> int:
     """How many members it has, if it is a batch: a number that takes no shape has one. 0 if it is none."""
     for name in vars(value)["_structure"].children:
         takes = value._metadata[name].get("takes")
-        for leaf in jax.tree.leaves(vars(value)[name], is_leaf=_is_whole):
+        for leaf in jax.tree.leaves(vars(value)[name], is_leaf=is_whole):
             if isinstance(leaf, Value):
                 size = size_of(leaf)
             else:
@@ -444,14 +445,14 @@ def guessed(label: str, value: Any, takes: Takes) -> tuple[Any, bool]:
     a switch does. Where a parameter takes floats, a truth value, a text or what is not finite is refused, unless its
     annotation names such things. Arrays are children, those of floats with a shape only where it takes arrays.
     """
-    if _is_whole(value) or (takes.transforms and callable(value)):
+    if is_whole(value) or (takes.transforms and callable(value)):
         return as_child(label, value), True
     if takes.dtypes and isinstance(value, str | type):
         return _to_dtype(value), False
     if value is None or is_opaque(value):
         return value, False
     if isinstance(value, tuple | list | dict):
-        leaves, structure = jax.tree_util.tree_flatten_with_path(value, is_leaf=_is_whole)
+        leaves, structure = jax.tree_util.tree_flatten_with_path(value, is_leaf=is_whole)
         names = [f"{label}.{jax.tree_util.keystr(path, simple=True, separator='.')}" for path, _ in leaves]
         items = [guessed(name, item, takes) for name, (_, item) in zip(names, leaves)]
         if items and all(is_child for _, is_child in items):
@@ -478,7 +479,7 @@ def guessed(label: str, value: Any, takes: Takes) -> tuple[Any, bool]:
 def _copied(label: str, value: Any) -> Any:
     """The same, its containers and numpy's arrays copied: others may change theirs."""
     try:
-        return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, value, is_leaf=_is_whole)
+        return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, value, is_leaf=is_whole)
     except ValueError as error:
         keys = f" with the keys {reprlib.repr([*value])}" if isinstance(value, dict) else ""
         raise ValueError(
@@ -495,13 +496,12 @@ def _to_dtype(value: Any) -> Any:
         return value
 
 
-def _is_whole(x: Any) -> bool:
+def is_whole(x: Any) -> bool:
     """Whether it is one item of a container, not to be taken apart."""
-    return isinstance(x, Value) or is_transform(x)
+    return isinstance(x, Value | optax.GradientTransformation)
 
 
-# how transforms that are not values are recognised and kept, which gdx.transform says
-is_transform: Callable[[Any], bool] = lambda x: False  # noqa: E731
+# how transforms that are not values are kept, which gdx.transform says
 as_child: Callable[[str, Any], Any] = lambda label, x: x  # noqa: E731
 
 

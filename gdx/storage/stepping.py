@@ -44,26 +44,28 @@ def stepped(
     The count of steps and the leaf's index are what random bits are made of; None where there are none.
     """
     dither = None if count is None else Dither(count.astype(jnp.uint32), index)
+    pairs = itertools.zip_longest(link.formats, moments)
+    formats = [format if isinstance(format, Format) and format.holds(moment) else None for format, moment in pairs]
     if not any(map(is_packed, moments)):
-        return _step(link, shared, g, p, moments, _formats(link, moments), dtype, dither)
+        return _step(link, shared, g, p, moments, formats, dtype, dither)
     g, p, moments = varying_alike((g, p, moments))
     types = types_of((g, *moments))
     # blocks may end inside the part of a device, which types cannot say
-    step = untyped(functools.partial(_packed_step, dtype), types[0].mesh, types)
+    step = untyped(functools.partial(_packed_step, formats, dtype), types[0].mesh, types)
     return step(link, shared, g, p, moments, dither)
 
 
-def _formats(link: Formula, moments: Sequence[Any]) -> list[Any]:
-    """The format of each moment, or None for one that is no more than an array in its dtype."""
-    pairs = itertools.zip_longest(link.formats, moments)
-    return [format if isinstance(format, Format) and format.holds(moment) else None for format, moment in pairs]
-
-
 def _packed_step(
-    dtype: np.dtype, link: Formula, shared: Any, g: Any, p: Any, moments: Sequence[Any], dither: Dither | None
+    formats: Sequence[Any],
+    dtype: np.dtype,
+    link: Formula,
+    shared: Any,
+    g: Any,
+    p: Any,
+    moments: Sequence[Any],
+    dither: Dither | None,
 ) -> tuple[Any, ...]:
     moments = [without_slope(moment) if is_packed(moment) else moment for moment in moments]
-    formats = _formats(link, moments)
     layouts = {tuple(f.layouts(g.shape)) for f in formats if isinstance(f, Blocks)}
     # what simulates blocks has to see the array's shape
     is_free = link.elementwise and not any(isinstance(f, Simulated) for f in formats)
