@@ -439,7 +439,8 @@ class Call(Transform):
 
         def converted(x: Any) -> Any:
             # of numpy's where nothing traces it
-            return x.astype(dtype) if hasattr(x, "dtype") and is_float(x) and x.dtype != dtype else x
+            is_array = isinstance(x, np.generic | np.ndarray | jax.Array)
+            return x.astype(dtype) if is_array and is_float(x) and x.dtype != dtype else x
 
         for name, value in self._hyperparameters():
             # integers and keys may have a shape

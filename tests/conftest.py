@@ -1,11 +1,16 @@
 """Strict JAX for every test: eight host devices, no implicit promotion of dtypes or ranks."""
 
+import gc
 import itertools
 import os
 import tempfile
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+# a small program is compiled faster whole than in the parts that many threads could compile
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_cpu_parallel_codegen_split_count=1"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+# what thousands of tests keep is large, and to look through all of it for garbage takes seconds
+gc.set_threshold(20_000, 50, 100)
 
 import hypothesis
 import jax
@@ -38,6 +43,7 @@ def _room_for_programs():
     yield
     if next(TESTS) % 20 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
+        gc.collect()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -33,7 +33,7 @@ def test_numpy_arrays_are_not_written_to(row):
     row.tx.update(g, row.tx.init(params), params)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def little_garbage():
     """JAX collects garbage after each trace in search of leaks: what is older need not be looked at every time."""
     gc.collect()

@@ -254,7 +254,7 @@ def test_update_without_the_parameters(tx):
     ("mask", "error", "words"),
     [
         ({"w": True}, ValueError, r"the mask has leaves at \['w'\], the parameters at \['b'\], \['s'\], \['w'\]"),
-        ({"w": 1, "b": True, "s": True}, TypeError, r"the mask at \['w'\] is 1, expected True \(decays\) or False"),
+        ({"w": 1, "b": True, "s": True}, TypeError, r"the mask at \['w'\] is 1, expected True \(acts\) or False"),
         (lambda params: {"w": jnp.bool_(True)}, TypeError, r"the mask at \['w'\] is .*expected True"),
         ({"w": "yes"}, TypeError, r"the mask at \['w'\] is 'yes'"),
     ],
