@@ -210,7 +210,6 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
             if np.ndim(value):
                 self._refuse_batch(name, value)
             arrays[name] = value.astype(dtype)
-        # a schedule that is a plain function is part of the structure, its value is not
         at, structure = self._empty(), fields["_structure"]
         if structure.schedules:
             structure = structure.with_children(arrays)
@@ -344,7 +343,8 @@ def foreign_update(
     # it promotes as JAX does by default
     with jax.numpy_dtype_promotion("standard"):
         # an object that is no transform, such as MultiSteps, takes them as it is
-        update = optax.with_extra_args_support(made).update if is_whole(made) else made.update
+        is_transform = isinstance(made, optax.GradientTransformation)
+        update = optax.with_extra_args_support(made).update if is_transform else made.update
         try:
             updates, new = update(jax.tree.map(widened, updates), wide, params, **extra_args)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:

@@ -383,7 +383,10 @@ def on_every_device(leaf: Any) -> Any:
 
 
 class Structure:
-    """What decides the program: which fields are children, and the values of all others, of them those schedules."""
+    """What decides the program: which fields are children, and the values of all others.
+
+    Of these, `schedules` are the names of plain functions in the place of numbers.
+    """
 
     __slots__ = ("_hash", "children", "rest", "schedules")
 
