@@ -3,8 +3,10 @@
 import collections
 import contextlib
 import functools
+import reprlib
+import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -259,19 +261,58 @@ def _is_held_by(format: Any, moment: Any) -> bool:
     )
 
 
-def check_returned(tx: Any, method: str, found: Any, expected: list[Any], what: str) -> None:
-    """Raises unless a method of a link returned a tuple of as many arrays, in these shapes where they are arrays."""
-    shapes = [np.shape(x) for x in expected if not isinstance(x, str)]
+def check_returned(tx: Any, method: str, found: Any, expected: Sequence[Any], what: str) -> None:
+    """Raises unless a method of a link returned a tuple of such arrays: in these shapes, complex only as these are."""
     is_right = isinstance(found, tuple | list) and len(found) == len(expected)
-    if not is_right or (shapes and list(map(np.shape, found)) != shapes):
+    if not is_right or any(_shape(x) != np.shape(like) for x, like in zip(found, expected)):
         if isinstance(found, tuple | list):
-            got = f"a tuple of {len(found)}, in the shapes {', '.join(str(np.shape(x)) for x in found) or 'of nothing'}"
+            got = f"a tuple of {len(found)}, in the shapes {', '.join(str(_shape(x)) for x in found) or 'of nothing'}"
         else:
             got = f"no tuple but {_array(found)}"
+        shapes = ", in the shapes " + ", ".join(str(np.shape(like)) for like in expected) if expected else ""
         raise TypeError(
-            f"{type(tx).__name__}: {method} returned {got}; expected a tuple of {len(expected)}"
-            f"{', in the shapes ' + ', '.join(map(str, shapes)) if shapes else ''}: {what}"
+            f"{type(tx).__name__}: {method} returned {got}; expected a tuple of {len(expected)}{shapes}: {what}"
         )
+    for x, like in zip(found, expected):
+        if _is_complex(x) and not _is_complex(like):
+            raise TypeError(
+                f"{type(tx).__name__}: {method} returned {_array(x)}, expected a real array, as what it was given is; "
+                f"take the real part"
+            )
+
+
+def check_stepped(tx: Any, returned: Any, updates: optax.Updates | None) -> None:
+    """Raises unless `update_tree` returned updates, like these if there are any, and a state."""
+    if not isinstance(returned, tuple | list) or len(returned) != 2:
+        raise TypeError(
+            f"{type(tx).__name__}: update_tree returned {kind_of(returned)}; expected a pair, the updates and "
+            f"the new state"
+        )
+    if updates is None:
+        return
+    found, structure = jax.tree.flatten(returned[0])
+    gradients, expected = jax.tree.flatten(updates)
+    unlike = [i for i, (u, g) in enumerate(zip(found, gradients)) if _shape(u) != np.shape(g)]
+    if structure != expected or unlike:  # type: ignore[operator]
+        at = f" as {structure}"
+        if structure == expected:  # type: ignore[operator]
+            at = f", of the shape {_shape(found[unlike[0]])} at {_path(updates, unlike[0])}"
+        raise TypeError(
+            f"{type(tx).__name__}: update_tree returned updates{at}; expected one for each gradient, shaped like it"
+        )
+
+
+def check_own_formats(tx: Any, names: list[str]) -> None:
+    """Raises unless a link's formats are dtypes, storage formats or None, one for each moment, or none at all."""
+    expected = (
+        f"a tuple of {len(names)}, for {', '.join(names) or 'no moment'}: each a np.dtype, a format or None, as "
+        f"gdx.storage.to_storage makes of what a user gives; or ()"
+    )
+    if not isinstance(tx.formats, tuple | list) or len(tx.formats) not in (0, len(names)):
+        raise TypeError(f"{type(tx).__name__}: formats is {reprlib.repr(tx.formats)}; expected {expected}")
+    for format in tx.formats:
+        if not isinstance(format, np.dtype | Format | types.NoneType):
+            raise TypeError(f"{type(tx).__name__}: formats has {reprlib.repr(format)}; expected {expected}")
 
 
 def _refuse_complex(tx: Any, updates: optax.Updates, index: int) -> None:
@@ -305,6 +346,11 @@ _STATE_MEND = (
 
 def _is_complex(x: Any) -> bool:
     return not is_packed(x) and jnp.iscomplexobj(x)
+
+
+def _shape(x: Any) -> Any:
+    """The shape of an array or number; None of what is neither."""
+    return x.shape if hasattr(x, "shape") else () if isinstance(x, int | float | complex) else None
 
 
 def _described(x: Any) -> Any:

@@ -229,10 +229,10 @@ class Setting:
         return hash(self._compared())
 
 
-def in_default_dtype(number: Any) -> np.ndarray:
-    """A number as it enters a program; a random key as its data."""
+def in_default_dtype(number: Any, dtype: Any = None) -> np.ndarray:
+    """A number as it enters a program, or in this dtype; a random key as its data."""
     array = np.asarray(jax.random.key_data(number) if is_key(number) else number)
-    return array.astype(jnp.result_type(float)) if jnp.issubdtype(array.dtype, np.floating) else array
+    return array.astype(dtype or jnp.result_type(float)) if jnp.issubdtype(array.dtype, np.floating) else array
 
 
 def same(a: Any, b: Any) -> bool:
@@ -244,11 +244,11 @@ def same(a: Any, b: Any) -> bool:
     return bool(key_of(a) == key_of(b))
 
 
-def key_of(leaf: Any) -> Any:
-    """A key that is equal for leaves that are the `same`."""
+def key_of(leaf: Any, dtype: Any = None) -> Any:
+    """A key that is equal for leaves that are the `same`, in the default float dtype or in this one."""
     if isinstance(leaf, bool) or not isinstance(leaf, _NUMBERS) or isinstance(leaf, jax.core.Tracer):
         return type(leaf), leaf  # True == 1
-    array = in_default_dtype(leaf)
+    array = in_default_dtype(leaf, dtype)
     if array.ndim == 0:
         return array.item()
     return is_key(leaf) and str(jax.typeof(leaf).dtype), array.shape, *array.ravel().tolist()

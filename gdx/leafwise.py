@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdx.checks import check_held, check_returned, check_state, checked_moments, require_params
+from gdx.checks import check_held, check_own_formats, check_returned, check_state, checked_moments, require_params
 from gdx.numerics import by_itself
 from gdx.storage.formats import Format
 from gdx.storage.stepping import stepped
@@ -35,7 +35,8 @@ class Leafwise(Transform):
       elementwise: whether `accumulate` and `direction` take each number by itself, so that they may be given
         the leaf in another shape: moments in blocks then cost less.
       mask: on which leaves it acts, as a tree of booleans or a function of the parameters; None for all. Where there is
-        a mask, `update` needs the parameters, and the state is in an `optax.MaskedState`, as optax has it.
+        a mask, `update` needs the parameters, and the state is in an `optax.MaskedState`; there are moments for all
+        leaves, and those of the others stay as they start (optax's `masked` has none for these).
       rounds: whether this is a link that rounds parameters: `step` then takes `dither` as a keyword, a
         `gdx.storage.Dither` if the state has a count, and its update stays in the dtype it was computed in.
 
@@ -110,8 +111,9 @@ class Leafwise(Transform):
           *moments: in the order of the state's fields.
           **dither: random bits, where the link `rounds`.
         """
-        moments = self.accumulate(shared, g, p, *moments)
-        return self.direction(shared, g, p, *moments), *moments
+        new = self.accumulate(shared, g, p, *moments)
+        check_returned(self, "accumulate", new, moments, "the new moments")
+        return self.direction(shared, g, p, *new), *new
 
     def accumulate(self, shared: Any, g: jax.Array, p: jax.Array, *moments: Any) -> tuple[jax.Array, ...]:
         """The new moments, from what `step` is given."""
@@ -188,13 +190,15 @@ class Leafwise(Transform):
         return (state.count if "count" in kind._fields else count), state
 
     def _init(self, params: optax.Params) -> Any:
+        check_own_formats(self, self._moments)
         leaves, structure = jax.tree.flatten(params)
         if leaves:
             self.acts_on(params)
         count = jnp.zeros([], jnp.int32) if self.counts or "count" in self.State._fields else None
         rows = list(map(self.at(count).start, leaves))
-        for row in rows:
-            check_returned(self, "start", row, self._moments, f"the moments of State, {self.State.__name__}")
+        for p, row in zip(leaves, rows):
+            like = [p] * len(self._moments)
+            check_returned(self, "start", row, like, f"the moments of State, {self.State.__name__}")
         if self.draws:
             check_held(self, params, self._moments, rows)
         return self._packed(count, structure, rows)
@@ -235,6 +239,8 @@ def update_leaves(
     for acts, g, p, kept, index in zip(zip(*acting), gradients, parameters, zip(*moments), indices):
         dtypes = _dtypes(g.dtype, None if p is None else p.dtype, tuple([tuple([x.dtype for x in m]) for m in kept]))
         if dtypes not in steppers:
+            for link, dtype in zip(at, dtypes):
+                link.check_narrow(dtype)
             scalars = _scalars(tuple(at), counts, dtypes=dtypes)
             numbers, of_numbers = jax.tree.flatten((*scalars, counts if draws else [None] * len(links)))
             steppers[dtypes] = functools.partial(_stepper(of_numbers, dtypes), numbers)

@@ -35,7 +35,8 @@ import numpy as np
 import optax
 
 from gdx import values
-from gdx.checks import check_gradients, check_params, check_state, check_state_like, state_kinds
+from gdx.checks import check_gradients, check_params, check_state, check_state_like, check_stepped, state_kinds
+from gdx.compat import enable_x64
 from gdx.fields import hyperparameter, static, text, uncalled
 from gdx.numerics import by_itself, compute_dtype
 from gdx.values import KEEPERS, Value, is_float, is_whole, kept_calls
@@ -116,7 +117,7 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
     def init(self, params: optax.Params) -> optax.OptState:
         """The state before the first step."""
         check_params(self, params)
-        return self._init(params)
+        return self._init(jax.tree.map(as_array, params))
 
     def update(
         self, updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
@@ -124,7 +125,8 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
         """The transformed updates and the next state."""
         # the gradients of optax.lookahead's pair of parameters are those of `fast`; its updates are a pair too
         check_gradients(self, updates, params.fast if isinstance(params, optax.LookaheadParams) else params)
-        new, state = self._update(jax.tree.map(as_array, updates), state, params, extra_args)
+        updates = jax.tree.map(as_array, updates)
+        new, state = self._update(updates, state, params, extra_args)
         if isinstance(params, optax.LookaheadParams):
             return new, state
         return self._as_returned(new, updates, params), state
@@ -156,7 +158,9 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
             check_state(self, state, CountedState)
             count, inner = state
         at = self.at(count)
-        updates, new = at.update_tree(updates, inner, params, **extra_args)
+        returned = at.update_tree(updates, inner, params, **extra_args)
+        check_stepped(self, returned, None if isinstance(params, optax.LookaheadParams) else updates)
+        updates, new = returned
         _check_own(
             self, inner, new, functools.partial(jax.eval_shape, at.init_tree), updates if params is None else params
         )
@@ -233,6 +237,14 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
         value, _ = self._convert(name, scheduled, source=f", as returned by the schedule {text(schedule)},")
         return value
 
+    def check_narrow(self, dtype: np.dtype) -> None:
+        """Raises where a number that is valid in the default float dtype is not in this one, in which it is used."""
+        if jnp.finfo(dtype).bits < jnp.finfo(jnp.result_type(float)).bits:
+            with enable_x64(False):
+                for name, value in self._hyperparameters():
+                    if isinstance(value, np.generic):
+                        self._convert(name, value, source=", in a step of float32,")
+
     def _refuse_batch(self, name: str, value: Any) -> None:
         """Raises since this is a batch, of which each member has a step of its own."""
         raise ValueError(
@@ -295,8 +307,10 @@ def _kinds_in(tx: Transform) -> Iterator[str]:
 
 
 def as_array(g: Any) -> Any:
-    """A leaf as it is, or a Python float as an array."""
-    return g if hasattr(g, "dtype") else jnp.asarray(g, compute_dtype(g))
+    """A leaf as it is; a Python float as an array, and numpy's float64 in what JAX has for it."""
+    if not hasattr(g, "dtype"):
+        return jnp.asarray(g, compute_dtype(g))
+    return jnp.asarray(g) if isinstance(g, np.ndarray | np.generic) and g.dtype in (np.float64, np.complex128) else g
 
 
 def widened(g: Any) -> Any:

@@ -173,7 +173,7 @@ RETURNS = {
     ),
     "no tuple at the start": (
         lambda: link(lambda self, shared, g, p, m: (g, m), lambda self, p: jnp.zeros_like(p)),
-        r"start returned no tuple but float32\[3\]; expected a tuple of 1: the moments of State, Moment",
+        r"start returned no tuple but float32\[3\]; expected a tuple of 1, in the shapes \(3,\): the moments of State",
     ),
     "two at the start": (
         lambda: link(lambda self, shared, g, p, m: (g, m), lambda self, p: (p, p)),
@@ -209,3 +209,63 @@ def test_what_a_link_of_ones_own_returns_is_checked(case):
 
     with pytest.raises(TypeError, match=rf"^mine: {words}"):
         step()
+
+
+class Velocity(gdx.Leafwise):
+    """A link with one moment, in which subclasses go wrong."""
+
+    State: ClassVar = optax.TraceState
+    formats: ClassVar = ()
+
+    def start(self, p):
+        return (jnp.zeros_like(p),)
+
+    def accumulate(self, shared, g, p, trace):
+        return (trace + g,)
+
+    def direction(self, shared, g, p, trace):
+        return trace
+
+
+def wrong(**methods):
+    return type("wrong", (Velocity,), methods)
+
+
+EIGHT = gdx.storage.SignedFourthRoot8()
+MISTAKES = {
+    "a format in words": (
+        {"formats": ("bfloat16",)},
+        r"formats has 'bfloat16'; expected a tuple of 1, for trace: each a np\.dtype, a format or None",
+    ),
+    "a scalar type as format": ({"formats": (jnp.bfloat16,)}, r"formats has <class.*bfloat16'>; expected a tuple of 1"),
+    "too many formats": ({"formats": (None, None)}, r"formats is \(None, None\); expected a tuple of 1"),
+    "no tuple of formats": ({"formats": EIGHT}, r"formats is storage\.SignedFourthRoot8\(\); expected a tuple of 1"),
+    "a start that is a number": (
+        {"start": lambda self, p: (0.0,)},
+        r"start returned a tuple of 1, in the shapes \(\); expected a tuple of 1, in the shapes \(3,\)",
+    ),
+    "a start of another shape": (
+        {"start": lambda self, p: (jnp.zeros(()),)},
+        r"start returned .* \(\); expected .* \(3,\)",
+    ),
+    "moments in no tuple": (
+        {"accumulate": lambda self, shared, g, p, trace: trace + g},
+        r"accumulate returned no tuple but float32\[3\]; expected a tuple of 1, in the shapes \(3,\): the new moments",
+    ),
+    "a direction in a tuple": (
+        {"direction": lambda self, shared, g, p, trace: (trace,)},
+        r"step returned a tuple of 2, in the shapes None, \(3,\); expected a tuple of 2, in the shapes \(3,\), \(3,\)",
+    ),
+    "a complex direction": (
+        {"direction": lambda self, shared, g, p, trace: trace * 1j},
+        r"step returned complex64\[3\], expected a real array, as what it was given is; take the real part",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_links_own_mistakes_are_its_own(mistake):
+    methods, words = MISTAKES[mistake]
+    tx, g = wrong(**methods)(), jnp.ones(3)
+    with pytest.raises(TypeError, match=f"^wrong: {words}"):
+        tx.update(g, tx.init(g))

@@ -241,6 +241,76 @@ def test_float64_mode_keeps_float64_hyperparameters():
         assert float(updates) == -0.1
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            lambda: gdx.adam(1.0, b2=1 - 1e-8),
+            r"adam: b2, in a step of float32, is 0\.99999999 \(1\.0 in float32\)",
+        ),
+        (
+            lambda: gdx.sgd(1e39),
+            r"sgd: learning_rate, in a step of float32, is 1e\+39 \(inf in float32\)",
+        ),
+    ],
+)
+def test_numbers_of_float64_that_float32_does_not_have(make, words):
+    """They are right for parameters in float64, and refused where a step is computed in float32."""
+    with enable_x64(True):
+        tx, wide = make(), jnp.ones(2)
+        assert np.isfinite(tx.update(wide, tx.init(wide))[0]).all()
+        narrow = wide.astype("float32")
+        with pytest.raises(ValueError, match=words):
+            tx.update(narrow, tx.init(narrow))
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        (lambda u, s: u, r"a dict with keys \['a', 'b'\]; expected a pair, the updates and the new state"),
+        (lambda u, s: None, r"a NoneType; expected a pair"),
+        (lambda u, s: (u, s, u), r"a tuple of 3: .*; expected a pair"),
+        (lambda u, s: (jax.tree.map(jnp.sum, u), s), r"updates, of the shape \(\) at \['a'\]; expected one for each"),
+        (lambda u, s: ({"a": u["a"]}, s), r"updates as PyTreeDef\(\{'a': \*\}\); expected one for each gradient"),
+        (lambda u, s: ({**u, "b": "no"}, s), r"updates, of the shape None at \['b'\]"),
+    ],
+)
+def test_what_update_tree_returns_is_checked(step, words):
+    class wrong(gdx.Transform):
+        def init_tree(self, params):
+            return optax.EmptyState()
+
+        def update_tree(self, updates, state, params=None, **extra_args):
+            return step(updates, state)
+
+    g = {"a": jnp.ones(3), "b": jnp.ones(2)}
+    with pytest.raises(TypeError, match=f"^wrong: update_tree returned {words}"):
+        wrong().update(g, wrong().init(g))
+
+
+@pytest.mark.parametrize("make", [gdx.adam, gdx.value(optax.lion), scale_by_sign])
+def test_is_found_again_in_another_mode(make):
+    with enable_x64(True):
+        inside = {make(0.1)}
+        assert make(0.1) in inside
+    assert make(0.1) in inside
+    outside = {make(0.1)}
+    with enable_x64(True):
+        assert make(0.1) in outside
+
+
+@pytest.mark.parametrize("tx", [gdx.adamw(1e-3), gdx.sgd(0.1, 0.9), gdx.adam(1e-3, mu_dtype="bfloat16")], ids=repr)
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+def test_arrays_of_numpy_in_double_precision_are_taken(tx, dtype):
+    """As jax.numpy takes them, without a warning for each operation."""
+    x = {"w": np.ones(3, dtype), "s": np.ones((), dtype)[()]}
+    updates, _ = tx.update(x, tx.init(x), x)
+    like = jax.tree.map(jnp.asarray, x)
+    expected, _ = tx.update(like, tx.init(like), like)
+    assert jax.tree.map(jnp.array_equal, updates, expected) == {"w": True, "s": True}
+    assert updates["w"].dtype == jnp.asarray(x["w"]).dtype
+
+
 def test_an_outside_class_gets_every_view():
     tx = scale_by_sign(2.0)
     assert eval(repr(tx), {"scale_by_sign": scale_by_sign}) == tx

@@ -15,7 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 from gdx.compat import barrier
 from gdx.fields import to_integer
 from gdx.mesh import sharding_of_boxes, varying_alike
-from gdx.numerics import uncontracted
+from gdx.numerics import by_itself, uncontracted
 from gdx.storage.dither import Dither
 from gdx.storage.formats import Around, Format
 
@@ -453,7 +453,9 @@ class _FourthRoot8(Blocks):
 
     def codes(self, x: jax.Array, scales: jax.Array, bits: jax.Array) -> jax.Array:
         # where |x| would be the fourth power of a code, its root is that code's square
-        root = uncontracted(jnp.sqrt(abs(x)) * (self.top**2 / jnp.sqrt(scales)))
+        # the root by itself: of what is divided by one a compiler makes another function, which on CPUs is not rounded
+        # alike in vectors and in what is left beside them
+        root = uncontracted(jnp.sqrt(abs(x)) * (self.top**2 / by_itself(jnp.sqrt(scales))))
         below = jnp.floor(jnp.sqrt(root))
         # of the fourth powers: how far this one is above the last code's, and how far the next code's is
         square, step = below * below, below + below + 1

@@ -372,3 +372,25 @@ def test_a_step_takes_no_memory_for_wider_gradients(dtype):
     lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, jax.eval_shape(tx.init, params), params)
     # the new codes and scales, where a copy of the gradient in float32 would be 4 bytes more for each parameter
     assert lowered.compile().memory_analysis().temp_size_in_bytes < 2.2 * 256 * 512
+
+
+@pytest.mark.parametrize("formats", [{"nu_dtype": NU}, {"mu_dtype": MU}], ids=["second moment", "first moment"])
+def test_of_five_million_numbers_none_has_another_code(formats):
+    """On a mesh and in a loop over members blocks lie otherwise, where a compiler's functions may round otherwise."""
+    tx, random = gdx.adam(1e-2, **formats), np.random.default_rng(0)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    sharded = gdx.sharding.shard_state(tx, mesh, specs=P("model"))
+    place = lambda x: jax.device_put(x, NamedSharding(mesh, P("model")))  # noqa: E731
+    alone, spread = jax.jit(tx.update), jax.jit(sharded.update)
+    in_loop = jax.jit(lambda tx, g, state: jax.lax.map(lambda tx: tx.update(g, state), tx))
+    params = jnp.zeros((64, 2048))
+    state, there = tx.init(params), jax.tree.map(lambda x: x.sharding, sharded.init(place(params)))
+    for i in range(40):
+        g = random.standard_normal(params.shape, np.float32)
+        found = spread(place(g), jax.device_put(jax.device_get(state), there))
+        if i in (2, 3, 20, 24):
+            in_turn = in_loop(gdx.stack([tx, tx]), g, state)
+        expected = _, state = alone(g, state)
+        assert_same_bits(found, expected)
+        if i in (2, 3, 20, 24):
+            assert_same_bits(jax.tree.map(lambda x: x[0], in_turn), expected)
