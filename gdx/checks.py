@@ -315,6 +315,18 @@ def check_own_formats(tx: Any, names: list[str]) -> None:
             raise TypeError(f"{type(tx).__name__}: formats has {reprlib.repr(format)}; expected {expected}")
 
 
+def check_starts(tx: Any, names: list[str], rows: list[tuple[Any, ...]]) -> None:
+    """Raises unless the moments at the start, given for each parameter, are held as the link's formats say."""
+    for row in rows:
+        for name, format, moment in zip(names, tx.formats or [None] * len(names), row):
+            # without formats they are held as they are made, but in blocks
+            if (tx.formats or is_packed(moment)) and not _is_held_by(format, moment):
+                raise TypeError(
+                    f"{type(tx).__name__}: start returned {_array(moment)} for {name}, which is not how "
+                    f"{_format(format)} holds it; expected gdx.storage.moment_like(p, format), with the same in formats"
+                )
+
+
 def _refuse_complex(tx: Any, updates: optax.Updates, index: int) -> None:
     raise TypeError(
         f"{type(tx).__name__}: the gradient at {_path(updates, index)} is complex, but the parameter is real; "

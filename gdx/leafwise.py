@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdx.checks import check_held, check_own_formats, check_returned, check_state, checked_moments, require_params
+from gdx.checks import (
+    check_held,
+    check_own_formats,
+    check_returned,
+    check_starts,
+    check_state,
+    checked_moments,
+    require_params,
+)
 from gdx.numerics import by_itself
 from gdx.storage.formats import Format
 from gdx.storage.stepping import stepped
@@ -140,16 +148,23 @@ class Leafwise(Transform):
         if self.mask is None:
             return True
         require_params(self, params)
-        mask = self.mask(params) if _is_function(self.mask) else self.mask
+        try:
+            mask = self.mask(params) if _is_function(self.mask) else self.mask
+        except jax.errors.ConcretizationTypeError as error:
+            raise TypeError(
+                f"{type(self).__name__}: the mask needs values of the parameters, which are traced; let it decide by "
+                f"paths, shapes and dtypes ({str(error).splitlines()[0]})"
+            ) from error
         for path, leaf in zip(paths(mask), jax.tree.leaves(mask)):
             if not isinstance(leaf, bool | np.bool_):
                 raise TypeError(f"{type(self).__name__}: the mask at {path} is {leaf!r}, expected True (acts) or False")
         try:
             return jax.tree.broadcast(jax.tree.map(bool, mask), params)
         except ValueError as error:
+            same = " (in other containers)" if [*paths(mask)] == [*paths(params)] else ""
             raise ValueError(
-                f"{type(self).__name__}: the mask has leaves at {_listed(mask)}, the parameters at {_listed(params)}; "
-                f"expected one boolean for each parameter or for a whole subtree, or a function of the parameters"
+                f"{type(self).__name__}: the mask has leaves at {_listed(mask)}, the parameters at "
+                f"{_listed(params)}{same}; expected one boolean for each parameter or for a whole subtree, or a function of the parameters"
             ) from error
 
     # The state: moments, and the step count if it is needed.
@@ -199,6 +214,7 @@ class Leafwise(Transform):
         for p, row in zip(leaves, rows):
             like = [p] * len(self._moments)
             check_returned(self, "start", row, like, f"the moments of State, {self.State.__name__}")
+        check_starts(self, self._moments, rows)
         if self.draws:
             check_held(self, params, self._moments, rows)
         return self._packed(count, structure, rows)

@@ -231,7 +231,7 @@ def wrong(**methods):
     return type("wrong", (Velocity,), methods)
 
 
-EIGHT = gdx.storage.SignedFourthRoot8()
+EIGHT, SMALL = gdx.storage.SignedFourthRoot8(), gdx.storage.SignedFourthRoot8(block=8, minimum_size=1)
 MISTAKES = {
     "a format in words": (
         {"formats": ("bfloat16",)},
@@ -247,6 +247,18 @@ MISTAKES = {
     "a start of another shape": (
         {"start": lambda self, p: (jnp.zeros(()),)},
         r"start returned .* \(\); expected .* \(3,\)",
+    ),
+    "a start in another dtype than the format": (
+        {"formats": (np.dtype("bfloat16"),)},
+        r"start returned float32\[3\] for trace, which is not how an optimizer with bfloat16 holds it; expected",
+    ),
+    "a start in another format": (
+        {"formats": (None,), "start": lambda self, p: (gdx.storage.moment_like(p, gdx.storage.StochasticBfloat16()),)},
+        r"start returned bfloat16\[3\] for trace, which is not how an optimizer without a storage format",
+    ),
+    "a start in blocks without a format": (
+        {"start": lambda self, p: (gdx.storage.moment_like(p, SMALL),)},
+        r"start returned Packed.* for trace, which is not how an optimizer without a storage format",
     ),
     "moments in no tuple": (
         {"accumulate": lambda self, shared, g, p, trace: trace + g},

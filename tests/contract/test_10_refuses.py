@@ -264,6 +264,19 @@ def test_masks(mask, error, words):
         gdx.adamw(0.1, mask=mask).init(tree())
 
 
+def test_masks_in_other_containers_and_of_values():
+    with pytest.raises(
+        ValueError, match=r"adamw: the mask has leaves at \[0\], the parameters at \[0\] \(in other conta"
+    ):
+        gdx.adamw(0.1, mask=[True]).init((jnp.ones(3),))
+    tx = gdx.adamw(0.1, mask=lambda params: jax.tree.map(lambda p: bool(jnp.all(p == 1)), params))
+    tx.init(tree())
+    with pytest.raises(
+        TypeError, match="adamw: the mask needs values of the parameters, which are traced; let it decide"
+    ):
+        jax.jit(tx.init)(tree())
+
+
 @pytest.mark.parametrize(
     ("schedule", "error", "words"),
     [
