@@ -164,7 +164,8 @@ class Leafwise(Transform):
             same = " (in other containers)" if [*paths(mask)] == [*paths(params)] else ""
             raise ValueError(
                 f"{type(self).__name__}: the mask has leaves at {_listed(mask)}, the parameters at "
-                f"{_listed(params)}{same}; expected one boolean for each parameter or for a whole subtree, or a function of the parameters"
+                f"{_listed(params)}{same}; expected one boolean for each parameter or for a whole subtree, or a "
+                f"function of the parameters"
             ) from error
 
     # The state: moments, and the step count if it is needed.
