@@ -299,7 +299,7 @@ VARIANTS = list(map(Variant._make, (
     ("structures compared without their types", "test_transform.py::test_structures_are_compared_with_their_types",
      "fields:Setting._compared", lambda right, self: tuple(jax.tree.leaves(self.value, is_leaf=lambda x: x is None))),
     ("values compared in float64", "test_transform.py::test_a_round_trip_through_jit_changes_nothing_to_be_seen",
-     "fields:in_default_dtype", lambda right, number: np.asarray(number)),
+     "fields:in_default_dtype", lambda right, number, dtype=None: np.asarray(number)),
     ("tracers compared as numbers", "test_transform.py::test_comparing_tracers_does_not_crash",
      "fields:same", lambda right, a, b: bool(a == b)),
     ("dtypes by another name", "test_transform.py::test_structures_are_compared_with_their_types",
