@@ -202,8 +202,8 @@ def describe(
     It says which parameters each group of `gdx.groups` has and what is different there; in which format each moment is,
     and how many bytes the state takes, per parameter and on each device of a mesh; and what is larger than asked, and
     why: what does not fit its storage format, or cannot be split along the axis; and what `gdx.sharding.offload_state`
-    keeps in the host's memory. Nothing is computed, so that neither the devices nor the memory need be there. A mask, as
-    `adamw` may have one, is no group: on which leaves it acts is not said.
+    keeps in the host's memory. Nothing is computed, so that neither the devices nor the memory need be there. A mask,
+    as `adamw` may have one, is no group: on which leaves it acts is not said.
 
     Args:
       tx: the optimizer, gdx's or optax's; whether `gdx.sharding.shard_state` is around it does not matter.
