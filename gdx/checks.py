@@ -149,8 +149,7 @@ def checked_moments(tx: Any, updates: optax.Updates, moments: dict[str, Any]) ->
     Raises unless they are shaped like the gradients and held as the transform has it.
     """
     structure: Any = jax.tree.structure(updates)
-    formats = tx.formats or [None] * len(moments)
-    trees = [reassembled(m, f) if isinstance(f, Format) else m for m, f in zip(moments.values(), formats, strict=True)]
+    trees = list(map(reassembled, moments.values(), tx.formats or [None] * len(moments)))
     for name, tree in zip(moments, trees):
         check_like(tx, updates, f"state.{name}", tree)
     columns = list(map(structure.flatten_up_to, trees))
@@ -238,7 +237,7 @@ def check_formats(tx: Any, updates: optax.Updates, names: list[str], columns: li
                     f"{type(tx).__name__}: state.{name} at {_path(updates, i)} is {_array(moment)}, which is not how "
                     f"{_format(format)} holds it. Take it there: gdx.storage.convert(state, tx.init(params))"
                 )
-            axes = unreduced_axes(g) if isinstance(format, Format) and is_packed(moment) else ()
+            axes = unreduced_axes(g) if is_packed(moment) else ()
             if axes:
                 raise ValueError(
                     f"{type(tx).__name__}: the gradient at {_path(updates, i)} is a sum that is still to be made over "

@@ -17,7 +17,7 @@ from gdx.transform import Call, Transform, to_transform
 def _to_transforms(label: str, value: Any) -> tuple[Transform, ...]:
     if not value:
         raise ValueError("chain: got no transforms; expected at least one, such as gdx.sgd(0.1)")
-    return tuple([to_transform(f"{label}[{i}]", link) for i, link in enumerate(value)])
+    return tuple(to_transform(f"{label}[{i}]", link) for i, link in enumerate(value))
 
 
 class chain(Transform):
@@ -58,7 +58,7 @@ class chain(Transform):
         return f"chain({', '.join(map(repr, self.transforms))})"
 
     def _init(self, params: optax.Params) -> optax.OptState:
-        return tuple([link._init(params) for link in self.transforms])
+        return tuple(link._init(params) for link in self.transforms)
 
     def _update(self, updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> tuple[Any, Any]:
         structure: Any  # its type knows no methods

@@ -145,8 +145,8 @@ class Value:
 
     def __hash__(self) -> int:
         leaves, structure = jax.tree.flatten(self)
-        # of the numbers in float32: the same with float64 on and off, though more are equal without
-        return hash((structure, *[key_of(leaf, np.float32) for leaf in leaves]))
+        # of numbers in float32, so that it is the same with float64 on and off
+        return hash((structure, *(key_of(leaf, np.float32) for leaf in leaves)))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(self._arguments())})"

@@ -114,16 +114,14 @@ class scale_by_adam(Leafwise):
 
     def shared(self, count: jax.Array) -> _Shared:
         # in one array: the compiler writes log1p, expm1 and division out at length, and once for each call
-        b, steps, one = [self.b1, self.b2], [0, 0], jnp.ones_like(self.b1)
-        tops = [one, one]
+        b, steps = [self.b1, self.b2], [0, 0]
         if self.nesterov:
-            b, steps, tops = [*b, self.b1], [*steps, 1], [*tops, self.b1]
+            b, steps = [*b, self.b1], [*steps, 1]
         past = _correction(jnp.stack(b), count + jnp.asarray(steps, count.dtype))
         # reciprocals, to be multiplied: the compiler rewrites a division by a scalar case by case
-        from_mu, from_nu, *next_mu = jnp.stack(tops) / past
-        from_g = None
+        (from_mu, from_nu, *_), from_g = 1 / past, None
         if self.nesterov:
-            (from_mu,), from_g = next_mu, (1 - self.b1) * from_mu
+            from_mu, from_g = self.b1 / past[2], (1 - self.b1) * from_mu
         # with eps = 0, a gradient that is still zero makes no step rather than 0 / 0
         eps = jnp.maximum(self.eps, jnp.finfo(self.eps.dtype).tiny)
         return _Shared(1 - self.b1, 1 - self.b2, from_mu, from_g, from_nu, eps, past[0] * (1 / (1 - self.b1)))
