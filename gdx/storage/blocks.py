@@ -15,7 +15,6 @@ from jax.custom_derivatives import SymbolicZero
 from gdx.compat import barrier
 from gdx.fields import to_integer
 from gdx.mesh import sharding_of_boxes, varying_alike
-from gdx.numerics import by_itself, uncontracted
 from gdx.storage.dither import Dither
 from gdx.storage.formats import Around, Format
 
@@ -133,7 +132,7 @@ class Blocks(Format):
     `gdx.storage` for how much that gains. A row is as above, and a column has the axes before it, from the last one on
     until there are 64 numbers. Without as many there are rows only, and where a row would be the whole array, columns
     only, of its first axes. On a TPU that moves 22 bytes, too, but a GPU looks for the largest of rows and of columns
-    one after the other: 28, and a CPU takes 1.3 to 1.4 times as long as for blocks. Where an array is split over
+    one after the other: 28 to 40, and a CPU takes 1.3 to 1.4 times as long as for blocks. Where an array is split over
     devices, scales of what is cut are reduced over them in each step, 4 bytes for each row or column; inside
     `jax.shard_map` a device's part is an array of its own. A number takes up to 9 bits, 8.06 in matrices of 1024.
 
@@ -269,9 +268,7 @@ class Blocks(Format):
 
     def decode_blocks(self, stored: Packed) -> jax.Array:
         """As `decode`, of what `encode_blocks` made."""
-        product = self.values(stored.codes.astype(jnp.float32)) * smallest(stored.scales)
-        # always itself, but what is done with it next cannot become part of a fused multiply-add with it
-        return jnp.minimum(product, jnp.finfo(jnp.float32).max)
+        return _rounded(self.values(stored.codes.astype(jnp.float32)) * smallest(stored.scales))
 
     def codes(self, x: jax.Array, scales: jax.Array, bits: Any) -> jax.Array:
         """The codes, in float32, of blocks whose largest magnitudes are `scales`, which broadcast to them."""
@@ -453,9 +450,9 @@ class _FourthRoot8(Blocks):
 
     def codes(self, x: jax.Array, scales: jax.Array, bits: jax.Array) -> jax.Array:
         # where |x| would be the fourth power of a code, its root is that code's square
-        # the root by itself: of what is divided by one a compiler makes another function, which on CPUs is not rounded
-        # alike in vectors and in what is left beside them
-        root = uncontracted(jnp.sqrt(abs(x)) * (self.top**2 / by_itself(jnp.sqrt(scales))))
+        # of what is divided by a root a compiler makes another function, which on CPUs is not rounded alike in vectors
+        # and in what is left beside them
+        root = _rounded(jnp.sqrt(abs(x)) * (self.top**2 / _rounded(jnp.sqrt(scales))))
         below = jnp.floor(jnp.sqrt(root))
         # of the fourth powers: how far this one is above the last code's, and how far the next code's is
         square, step = below * below, below + below + 1
@@ -493,7 +490,7 @@ class SignedFourthRoot8(_FourthRoot8):
       block: how many neighbours share a scale, see `Blocks`; at least 8, so that in no shape is float32 smaller.
       minimum_size: smaller arrays stay in float32.
       axis: along which blocks lie. The error is smaller where neighbours are alike in size: see `gdx.storage` for how
-        much. On GPUs a step with -2 moves three times as many bytes, unless blocks are whole, `block=None`. None, with
+        much. On GPUs a step with -2 moves three times as many bytes, and up to twice with `block=None`. None, with
         `block=None`, for the smaller scale of row and column, see `Blocks`.
       seed: of the random bits.
 
@@ -632,6 +629,14 @@ class PowersOfTwo4(Blocks):
 
     def values(self, codes: jax.Array) -> jax.Array:
         return _power_of_two(codes - 7)
+
+
+def _rounded(x: jax.Array) -> jax.Array:
+    """What is finite or NaN as it is, but rounded, before a compiler makes it part of what comes next.
+
+    Read once, where `gdx.uncontracted` reads it twice: a GPU would write it to memory in between.
+    """
+    return jnp.minimum(x, jnp.finfo(jnp.float32).max)
 
 
 def _relative(x: jax.Array, scales: jax.Array) -> jax.Array:

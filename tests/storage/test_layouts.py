@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gdx
+from benchmarks.devices import OPTIONS, compiled_step, devices, nbytes_moved
 from benchmarks.models import TREES
 from gdx.storage import Dither, FourthRoot8, Packed, SignedFourthRoot8
 from tests.contract.table import assert_same_bits
@@ -229,3 +230,20 @@ def test_nothing_is_said_where_something_is_held_or_asked_for():
     gdx.adamw(0.1, **EIGHT_BIT).init({})
     gdx.adamw(0.1, mu_dtype="bfloat16", nu_dtype=gdx.storage.StochasticBfloat16()).init(small)
     gdx.describe(gdx.adamw(0.1, **EIGHT_BIT), small)
+
+
+@pytest.mark.parametrize("shape", [(8192, 4096), (2048, 8192), (4096, 2048)], ids=str)
+@pytest.mark.parametrize(("kind", "block"), [("tpu", None), ("h100", None), ("h100", 256)])
+def test_codes_are_made_in_the_kernel_that_reads_the_moments(kind, block, shape):
+    """So that a step moves 22 bytes per parameter, where there is what compiles for accelerators."""
+    try:
+        (device,) = devices(kind)
+    except Exception as error:
+        pytest.skip(f"{kind} cannot be compiled for: {error}")
+    tx = gdx.adamw(1e-3, mu_dtype=SignedFourthRoot8(block=block), nu_dtype=FourthRoot8(block=block))
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    params = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+    step = compiled_step(tx, params, jax.tree.map(like, jax.eval_shape(tx.init, params)), OPTIONS[kind])
+    assert nbytes_moved(step) < 22.5 * params.size
+    assert step.memory_analysis().temp_size_in_bytes < 0.2 * params.size
