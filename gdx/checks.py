@@ -29,7 +29,14 @@ def check_floating(label: str, tree: Any, mend: str = "") -> None:
     wrong = [kind for kind in dict.fromkeys(kinds) if not jnp.issubdtype(kind, np.inexact)]
     if wrong:
         i = kinds.index(wrong[0])
-        raise TypeError(f"{label} at {_path(tree, i)} is {_array(leaves[i])}, expected a floating-point array{mend}")
+        raise TypeError(
+            f"{label} at {_path(tree, i)} is {_array(leaves[i])}, expected a floating-point array{mend}{_order(tree)}"
+        )
+
+
+def _order(tree: Any) -> str:
+    """What to do where a state may be in the place of the parameters."""
+    return " A state goes before the parameters: update(gradients, state, params)." if state_kinds(tree) else ""
 
 
 def check_params(tx: Any, params: optax.Params) -> None:
@@ -333,6 +340,15 @@ def _refuse_complex(tx: Any, updates: optax.Updates, index: int) -> None:
     )
 
 
+@contextlib.contextmanager
+def no_values(said: str) -> Iterator[None]:
+    """Where a traced array's value is asked for in here, an error that says what did so, and what JAX said."""
+    try:
+        yield
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+        raise TypeError(f"{said} ({str(error).splitlines()[0]})") from error
+
+
 def check_alike(tx: Any, what: str, tree: Any, does: str) -> None:
     """Raises inside `jax.shard_map` where arrays differ between devices, each of which would decide on its own."""
     axes = {axis for x in jax.tree.leaves(tree) for axis in varying_axes(x)}
@@ -396,7 +412,8 @@ def _difference(updates: Any, tree: Any, name: str) -> str:
         if places
     ]
     types = f"{jax.tree.structure(updates)} and {jax.tree.structure(tree)} (same paths, other containers)"
-    return f"{'; '.join(said) or types}. Take the gradients of the parameters that init was called with."
+    mend = "Take the gradients of the parameters that init was called with."
+    return f"{'; '.join(said) or types}. {mend}{_order(tree)}"
 
 
 def _path(tree: Any, index: int) -> str:

@@ -16,6 +16,7 @@ from gdx.checks import (
     check_starts,
     check_state,
     checked_moments,
+    no_values,
     require_params,
 )
 from gdx.numerics import by_itself
@@ -148,13 +149,11 @@ class Leafwise(Transform):
         if self.mask is None:
             return True
         require_params(self, params)
-        try:
+        with no_values(
+            f"{type(self).__name__}: the mask needs values of the parameters, which are traced; let it decide by "
+            f"paths, shapes and dtypes"
+        ):
             mask = self.mask(params) if _is_function(self.mask) else self.mask
-        except jax.errors.ConcretizationTypeError as error:
-            raise TypeError(
-                f"{type(self).__name__}: the mask needs values of the parameters, which are traced; let it decide by "
-                f"paths, shapes and dtypes ({str(error).splitlines()[0]})"
-            ) from error
         for path, leaf in zip(paths(mask), jax.tree.leaves(mask)):
             if not isinstance(leaf, bool | np.bool_):
                 raise TypeError(f"{type(self).__name__}: the mask at {path} is {leaf!r}, expected True (acts) or False")
@@ -299,7 +298,11 @@ def _stepper(structure: Any, dtypes: tuple[np.dtype, ...]) -> Callable[..., tupl
             if acts:
                 # where no moment stands between them, the compiler makes one factor of two numbers that are constants
                 u = by_itself(u) if new and not any(new) else u
-                u, *kept = stepped(link, shared, u, p, kept, dtype, count, index)
+                with no_values(
+                    f"{type(link).__name__}: its step needs the value of a number or array, which is traced; decide "
+                    f"with jnp.where or jax.lax.cond, or by a static field"
+                ):
+                    u, *kept = stepped(link, shared, u, p, kept, dtype, count, index)
             new.append(tuple(kept))
         return u, *new
 

@@ -30,6 +30,7 @@ import numpy as np
 import optax
 
 from gdx.annotations import check_type
+from gdx.checks import no_values
 from gdx.fields import in_default_dtype, is_concrete, is_opaque, is_real, static, text
 from gdx.numerics import by_itself
 from gdx.values import KEEPERS, Value, kept_calls
@@ -121,15 +122,12 @@ class Schedule(Value):
 
     def _made(self, convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """What the function returns for its fields, this done to numbers and schedules in them."""
-        try:
-            with jax.numpy_dtype_promotion("standard"), np.errstate(all="ignore"):
-                made = cast(Any, self)._function[0](**self._arguments_with(convert))
-        except jax.errors.ConcretizationTypeError as error:
-            raise TypeError(
-                f"{type(self).__name__}: it needs the value of a number that is traced while it makes the schedule; "
-                f"take the schedule of that name in gdx.schedules, or decide with jnp.where in the function of the "
-                f"step count ({str(error).splitlines()[0]})"
-            ) from error
+        said = (
+            f"{type(self).__name__}: it needs the value of a number that is traced while it makes the schedule; take "
+            f"the schedule of that name in gdx.schedules, or decide with jnp.where in the function of the step count"
+        )
+        with no_values(said), jax.numpy_dtype_promotion("standard"), np.errstate(all="ignore"):
+            made = cast(Any, self)._function[0](**self._arguments_with(convert))
         if not callable(made):
             raise TypeError(f"{type(self).__name__} returned {made!r}; expected a function of the step count")
         return made

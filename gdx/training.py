@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from gdx.arguments import check_function
-from gdx.checks import check_state_like
+from gdx.checks import check_state_like, no_values
 from gdx.fields import is_concrete, refuse, to_integer, uncalled
 from gdx.mesh import as_placed
 from gdx.modules import Parts, take_apart
@@ -288,14 +288,11 @@ def evaluation(name: str, evaluate: Callable[..., Any] | None, parts: Parts) -> 
 
 def called(label: str, function: Callable[..., Any], *arguments: Any) -> Any:
     """What it returns, or an error that says which function takes a traced array for a number of Python's."""
-    try:
+    with no_values(
+        f"{label} takes numbers out of arrays while it is compiled, as float, int, if and numpy do; expected functions "
+        f"of jax.numpy, jnp.where and jax.lax.cond in it"
+    ):
         return function(*arguments)
-    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
-        first = str(error).splitlines()[0]
-        raise TypeError(
-            f"{label} takes numbers out of arrays while it is compiled, as float, int, if and numpy do; expected "
-            f"functions of jax.numpy, jnp.where and jax.lax.cond in it ({first})"
-        ) from error
 
 
 def evaluating(step: Any, evaluation: Any, every: int, steps: int) -> tuple[Any, Any]:

@@ -35,7 +35,15 @@ import numpy as np
 import optax
 
 from gdx import values
-from gdx.checks import check_gradients, check_params, check_state, check_state_like, check_stepped, state_kinds
+from gdx.checks import (
+    check_gradients,
+    check_params,
+    check_state,
+    check_state_like,
+    check_stepped,
+    no_values,
+    state_kinds,
+)
 from gdx.compat import enable_x64
 from gdx.fields import hyperparameter, static, text, uncalled
 from gdx.numerics import by_itself, compute_dtype
@@ -225,15 +233,12 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
     def _scheduled(self, name: str, schedule: Callable[[Any], Any], count: Any) -> Any:
         """The value of a schedule at a count."""
         # it computes with an integer count, which strict promotion would refuse
-        try:
-            with jax.numpy_dtype_promotion("standard"):
-                scheduled = schedule(count)
-        except jax.errors.ConcretizationTypeError as error:
-            raise TypeError(
-                f"{type(self).__name__}: {name}, {text(schedule)}, needs the value of the step count, which is "
-                f"traced; let the schedule compute with jax.numpy, and decide with jnp.where "
-                f"({str(error).splitlines()[0]})"
-            ) from error
+        said = (
+            f"{type(self).__name__}: {name}, {text(schedule)}, needs the value of the step count, which is traced; let "
+            f"the schedule compute with jax.numpy, and decide with jnp.where"
+        )
+        with no_values(said), jax.numpy_dtype_promotion("standard"):
+            scheduled = schedule(count)
         value, _ = self._convert(name, scheduled, source=f", as returned by the schedule {text(schedule)},")
         return value
 
@@ -465,14 +470,13 @@ class Call(Transform):
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
         """Errors of what the function makes carry the name that users know; those of what it was given, their own."""
+        said = (
+            f"{type(self).__name__}: it needs the value of a number that is traced, so that number cannot change "
+            f"within a compiled program: close over the optimizer instead of passing it"
+        )
         try:
-            yield
-        except jax.errors.ConcretizationTypeError as error:
-            raise TypeError(
-                f"{type(self).__name__}: it needs the value of a number that is traced, so that number cannot change "
-                f"within a compiled program: close over the optimizer instead of passing it "
-                f"({str(error).splitlines()[0]})"
-            ) from error
+            with no_values(said):
+                yield
         except (TypeError, ValueError) as error:
             link = _LINK.match(str(error))
             known = {type(self).__name__, *(_kinds_in(self) if "_structure" in vars(self) else ())}

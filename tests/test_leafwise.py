@@ -268,6 +268,14 @@ MISTAKES = {
         {"direction": lambda self, shared, g, p, trace: (trace,)},
         r"step returned a tuple of 2, in the shapes None, \(3,\); expected a tuple of 2, in the shapes \(3,\), \(3,\)",
     ),
+    "a direction that branches": (
+        {"direction": lambda self, shared, g, p, trace: trace if trace[0] > 0 else -trace},
+        r"its step needs the value of a number or array, which is traced; decide with jnp\.where .*bool",
+    ),
+    "a direction of numpy's": (
+        {"direction": lambda self, shared, g, p, trace: np.sign(np.asarray(trace))},
+        r"its step needs the value of a number or array, which is traced; decide with jnp\.where .*numpy",
+    ),
     "a complex direction": (
         {"direction": lambda self, shared, g, p, trace: trace * 1j},
         r"step returned complex64\[3\], expected a real array, as what it was given is; take the real part",

@@ -264,6 +264,17 @@ def test_masks(mask, error, words):
         gdx.adamw(0.1, mask=mask).init(tree())
 
 
+@pytest.mark.parametrize("make", [lambda: gdx.adamw(0.1), lambda: gdx.momentum(0.1), lambda: gdx.gradient_descent(0.1)])
+def test_a_state_in_the_place_of_the_parameters(make):
+    tx, params = make(), tree()
+    with pytest.raises(
+        (TypeError, ValueError), match=r"\. A state goes before the parameters: update\(gradients, state"
+    ):
+        tx.update(params, params, tx.init(params))
+    with pytest.raises(TypeError, match=r"^(?!.*A state goes)"):
+        tx.update(params, tx.init(params), jax.tree.map(lambda p: p.astype(int), params))
+
+
 def test_masks_in_other_containers_and_of_values():
     with pytest.raises(
         ValueError, match=r"adamw: the mask has leaves at \[0\], the parameters at \[0\] \(in other conta"
