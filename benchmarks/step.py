@@ -193,7 +193,7 @@ def time_compilation(model: str, rounds: int, *, whole: bool) -> tuple[str, str,
     compiling = against_optax(
         {name: functools.partial(compile_anew, name) for name in lowers},
         {name: functools.partial(lower_anew, name) for name in lowers},
-        max(rounds // 2, 3),
+        max(rounds, 5),
     )
     return model, "whole step" if whole else "update", warm, cold, compiling
 
@@ -203,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = [*STEPS, *(model for model in MODELS if model not in STEPS)]
     parser.add_argument(
-        "--rounds", type=int, default=18, help="rounds per row; a third of it for tracing, a sixth for compiling"
+        "--rounds", type=int, default=18, help="rounds per row; a third of it for tracing and compiling"
     )
     parser.add_argument("--rows", nargs="+", choices=choices, default=choices)
     parser.add_argument("--quick", action="store_true", help="few rounds")
