@@ -6,6 +6,7 @@ ratios of interleaved timings, with their quartiles: below 1, gdx is faster.
 
 import argparse
 import functools
+import gc
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -188,8 +189,15 @@ def time_compilation(model: str, rounds: int, *, whole: bool) -> tuple[str, str,
     def compile_anew(name: str) -> None:
         lowered[name].compile()
 
-    cold = against_optax(lowers, dict.fromkeys(lowers, jax.clear_caches))
-    warm = against_optax(lowers, {})
+    def forget() -> None:
+        jax.clear_caches()
+        gc.collect()
+
+    # a collection of garbage, of all that JAX keeps, takes half as long as tracing, and would fall on either
+    gc.disable()
+    cold = against_optax(lowers, dict.fromkeys(lowers, forget))
+    warm = against_optax(lowers, dict.fromkeys(lowers, gc.collect))
+    gc.enable()
     compiling = against_optax(
         {name: functools.partial(compile_anew, name) for name in lowers},
         {name: functools.partial(lower_anew, name) for name in lowers},

@@ -27,7 +27,7 @@ def uncontracted(product: jax.Array) -> jax.Array:
         return product
     # barriers and reduce_precision are removed before the compiler fuses; this sum is not, since it makes NaN of
     # infinity, and however it is fused itself, adding zero rounds nothing
-    return jax.lax.add(product, jax.lax.mul(product, jax.lax.full_like(product, 0)))
+    return jax.lax.add(product, jax.lax.mul(product, product.dtype.type(0)))
 
 
 def alike(product: jax.Array) -> jax.Array:

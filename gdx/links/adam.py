@@ -113,18 +113,19 @@ class scale_by_adam(Leafwise):
         return moment_like(p, self.mu_dtype), moment_like(p, self.nu_dtype, real=True)
 
     def shared(self, count: jax.Array) -> _Shared:
-        # in one array: the compiler writes log1p, expm1 and division out at length, and once for each call
+        # in one array: the compiler writes log1p and expm1 out at length, and once for each call
         b, steps = [self.b1, self.b2], [0, 0]
         if self.nesterov:
             b, steps = [*b, self.b1], [*steps, 1]
-        past = _correction(jnp.stack(b), count + jnp.asarray(steps, count.dtype))
-        # reciprocals, to be multiplied: the compiler rewrites a division by a scalar case by case
-        (from_mu, from_nu, *_), from_g = 1 / past, None
+        past_mu, past_nu, *next_mu = _correction(jnp.stack(b), count + jnp.asarray(steps, count.dtype))
+        # reciprocals, to be multiplied: the compiler rewrites a division by a scalar case by case; each a kernel of its
+        # own, where an item of an array would be taken out anew in the kernel of each leaf
+        from_mu, from_g = 1 / past_mu, None
         if self.nesterov:
-            from_mu, from_g = self.b1 / past[2], (1 - self.b1) * from_mu
+            from_mu, from_g = self.b1 / next_mu[0], (1 - self.b1) * from_mu
         # with eps = 0, a gradient that is still zero makes no step rather than 0 / 0
         eps = jnp.maximum(self.eps, jnp.finfo(self.eps.dtype).tiny)
-        return _Shared(1 - self.b1, 1 - self.b2, from_mu, from_g, from_nu, eps, past[0] * (1 / (1 - self.b1)))
+        return _Shared(1 - self.b1, 1 - self.b2, from_mu, from_g, 1 / past_nu, eps, past_mu * (1 / (1 - self.b1)))
 
     def accumulate(
         self, shared: _Shared, g: jax.Array, p: jax.Array | None, mu: jax.Array, nu: jax.Array

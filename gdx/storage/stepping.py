@@ -103,7 +103,9 @@ def _step(
     real = jnp.finfo(dtype).dtype
 
     def cast(x: Any) -> Any:
-        return None if x is None else jax.lax.convert_element_type(x, dtype if jnp.iscomplexobj(x) else real)
+        if x is None or x.dtype == dtype:
+            return x
+        return jax.lax.convert_element_type(x, dtype if jnp.iscomplexobj(x) else real)
 
     def decode(stored: Sequence[Any]) -> list[Any]:
         return [cast(x if format is None else format.decode(x)) for format, x in zip(formats, stored)]
