@@ -275,6 +275,11 @@ def _dtypes(g: Any, p: Any, moments: tuple[tuple[Any, ...], ...]) -> tuple[np.dt
     return tuple(dtypes[1:])
 
 
+_NEEDS_A_VALUE = (
+    "needs the value of a number or array, which is traced; decide with jnp.where or jax.lax.cond, or by a static field"
+)
+
+
 @functools.partial(jax.jit, static_argnames="dtypes")
 def _scalars(links: tuple[Leafwise, ...], counts: list[Any], *, dtypes: tuple[np.dtype, ...]) -> tuple[list, list]:
     """Links with their hyperparameters in the dtypes they compute in, and what their leaves share."""
@@ -283,7 +288,8 @@ def _scalars(links: tuple[Leafwise, ...], counts: list[Any], *, dtypes: tuple[np
         leaves, structure = jax.tree.flatten((link, count))
         link, count = jax.tree.unflatten(structure, [x.astype(jnp.finfo(dtype).dtype) for x in leaves])
         cast.append(link)
-        shared.append(link.shared(count))
+        with no_values(f"{type(link).__name__}: shared {_NEEDS_A_VALUE}"):
+            shared.append(link.shared(count))
     return cast, shared
 
 
@@ -298,10 +304,7 @@ def _stepper(structure: Any, dtypes: tuple[np.dtype, ...]) -> Callable[..., tupl
             if acts:
                 # where no moment stands between them, the compiler makes one factor of two numbers that are constants
                 u = by_itself(u) if new and not any(new) else u
-                with no_values(
-                    f"{type(link).__name__}: its step needs the value of a number or array, which is traced; decide "
-                    f"with jnp.where or jax.lax.cond, or by a static field"
-                ):
+                with no_values(f"{type(link).__name__}: its step {_NEEDS_A_VALUE}"):
                     u, *kept = stepped(link, shared, u, p, kept, dtype, count, index)
             new.append(tuple(kept))
         return u, *new

@@ -272,6 +272,10 @@ MISTAKES = {
         {"direction": lambda self, shared, g, p, trace: trace if trace[0] > 0 else -trace},
         r"its step needs the value of a number or array, which is traced; decide with jnp\.where .*bool",
     ),
+    "a shared that branches": (
+        {"shared": lambda self, count: 1 if jnp.ones(()) > 0 else 2},
+        r"shared needs the value of a number or array, which is traced; decide with jnp\.where .*bool",
+    ),
     "a direction of numpy's": (
         {"direction": lambda self, shared, g, p, trace: np.sign(np.asarray(trace))},
         r"its step needs the value of a number or array, which is traced; decide with jnp\.where .*numpy",
