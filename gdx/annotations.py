@@ -27,7 +27,7 @@ class Takes:
       floats: whether its default is a float, or its annotation has one, or an array and no integer. Not where integers
         and None are in the annotation and the default is None: an integer is then a seed, or a choice.
       arrays: whether its annotation is an array, and no number, or its default has a shape.
-      dtypes: whether its annotation names dtypes.
+      dtypes: whether its annotation names dtypes, or its name ends so.
       transforms: whether its annotation names transforms, and nothing that makes them.
       kinds: the types in the annotation, and the default's.
     """
@@ -60,7 +60,7 @@ def read_parameter(parameter: inspect.Parameter) -> Takes:
         annotation,
         floats=isinstance(default, float) or (names_floats and not is_choice),
         arrays=has_shape or names_arrays,
-        dtypes=np.dtype in typing.get_args(annotation),
+        dtypes=np.dtype in typing.get_args(annotation) or parameter.name.endswith("dtype"),
         transforms=any(hasattr(kind, "init") and hasattr(kind, "update") for kind in kinds)
         and not re.search(r"Callable|[Tt]ype\[", str(annotation)),
         kinds=tuple(kinds),

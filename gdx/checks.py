@@ -340,12 +340,20 @@ def _refuse_complex(tx: Any, updates: optax.Updates, index: int) -> None:
     )
 
 
+_VALUE_ERRORS = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.NonConcreteBooleanIndexError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+
+
 @contextlib.contextmanager
 def no_values(said: str) -> Iterator[None]:
     """Where a traced array's value is asked for in here, an error that says what did so, and what JAX said."""
     try:
         yield
-    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+    except _VALUE_ERRORS as error:
         raise TypeError(f"{said} ({str(error).splitlines()[0]})") from error
 
 

@@ -104,6 +104,7 @@ class groups(Transform):
         hyperparameters by name, as `tx.replace` takes them, each with its new value (a number or a schedule) or
         `gdx.times(factor)` of what tx has; another transform; or None, which freezes. Of several patterns that match
         the first counts.
+      **others: nothing; the error says what to do instead.
 
     Raises:
       TypeError: a change is none of these; tx is no transform, or one without hyperparameters where they are changed.
@@ -125,7 +126,12 @@ class groups(Transform):
     changes: Any
     settings: tuple[Mapping[str, Any], ...] = static()
 
-    def __init__(self, tx: optax.GradientTransformation, changes: Mapping[str, Any]):
+    def __init__(self, tx: optax.GradientTransformation, changes: Mapping[str, Any], **others: Any):
+        if others:
+            raise TypeError(
+                f"groups: got {', '.join(others)} by keyword; expected the optimizer and a dict, as in groups(tx, "
+                f"{{'norm|bias': dict(weight_decay=0.0)}}). To change a number, tx.replace(learning_rate=0.1)"
+            )
         base = to_transform("groups: tx", tx)
         if not isinstance(changes, Mapping):
             raise TypeError(

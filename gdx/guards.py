@@ -191,8 +191,10 @@ def _judged(tx: skip_spikes, updates: Any, value: Any, state: SpikesState) -> tu
     weight = jnp.minimum((1 - tx.decay) / -jnp.expm1(next_count.astype(mean.dtype) * jnp.log1p(tx.decay - 1)), 1)
     distance = x - mean
     new_mean = mean + uncontracted(weight * distance)
-    # no squares, which would overflow or vanish before the norms do
-    new_deviation = jnp.sqrt(1 - weight) * jnp.hypot(deviation, jnp.sqrt(weight) * distance)
+    # no squares, which would overflow or vanish before the norms do; of two zeros `hypot` divides one by the other
+    change = jnp.sqrt(weight) * distance
+    is_still = (deviation == 0) & (change == 0)
+    new_deviation = jnp.where(is_still, 0, jnp.sqrt(1 - weight) * jnp.hypot(jnp.where(is_still, 1, deviation), change))
     return (
         is_made,
         factor,

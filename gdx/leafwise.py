@@ -210,7 +210,8 @@ class Leafwise(Transform):
         if leaves:
             self.acts_on(params)
         count = jnp.zeros([], jnp.int32) if self.counts or "count" in self.State._fields else None
-        rows = list(map(self.at(count).start, leaves))
+        with no_values(f"{type(self).__name__}: start {_NEEDS_A_VALUE}"):
+            rows = list(map(self.at(count).start, leaves))
         for p, row in zip(leaves, rows):
             like = [p] * len(self._moments)
             check_returned(self, "start", row, like, f"the moments of State, {self.State.__name__}")

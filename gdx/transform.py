@@ -472,7 +472,8 @@ class Call(Transform):
         """Errors of what the function makes carry the name that users know; those of what it was given, their own."""
         said = (
             f"{type(self).__name__}: it needs the value of a number that is traced, so that number cannot change "
-            f"within a compiled program: close over the optimizer instead of passing it"
+            f"within a compiled program: close over the optimizer instead of passing it; or, where the number is of a "
+            f"gradient, a state or the step count, decide with jnp.where"
         )
         try:
             with no_values(said):

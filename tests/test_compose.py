@@ -174,6 +174,13 @@ def test_a_chain_takes_no_keywords():
         dataclasses.replace(gdx.chain(gdx.sgd(0.1)))
 
 
+def test_groups_take_no_keywords():
+    with pytest.raises(
+        TypeError, match=r"groups: got patterns, settings by keyword; .*tx\.replace\(learning_rate=0\.1\)"
+    ):
+        dataclasses.replace(gdx.groups(gdx.sgd(0.1), {"b": {"learning_rate": 1.0}}))
+
+
 def test_a_foreign_state_is_refused():
     tx = gdx.adamw(0.1)
     params = jnp.ones(2)

@@ -276,6 +276,14 @@ MISTAKES = {
         {"shared": lambda self, count: 1 if jnp.ones(()) > 0 else 2},
         r"shared needs the value of a number or array, which is traced; decide with jnp\.where .*bool",
     ),
+    "a direction that counts": (
+        {"direction": lambda self, shared, g, p, trace: [trace for _ in range(jnp.argmax(g))][-1]},
+        r"its step needs the value of a number or array, which is traced; decide with jnp\.where",
+    ),
+    "a direction of some numbers": (
+        {"direction": lambda self, shared, g, p, trace: trace[g > 0]},
+        r"its step needs the value of a number or array, which is traced; decide with jnp\.where .*oolean ind",
+    ),
     "a direction of numpy's": (
         {"direction": lambda self, shared, g, p, trace: np.sign(np.asarray(trace))},
         r"its step needs the value of a number or array, which is traced; decide with jnp\.where .*numpy",
@@ -285,6 +293,13 @@ MISTAKES = {
         r"step returned complex64\[3\], expected a real array, as what it was given is; take the real part",
     ),
 }
+
+
+def test_a_start_that_takes_a_value_says_so():
+    tx = wrong(start=lambda self, p: (jnp.full_like(p, float(p[0])),))()
+    tx.init(jnp.ones(3))
+    with pytest.raises(TypeError, match=r"^wrong: start needs the value of a number or array, which is traced"):
+        jax.jit(tx.init)(jnp.ones(3))
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -547,6 +547,15 @@ def test_without_jit_under_debug_nans():
     assert np.all(np.isfinite(updates["w"]))
 
 
+def test_a_function_that_decides_on_a_gradient_is_told_what_to_do():
+    @gdx.value
+    def mine():
+        return optax.GradientTransformation(lambda p: (), lambda u, s, p=None: (u if u[0] > 0 else -u, s))
+
+    with pytest.raises(TypeError, match=r"^mine: it needs the value .* of a gradient, .*decide with jnp\.where \("):
+        jax.jit(lambda g: mine().update(g, ())[0])(jnp.ones(2))
+
+
 def test_a_copy_holds_the_same_devices():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     tx = gdx.sharding.shard_state(gdx.adam(0.1), mesh)

@@ -651,6 +651,14 @@ def test_is_shown_as_its_call(tx, way):
     assert (way % tx if "%" in way else way.format(tx)) == repr(tx)
 
 
+@pytest.mark.parametrize("make", [optax.adam, optax.lion, gdx.adam], ids=lambda make: make.__module__.split(".")[0])
+def test_a_dtype_by_any_of_its_names_is_one_value(make):
+    txs = [gdx.value(make)(0.1, mu_dtype=dtype) for dtype in ("bfloat16", jnp.bfloat16, np.dtype("bfloat16"))]
+    assert len(set(txs)) == 1
+    assert {repr(tx) for tx in txs} == {f"{make.__name__}(learning_rate=0.1, mu_dtype='bfloat16')"}
+    assert gdx.stack(txs).hyperparams["learning_rate"].shape == (3,)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_state_in_half_precision_meets_wider_updates(dtype):
     """novograd's `jax.lax.cond` compares the dtypes of its state and of what it works out."""

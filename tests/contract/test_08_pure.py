@@ -52,6 +52,18 @@ def test_no_tracer_leaks(row):
             jax.jit(scan).trace(tx, params, g)
 
 
+@every_row
+def test_without_jit_under_debug_nans(row):
+    """Of the same gradients again, of zeros, and of parameters that are zero."""
+    tx, params, g = row.tx, row.tree(), row.tree(1)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    with jax.disable_jit(True), jax.debug_nans(True):
+        for given, updates in ((params, [g, g, g, zeros]), (zeros, [zeros])):
+            state = tx.init(given)
+            for u in updates:
+                _, state = tx.update(u, state, given)
+
+
 @every_case
 def test_under_debug_nans(row, settings):
     with jax.debug_nans(True):
