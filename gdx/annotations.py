@@ -27,7 +27,7 @@ class Takes:
       floats: whether its default is a float, or its annotation has one, or an array and no integer. Not where integers
         and None are in the annotation and the default is None: an integer is then a seed, or a choice.
       arrays: whether its annotation is an array, and no number, or its default has a shape.
-      dtypes: whether its annotation names dtypes, or its name ends so.
+      dtypes: whether its annotation names dtypes, or its own name ends in "dtype".
       transforms: whether its annotation names transforms, and nothing that makes them.
       kinds: the types in the annotation, and the default's.
     """

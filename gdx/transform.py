@@ -233,13 +233,14 @@ class Transform(Value, optax.GradientTransformationExtraArgs):
     def _scheduled(self, name: str, schedule: Callable[[Any], Any], count: Any) -> Any:
         """The value of a schedule at a count."""
         # it computes with an integer count, which strict promotion would refuse
+        shown = text(schedule)
         said = (
-            f"{type(self).__name__}: {name}, {text(schedule)}, needs the value of the step count, which is traced; let "
-            f"the schedule compute with jax.numpy, and decide with jnp.where"
+            f"{type(self).__name__}: {name}, {shown}, needs the value of the step count, which is traced; let the "
+            f"schedule compute with jax.numpy, and decide with jnp.where"
         )
         with no_values(said), jax.numpy_dtype_promotion("standard"):
             scheduled = schedule(count)
-        value, _ = self._convert(name, scheduled, source=f", as returned by the schedule {text(schedule)},")
+        value, _ = self._convert(name, scheduled, source=f", as returned by the schedule {shown},")
         return value
 
     def check_narrow(self, dtype: np.dtype) -> None:

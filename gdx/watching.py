@@ -206,6 +206,7 @@ def _of_part(gradients: list, updates: list, params: list) -> tuple[jax.Array, .
         for old, update in narrow:
             unmoved += jnp.sum(optax.apply_updates(old, update) == old).astype(dtype)
     share = unmoved / max(sum(p.size for p, _ in narrow), 1)
+    # no update is 0 of the parameters, of those that are 0 too
     return g, u, p, u / jnp.where(u == 0, 1, p), jnp.clip(cosine, -1, 1), share
 
 
