@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+import gdx
 from benchmarks.step import train_step
 
 # no accelerator is looked for, here or by libtpu
@@ -65,6 +66,15 @@ def available(kinds: list[str], count: int = 1) -> Iterator[str]:
             print(f"{kind} cannot be compiled for: {str(error).splitlines()[0]}")
         else:
             yield kind
+
+
+def abstract_state(tx: Any, params: Any, mesh: jax.sharding.Mesh) -> Any:
+    """The optimizer's state for these abstract parameters, abstract too, where it lies on a mesh."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(tx.init, params),
+        gdx.sharding.state_shardings(tx, params, mesh),
+    )
 
 
 def compiled_step(tx: Any, params: Any, state: Any, options: dict[str, Any] | None = None) -> Any:

@@ -18,7 +18,16 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 import gdx
-from benchmarks.devices import OPTIONS, available, collectives, compiled_step, devices, nbytes_moved, nbytes_over_link
+from benchmarks.devices import (
+    OPTIONS,
+    abstract_state,
+    available,
+    collectives,
+    compiled_step,
+    devices,
+    nbytes_moved,
+    nbytes_over_link,
+)
 from benchmarks.measure import came_out, interleaved, ratio, table
 from benchmarks.storage import OPTIMIZERS
 from gdx.compat import to_varying
@@ -96,11 +105,7 @@ def setting(tx: Any, mesh: Mesh, layers: int, width: int, batch: int) -> Setting
         specs,
         is_leaf=lambda x: isinstance(x, tuple),
     )
-    state = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(tx.init, params),
-        gdx.sharding.state_shardings(tx, params, mesh),
-    )
+    state = abstract_state(tx, params, mesh)
     x = jax.ShapeDtypeStruct((batch, width), jnp.float32, sharding=NamedSharding(mesh, P("data")))
     return Setting(gdx.sharding.shard_state(tx, mesh, specs=specs), params, state, x)
 
@@ -233,11 +238,7 @@ def measure_host(kinds: list[str]) -> None:
         }
         for (name, tx), place in itertools.product(STATES.items(), ("device", "host")):
             placed = gdx.sharding.offload_state(tx) if place == "host" else tx
-            state = jax.tree.map(
-                lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                jax.eval_shape(tx.init, params),
-                gdx.sharding.state_shardings(placed, params, mesh),
-            )
+            state = abstract_state(placed, params, mesh)
             try:
                 step = compiled_step(placed, params, state, OPTIONS[kind])
             except jax.errors.JaxRuntimeError as error:

@@ -8,7 +8,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gdx
-from benchmarks.devices import OPTIONS, compiled_step, devices, nbytes_moved
+from benchmarks.devices import OPTIONS, abstract_state, compiled_step, devices, nbytes_moved
 from gdx.storage import FourthRoot8, SignedFourthRoot8
 
 
@@ -22,14 +22,9 @@ def step_on(kind, shapes, around=lambda tx: tx, **formats):
         mesh = Mesh(np.array(devices(kind)), ("data",))
     except Exception as error:
         pytest.skip(f"{kind} cannot be compiled for: {error}")
-    tx = gdx.adamw(1e-3, **formats)
+    tx = around(gdx.adamw(1e-3, **formats))
     params = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P())) for shape in shapes]
-    state = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(tx.init, params),
-        gdx.sharding.state_shardings(around(tx), params, mesh),
-    )
-    return compiled_step(around(tx), params, state, OPTIONS[kind])
+    return compiled_step(tx, params, abstract_state(tx, params, mesh), OPTIONS[kind])
 
 
 @pytest.mark.parametrize("shape", [(8192, 4096), (2048, 8192), (4096, 2048)], ids=str)
